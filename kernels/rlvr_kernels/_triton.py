@@ -1,0 +1,41 @@
+"""Triton if it is installed, and stand-ins that let the kernels' files be imported where it is not."""
+
+from typing import Any
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # the PyTorch twins need torch alone
+    triton = None
+    tl = None
+
+HAS_TRITON = triton is not None
+
+
+class _AbsentLanguage:
+    """Stands for `triton.language` in annotations of kernels that cannot be launched."""
+
+    constexpr = int
+
+
+def _absent_jit(fn: Any) -> Any:
+    return fn
+
+
+if HAS_TRITON:
+    jit = triton.jit
+else:
+    tl = _AbsentLanguage()
+    jit = _absent_jit
+
+
+def interpreting() -> bool:
+    """True if Triton was imported with TRITON_INTERPRET=1: its kernels then run on CPU tensors."""
+    return HAS_TRITON and bool(triton.knobs.runtime.interpret)
+
+
+def device_guard(tensor: torch.Tensor) -> Any:
+    """Make the tensor's accelerator current: Triton launches on the current device, not on its arguments' one."""
+    return torch.accelerator.device_index(tensor.device.index if tensor.device.type != "cpu" else None)

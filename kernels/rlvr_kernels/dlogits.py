@@ -1,0 +1,110 @@
+"""dlogits: overwrite a tile of logits by the loss's gradient with respect to them.
+
+    dL/dz_j = coef (1[j = y] - p_j) - entropy_coef p_j (log p_j + H),    p = exp(z - lse),
+
+then the chain through temperature, softcap and scale down to the matmul's output. One program per row.
+Bytes: n * c read and n * c written. FLOPs: about 4 n c, so it is bound by memory.
+"""
+
+import torch
+
+from rlvr_kernels._triton import device_guard, jit, tl
+from rlvr_kernels.backend import use_triton
+from rlvr_kernels.logits import Head, chain, load_logits, row_blocks
+
+BLOCK = 4096
+NUM_WARPS = 8
+
+
+def dlogits(
+    tile: torch.Tensor,
+    ids: torch.Tensor,
+    first_col: int,
+    lse: torch.Tensor,
+    coef: torch.Tensor,
+    inv_temperature: torch.Tensor,
+    *,
+    entropy: torch.Tensor | None = None,
+    entropy_coef: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    head: Head = Head(),
+    out: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Write dL/d(h W^T) of tile (n, c) into `out`, by default over the tile itself, and return it.
+
+    coef = dL/dlogp, entropy_coef = dL/dH, entropy = H, lse and inv_temperature are (n,) in float32.
+    """
+    out = tile if out is None else out
+    if use_triton(tile, backend):
+        _dlogits_triton(tile, ids, first_col, lse, coef, inv_temperature, entropy, entropy_coef, bias, head, out)
+        return out
+    for rows in row_blocks(*tile.shape):
+        z = head.logits(tile[rows], bias, inv_temperature[rows])
+        logp = z - lse[rows, None] if head.softcap is not None or entropy_coef is not None else z.sub_(lse[rows, None])
+        gradient = softmax_gradient(logp, ids[rows] - first_col, coef[rows], entropy, entropy_coef, rows)
+        out[rows] = head.chain_(gradient, z, inv_temperature[rows])
+    return out
+
+
+def softmax_gradient(
+    logp: torch.Tensor,
+    local_ids: torch.Tensor,
+    coef: torch.Tensor,
+    entropy: torch.Tensor | None = None,
+    entropy_coef: torch.Tensor | None = None,
+    rows: slice = slice(None),
+) -> torch.Tensor:
+    """dL/dz (r, c) from log p (r, c), which is overwritten; entropy and its coefficient are whole columns cut by `rows`."""
+    if entropy is not None and entropy_coef is not None:
+        surprise = logp.clamp(min=-1e30).add_(entropy[rows, None]).mul_(entropy_coef[rows, None])  # 0 * -inf is 0 here
+        gradient = logp.exp_().mul_(surprise.add_(coef[:, None]).neg_())
+    else:
+        gradient = logp.exp_().mul_(-coef[:, None])
+    held = (local_ids >= 0) & (local_ids < logp.shape[1])
+    gradient.scatter_add_(1, local_ids.clamp(0, logp.shape[1] - 1)[:, None], torch.where(held, coef, 0)[:, None])
+    return gradient
+
+
+def _dlogits_triton(
+    tile: torch.Tensor, ids: torch.Tensor, first_col: int, lse: torch.Tensor, coef: torch.Tensor, inv_temperature: torch.Tensor,
+    entropy: torch.Tensor | None, entropy_coef: torch.Tensor | None, bias: torch.Tensor | None, head: Head, out: torch.Tensor,
+) -> None:  # fmt: skip
+    rows, cols = tile.shape
+    if not rows:
+        return
+    with device_guard(tile):
+        dlogits_kernel[(rows,)](
+            tile, out, bias, ids, lse, coef, inv_temperature, entropy, entropy_coef,
+            cols, first_col, tile.stride(0), out.stride(0), HAS_BIAS=bias is not None, ENTROPY=entropy_coef is not None,
+            BLOCK=BLOCK, num_warps=NUM_WARPS, **head.kernel_arguments(),
+        )  # fmt: skip
+
+
+@jit
+def dlogits_kernel(
+    tile_ptr, out_ptr, bias_ptr, ids_ptr, lse_ptr, coef_ptr, inv_temperature_ptr, entropy_ptr, entropy_coef_ptr,
+    n_cols, first_col, row_stride, out_stride, logit_scale, softcap,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program writes one row of the gradient."""
+    row = tl.program_id(0).to(tl.int64)
+    inv_temperature = tl.load(inv_temperature_ptr + row)
+    local_id = tl.load(ids_ptr + row) - first_col
+    lse = tl.load(lse_ptr + row)
+    coef = tl.load(coef_ptr + row)
+    entropy = 0.0
+    entropy_coef = 0.0
+    if ENTROPY:
+        entropy = tl.load(entropy_ptr + row)
+        entropy_coef = tl.load(entropy_coef_ptr + row)
+    for start in range(0, n_cols, BLOCK):
+        cols = start + tl.arange(0, BLOCK)
+        inside = cols < n_cols
+        z = load_logits(tile_ptr + row * row_stride, bias_ptr, cols, inside, logit_scale, softcap, inv_temperature, HAS_BIAS, HAS_SOFTCAP)
+        p = tl.exp(z - lse)
+        gradient = tl.where(cols == local_id, coef, 0.0) - coef * p
+        if ENTROPY:
+            gradient -= tl.where(p > 0, entropy_coef * p * (z - lse + entropy), 0.0)
+        gradient = chain(gradient, z, logit_scale, softcap, inv_temperature, HAS_SOFTCAP)
+        tl.store(out_ptr + row * out_stride + cols, gradient.to(out_ptr.dtype.element_ty), mask=inside)

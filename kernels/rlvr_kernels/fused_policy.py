@@ -1,0 +1,162 @@
+"""fused_policy: score, weigh and pull back in one launch, over a tile that holds the whole rows.
+
+Each program reads its row of logits twice (the second time from cache where the row fits) and writes the gradient once, in
+place: log-sum-exp, log-probability, ratio, clip, confidence weight, loss, coefficient and dL/d(h W^T) without leaving it.
+For losses whose coefficient needs no other row: the rollout's confidence shift is given. With `deferred=True` the
+coefficient is left out (1), for a rollout that must be scored before it can be weighed: the gradient is linear in it.
+Bytes: 2 reads and 1 write of n * V. FLOPs: about 8 n V, so it is bound by memory.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from rlvr_kernels._triton import device_guard, jit, tl
+from rlvr_kernels.backend import use_triton
+from rlvr_kernels.dlogits import softmax_gradient
+from rlvr_kernels.logits import Head, chain, load_logits, row_blocks
+from rlvr_kernels.spec import PolicySpec
+from rlvr_kernels.surrogate import asymmetric_weight, asymmetric_weight_kernel, kernel_arguments, token_terms, token_terms_kernel
+
+BLOCK = 4096
+NUM_WARPS = 8
+
+
+class PolicyRows(NamedTuple):
+    """What one row of the loss reads besides its logits, all (n,): scale is the aggregation's weight, shift the rollout's c."""
+
+    advantage: torch.Tensor
+    scale: torch.Tensor
+    old: torch.Tensor | None = None
+    ref: torch.Tensor | None = None
+    shift: torch.Tensor | None = None
+
+
+class FusedRows(NamedTuple):
+    """logp, lse, loss, coef = dL/dlogp of each row, all (n,); deferred rows have loss 0 and coef 1."""
+
+    logp: torch.Tensor
+    lse: torch.Tensor
+    loss: torch.Tensor
+    coef: torch.Tensor
+
+
+def fused_policy(
+    tile: torch.Tensor,
+    ids: torch.Tensor,
+    rows: PolicyRows,
+    inv_temperature: torch.Tensor,
+    spec: PolicySpec,
+    *,
+    bias: torch.Tensor | None = None,
+    head: Head = Head(),
+    out: torch.Tensor | None = None,
+    deferred: bool = False,
+    backend: str = "auto",
+) -> FusedRows:
+    """Overwrite tile (n, V) of raw h W^T (or fill `out`) by the loss's gradient, and return each row's scores and loss."""
+    out = tile if out is None else out
+    if use_triton(tile, backend):
+        return _fused_triton(tile, ids, rows, inv_temperature, spec, bias, head, out, deferred)
+    result = FusedRows(*(torch.empty_like(inv_temperature) for _ in FusedRows._fields))
+    for block in row_blocks(*tile.shape):
+        part = PolicyRows(*(None if x is None else x[block] for x in rows))  # type: ignore[arg-type]
+        z = head.logits(tile[block], bias, inv_temperature[block])
+        lse = torch.logsumexp(z, 1)
+        logp = z.gather(1, ids[block, None])[:, 0] - lse
+        loss, coef = _weigh_rows(logp, part, spec, deferred)
+        shifted = z - lse[:, None] if head.softcap is not None else z.sub_(lse[:, None])
+        gradient = softmax_gradient(shifted, ids[block], coef)
+        out[block] = head.chain_(gradient, z, inv_temperature[block])
+        for whole, value in zip(result, (logp, lse, loss, coef), strict=True):
+            whole[block] = value
+    return result
+
+
+def _weigh_rows(logp: torch.Tensor, rows: PolicyRows, spec: PolicySpec, deferred: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    if deferred:
+        return torch.zeros_like(logp), torch.ones_like(logp)
+    weight = None if rows.shift is None else asymmetric_weight(rows.shift, spec)
+    terms = token_terms(logp, rows.old, rows.ref, rows.advantage, weight, spec)
+    return terms.loss * rows.scale, terms.coef * rows.scale
+
+
+def _fused_triton(
+    tile: torch.Tensor, ids: torch.Tensor, rows: PolicyRows, inv_temperature: torch.Tensor, spec: PolicySpec,
+    bias: torch.Tensor | None, head: Head, out: torch.Tensor, deferred: bool,
+) -> FusedRows:  # fmt: skip
+    result = FusedRows(*(torch.empty_like(inv_temperature) for _ in FusedRows._fields))
+    if not tile.shape[0]:
+        return result
+    with device_guard(tile):
+        fused_policy_kernel[(tile.shape[0],)](
+            tile, out, bias, ids, inv_temperature, rows.advantage, rows.scale, rows.old, rows.ref, rows.shift, *result,
+            tile.shape[1], tile.stride(0), out.stride(0), HAS_BIAS=bias is not None, HAS_OLD=rows.old is not None,
+            HAS_REF=rows.ref is not None, HAS_SHIFT=rows.shift is not None, DEFERRED=deferred,
+            BLOCK=BLOCK, num_warps=NUM_WARPS, **head.kernel_arguments(), **kernel_arguments(spec),
+        )  # fmt: skip
+    return result
+
+
+@jit
+def fused_policy_kernel(
+    tile_ptr, out_ptr, bias_ptr, ids_ptr, inv_temperature_ptr, advantage_ptr, scale_ptr, old_ptr, ref_ptr, shift_ptr,
+    logp_ptr, lse_ptr, loss_ptr, coef_ptr, n_cols, row_stride, out_stride, logit_scale, softcap,
+    epsilon_low, epsilon_high, delta, beta, alpha,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_OLD: tl.constexpr, HAS_REF: tl.constexpr, HAS_SHIFT: tl.constexpr,
+    DEFERRED: tl.constexpr, SHAPE: tl.constexpr, KL: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program scores, weighs and pulls back one row."""
+    row = tl.program_id(0).to(tl.int64)
+    row_ptr = tile_ptr + row * row_stride
+    inv_temperature = tl.load(inv_temperature_ptr + row)
+    target_id = tl.load(ids_ptr + row)
+
+    maximum = -float("inf")
+    total = 0.0
+    target = -float("inf")
+    for start in range(0, n_cols, BLOCK):
+        cols = start + tl.arange(0, BLOCK)
+        inside = cols < n_cols
+        z = load_logits(row_ptr, bias_ptr, cols, inside, logit_scale, softcap, inv_temperature, HAS_BIAS, HAS_SOFTCAP)
+        target = tl.maximum(target, tl.max(tl.where(inside & (cols == target_id), z, -float("inf")), 0))
+        peak = tl.maximum(maximum, tl.max(z, 0))
+        anchor = tl.where(peak == -float("inf"), 0.0, peak)  # a row of -inf alone so far
+        moved = tl.where(total > 0, maximum - anchor, 0.0)
+        total = total * tl.exp(moved) + tl.sum(tl.exp(z - anchor), 0)
+        maximum = peak
+    lse = maximum + tl.log(total)
+    logp = (target - maximum) - tl.log(total)
+
+    loss = 0.0
+    coef = 1.0
+    if not DEFERRED:
+        advantage = tl.load(advantage_ptr + row)
+        scale = tl.load(scale_ptr + row)
+        old = logp
+        ref = logp
+        weight = 1.0
+        if HAS_OLD:
+            old = tl.load(old_ptr + row)
+        if HAS_REF:
+            ref = tl.load(ref_ptr + row)
+        if HAS_SHIFT:
+            weight = asymmetric_weight_kernel(tl.load(shift_ptr + row), alpha, SHAPE)
+        loss, coef, _kl, _low, _high = token_terms_kernel(
+            logp, old, ref, advantage, weight, epsilon_low, epsilon_high, delta, beta, HAS_OLD, HAS_REF, KL
+        )
+        loss *= scale
+        coef *= scale
+    tl.store(logp_ptr + row, logp)
+    tl.store(lse_ptr + row, lse)
+    tl.store(loss_ptr + row, loss)
+    tl.store(coef_ptr + row, coef)
+
+    tl.debug_barrier()  # out may be the tile: every read above is done before a write below
+    for start in range(0, n_cols, BLOCK):
+        cols = start + tl.arange(0, BLOCK)
+        inside = cols < n_cols
+        z = load_logits(row_ptr, bias_ptr, cols, inside, logit_scale, softcap, inv_temperature, HAS_BIAS, HAS_SOFTCAP)
+        gradient = tl.where(cols == target_id, coef, 0.0) - coef * tl.exp(z - lse)
+        gradient = chain(gradient, z, logit_scale, softcap, inv_temperature, HAS_SOFTCAP)
+        tl.store(out_ptr + row * out_stride + cols, gradient.to(out_ptr.dtype.element_ty), mask=inside)

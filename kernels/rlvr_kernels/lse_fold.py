@@ -1,0 +1,160 @@
+"""lse_fold: fold a tile of logits into each row's running log-sum-exp, target logit, entropy and mean.
+
+A tile (n, c) is columns first_col .. first_col + c of the logits of n rows. Folding every tile of the vocabulary in any
+order gives the statistics of the whole row. One program per row, looping over its columns.
+Bytes: n * c * itemsize read, 20 n read and written. FLOPs: about 4 n c, so it is bound by memory.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from rlvr_kernels._triton import device_guard, jit, tl
+from rlvr_kernels.backend import use_triton
+from rlvr_kernels.logits import Head, accumulator_dtype, load_logits, row_blocks
+
+BLOCK = 4096
+NUM_WARPS = 8
+
+
+@dataclass
+class RowState:
+    """What has been seen of each row so far, all (n,): the maximum m, the sum of exp(z - m), the target's logit,
+    and, where asked for, the sum of exp(z - m) (z - m) for the entropy and the sum of z for the mean logit."""
+
+    maximum: torch.Tensor
+    total: torch.Tensor
+    target: torch.Tensor
+    weighted: torch.Tensor | None = None
+    summed: torch.Tensor | None = None
+
+    @staticmethod
+    def empty(rows: int, like: torch.Tensor, *, entropy: bool = False, mean: bool = False) -> "RowState":
+        """The state of `rows` rows of which nothing has been seen."""
+        dtype, device = accumulator_dtype(like.dtype), like.device
+
+        def filled(value: float) -> torch.Tensor:
+            return torch.full((rows,), value, dtype=dtype, device=device)
+
+        infinity = float("inf")
+        return RowState(filled(-infinity), filled(0), filled(-infinity), filled(0) if entropy else None, filled(0) if mean else None)
+
+    def __getitem__(self, rows: slice) -> "RowState":
+        parts = (self.maximum, self.total, self.target, self.weighted, self.summed)
+        return RowState(*(None if part is None else part[rows] for part in parts))  # type: ignore[arg-type]
+
+    def lse(self) -> torch.Tensor:
+        """log sum_j exp z_j."""
+        return self.maximum + self.total.log()
+
+    def logp(self) -> torch.Tensor:
+        """The target's log-probability. Written so that a row that is one-hot gives exactly 0."""
+        return (self.target - self.maximum) - self.total.log()
+
+    def entropy(self) -> torch.Tensor | None:
+        """H = -sum_j p_j log p_j in nats."""
+        return None if self.weighted is None else self.total.log() - self.weighted / self.total
+
+    def top1(self) -> torch.Tensor:
+        """Whether no token is likelier than the target."""
+        return self.target == self.maximum
+
+
+def lse_fold(
+    tile: torch.Tensor,
+    ids: torch.Tensor,
+    first_col: int,
+    state: RowState,
+    inv_temperature: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    head: Head = Head(),
+    backend: str = "auto",
+) -> None:
+    """Fold tile (n, c) of raw h W^T into `state`, in place.
+
+    ids (n,) are positions in the whole vocabulary, bias (c,) this tile's part, inv_temperature (n,) in float32.
+    The entropy and the mean logit are folded if the state has room for them.
+    """
+    if use_triton(tile, backend):
+        _lse_fold_triton(tile, ids, first_col, state, inv_temperature, bias, head)
+        return
+    for rows in row_blocks(*tile.shape):
+        z = head.logits(tile[rows], bias, inv_temperature[rows])
+        _fold_block(z, ids[rows] - first_col, state[rows])
+
+
+def _fold_block(z: torch.Tensor, local_ids: torch.Tensor, state: RowState) -> None:
+    """Fold transformed logits z (r, c), which are overwritten."""
+    held = (local_ids >= 0) & (local_ids < z.shape[1])
+    picked = z.gather(1, local_ids.clamp(0, z.shape[1] - 1)[:, None])[:, 0]
+    state.target.copy_(torch.where(held, picked, state.target))
+    if state.summed is not None:
+        state.summed += z.sum(1)
+    maximum = torch.maximum(state.maximum, z.amax(1))
+    anchor = torch.where(maximum.isinf(), 0, maximum)  # a row of -inf alone so far
+    moved = torch.where(state.total > 0, state.maximum - anchor, 0)
+    z.sub_(anchor[:, None])
+    mass = z.exp() if state.weighted is not None else z.exp_()
+    if state.weighted is not None:
+        inner = mass.mul(z.clamp_(min=-1e30)).sum(1)  # 0 * -inf is 0 here
+        state.weighted.add_(state.total * moved).mul_(moved.exp()).add_(inner)
+    state.total.mul_(moved.exp()).add_(mass.sum(1))
+    state.maximum.copy_(maximum)
+
+
+def _lse_fold_triton(tile: torch.Tensor, ids: torch.Tensor, first_col: int, state: RowState, inv_temperature: torch.Tensor, bias: torch.Tensor | None, head: Head) -> None:
+    rows, cols = tile.shape
+    if not rows:
+        return
+    with device_guard(tile):
+        lse_fold_kernel[(rows,)](
+            tile, bias, ids, inv_temperature, state.maximum, state.total, state.target, state.weighted, state.summed,
+            cols, first_col, tile.stride(0), HAS_BIAS=bias is not None, ENTROPY=state.weighted is not None,
+            MEAN=state.summed is not None, BLOCK=BLOCK, num_warps=NUM_WARPS, **head.kernel_arguments(),
+        )  # fmt: skip
+
+
+@jit
+def lse_fold_kernel(
+    tile_ptr, bias_ptr, ids_ptr, inv_temperature_ptr, maximum_ptr, total_ptr, target_ptr, weighted_ptr, summed_ptr,
+    n_cols, first_col, row_stride, logit_scale, softcap,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, MEAN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program folds one row of the tile."""
+    row = tl.program_id(0).to(tl.int64)
+    row_ptr = tile_ptr + row * row_stride
+    inv_temperature = tl.load(inv_temperature_ptr + row)
+    local_id = tl.load(ids_ptr + row) - first_col
+    maximum = tl.load(maximum_ptr + row)
+    total = tl.load(total_ptr + row)
+    target = tl.load(target_ptr + row)
+    weighted = 0.0
+    summed = 0.0
+    if ENTROPY:
+        weighted = tl.load(weighted_ptr + row)
+    if MEAN:
+        summed = tl.load(summed_ptr + row)
+    for start in range(0, n_cols, BLOCK):
+        cols = start + tl.arange(0, BLOCK)
+        inside = cols < n_cols
+        z = load_logits(row_ptr, bias_ptr, cols, inside, logit_scale, softcap, inv_temperature, HAS_BIAS, HAS_SOFTCAP)
+        target = tl.maximum(target, tl.max(tl.where(inside & (cols == local_id), z, -float("inf")), 0))
+        if MEAN:
+            summed += tl.sum(tl.where(inside, z, 0.0), 0)
+        peak = tl.maximum(maximum, tl.max(z, 0))
+        anchor = tl.where(peak == -float("inf"), 0.0, peak)  # a row of -inf alone so far
+        moved = tl.where(total > 0, maximum - anchor, 0.0)
+        mass = tl.exp(z - anchor)
+        if ENTROPY:
+            inner = tl.sum(tl.where(mass > 0, mass * (z - anchor), 0.0), 0)
+            weighted = (weighted + total * moved) * tl.exp(moved) + inner
+        total = total * tl.exp(moved) + tl.sum(mass, 0)
+        maximum = peak
+    tl.store(maximum_ptr + row, maximum)
+    tl.store(total_ptr + row, total)
+    tl.store(target_ptr + row, target)
+    if ENTROPY:
+        tl.store(weighted_ptr + row, weighted)
+    if MEAN:
+        tl.store(summed_ptr + row, summed)
