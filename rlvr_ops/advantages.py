@@ -47,7 +47,7 @@ def group_advantages(rewards: Tensor, group_size: int, estimator: str = "grpo", 
     advantages = r - r.mean(dim=1, keepdim=True)
     if estimator == "rloo":
         advantages = advantages * (group_size / (group_size - 1))
-    elif estimator == "grpo" and group_size > 1:
+    elif estimator == "grpo" and group_size > 1 and len(r) > 0:
         advantages = advantages / (r.std(dim=1, keepdim=True) + eps)
     told_apart = (r != r[:, :1]).any(dim=1, keepdim=True)
     return advantages.where(told_apart, 0.0).reshape(-1).to(dtype)
