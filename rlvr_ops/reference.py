@@ -211,7 +211,7 @@ def reference_policy_loss_from_logps(
         per_token = per_token + beta * kl if beta > 0 else per_token
     loss = _aggregate(per_token, active, rollouts, loss_type, num_items_in_batch, max_completion_length, layout)
 
-    tokens = active.sum().clamp(min=1)
+    tokens = active.sum().clamp(min=1).to(ratio.dtype)
     low_clipped = active & (ratio < 1 - epsilon_low) & (base < 0)
     high_clipped = active & (ratio > 1 + high) & (base > 0)
     metrics = {
@@ -271,7 +271,7 @@ def _kl(log_ratio: Tensor, estimator: str) -> Tensor:
         return log_ratio
     if estimator == "k2":
         return log_ratio**2 / 2
-    return torch.exp(-log_ratio) + log_ratio - 1
+    return torch.expm1(-log_ratio) + log_ratio
 
 
 def _aggregate(
@@ -302,7 +302,7 @@ def _aggregate(
 def _ace_metrics(base: Tensor, shifts: Tensor, weights: Tensor, rollouts: list[slice]) -> dict[str, Tensor]:
     """Describe the wrong rollouts, those with a negative advantage: mean shift, weights, and the three classes."""
     wrong = torch.stack([(base[rows] < 0).any() for rows in rollouts]) if rollouts else shifts > 0
-    count = wrong.sum().clamp(min=1)
+    count = wrong.sum().clamp(min=1).to(shifts.dtype)
     return {
         "ace/shift/mean": shifts.where(wrong, 0.0).sum() / count,
         "ace/weight/mean": weights.where(wrong, 0.0).sum() / count,
