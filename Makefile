@@ -1,0 +1,49 @@
+# Every target sets up .venv by itself; the second time it starts at once.
+PYTHON ?= python3
+TORCH ?=
+MODEL ?= smollm2-135m
+SEED ?= 0
+export PYTHON TORCH
+
+BIN := .venv/bin
+PYTEST := $(BIN)/python -m pytest -q
+READY := .venv/.ready
+
+.PHONY: test demo bench lint types test-cpu test-interpret test-compile test-gpu setup clean
+
+test: lint types test-cpu test-interpret test-compile test-gpu
+
+demo: $(READY)
+	$(BIN)/rlvr-ops demo --model $(MODEL) --seed $(SEED) --out runs/demo-$(MODEL)-$(SEED)
+
+bench: $(READY)
+	$(PYTEST) --benchmark benchmarks
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(READY)
+	$(BIN)/mypy
+
+test-cpu: $(READY)
+	$(PYTEST) -m "not interpret and not compile and not gpu"
+
+test-interpret: $(READY)
+	TRITON_INTERPRET=1 $(PYTEST) -m interpret
+
+test-compile: $(READY)
+	$(PYTEST) -m compile
+
+test-gpu: $(READY)
+	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; \
+	then $(PYTEST) -m gpu; else echo "no GPU here: the tests marked gpu are left out"; fi
+
+setup: $(READY)
+
+$(READY): pyproject.toml .ci/setup
+	bash .ci/setup
+	touch $@
+
+clean:
+	rm -rf .venv
