@@ -7,7 +7,9 @@ from rlvr_kernels._triton import HAS_TRITON, interpreting
 BACKENDS = ("auto", "triton", "torch")
 
 
-def explain_backend(device: torch.device | str, backend: str = "auto", dtype: torch.dtype = torch.float32) -> tuple[str, str]:
+def explain_backend(
+    device: torch.device | str, backend: str = "auto", dtype: torch.dtype = torch.float32
+) -> tuple[str, str]:
     """Name the backend that `backend` means for tensors on `device`, and the reason.
 
     Returns:

@@ -101,7 +101,17 @@ def dlogits_kernel(
     for start in range(0, n_cols, BLOCK):
         cols = start + tl.arange(0, BLOCK)
         inside = cols < n_cols
-        z = load_logits(tile_ptr + row * row_stride, bias_ptr, cols, inside, logit_scale, softcap, inv_temperature, HAS_BIAS, HAS_SOFTCAP)
+        z = load_logits(
+            tile_ptr + row * row_stride,
+            bias_ptr,
+            cols,
+            inside,
+            logit_scale,
+            softcap,
+            inv_temperature,
+            HAS_BIAS,
+            HAS_SOFTCAP,
+        )
         p = tl.exp(z - lse)
         gradient = tl.where(cols == local_id, coef, 0.0) - coef * p
         if ENTROPY:

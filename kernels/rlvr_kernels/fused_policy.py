@@ -16,7 +16,13 @@ from rlvr_kernels.backend import use_triton
 from rlvr_kernels.dlogits import softmax_gradient
 from rlvr_kernels.logits import Head, chain, load_logits, row_blocks
 from rlvr_kernels.spec import PolicySpec
-from rlvr_kernels.surrogate import asymmetric_weight, asymmetric_weight_kernel, kernel_arguments, token_terms, token_terms_kernel
+from rlvr_kernels.surrogate import (
+    asymmetric_weight,
+    asymmetric_weight_kernel,
+    kernel_arguments,
+    token_terms,
+    token_terms_kernel,
+)
 
 BLOCK = 4096
 NUM_WARPS = 8
@@ -73,7 +79,9 @@ def fused_policy(
     return result
 
 
-def _weigh_rows(logp: torch.Tensor, rows: PolicyRows, spec: PolicySpec, deferred: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def _weigh_rows(
+    logp: torch.Tensor, rows: PolicyRows, spec: PolicySpec, deferred: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
     if deferred:
         return torch.zeros_like(logp), torch.ones_like(logp)
     weight = None if rows.shift is None else asymmetric_weight(rows.shift, spec)

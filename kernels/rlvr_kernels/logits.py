@@ -66,7 +66,17 @@ def row_blocks(rows: int, cols: int) -> Iterator[slice]:
 
 
 @jit
-def load_logits(row_ptr, bias_ptr, cols, inside, logit_scale, softcap, inv_temperature, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
+def load_logits(
+    row_ptr,
+    bias_ptr,
+    cols,
+    inside,
+    logit_scale,
+    softcap,
+    inv_temperature,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+):
     """One block (BLOCK,) of a row's logits in float32; -inf where `inside` is false."""
     z = tl.load(row_ptr + cols, mask=inside, other=0.0).to(tl.float32)
     if HAS_BIAS:

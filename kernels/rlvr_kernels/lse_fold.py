@@ -37,7 +37,9 @@ class RowState:
             return torch.full((rows,), value, dtype=dtype, device=device)
 
         infinity = float("inf")
-        return RowState(filled(-infinity), filled(0), filled(-infinity), filled(0) if entropy else None, filled(0) if mean else None)
+        return RowState(
+            filled(-infinity), filled(0), filled(-infinity), filled(0) if entropy else None, filled(0) if mean else None
+        )
 
     def __getitem__(self, rows: slice) -> "RowState":
         parts = (self.maximum, self.total, self.target, self.weighted, self.summed)
@@ -103,7 +105,15 @@ def _fold_block(z: torch.Tensor, local_ids: torch.Tensor, state: RowState) -> No
     state.maximum.copy_(maximum)
 
 
-def _lse_fold_triton(tile: torch.Tensor, ids: torch.Tensor, first_col: int, state: RowState, inv_temperature: torch.Tensor, bias: torch.Tensor | None, head: Head) -> None:
+def _lse_fold_triton(
+    tile: torch.Tensor,
+    ids: torch.Tensor,
+    first_col: int,
+    state: RowState,
+    inv_temperature: torch.Tensor,
+    bias: torch.Tensor | None,
+    head: Head,
+) -> None:
     rows, cols = tile.shape
     if not rows:
         return

@@ -123,7 +123,9 @@ def token_terms_kernel(
     clipped_low = (ratio < 1.0 - epsilon_low) & (advantage < 0)
     clipped_high = (ratio > 1.0 + epsilon_high) & (advantage > 0)
     capped = tl.minimum(ratio, delta)
-    loss = -tl.minimum(capped * advantage, tl.minimum(tl.maximum(ratio, 1.0 - epsilon_low), 1.0 + epsilon_high) * advantage)
+    loss = -tl.minimum(
+        capped * advantage, tl.minimum(tl.maximum(ratio, 1.0 - epsilon_low), 1.0 + epsilon_high) * advantage
+    )
     coef = tl.where(clipped_low | clipped_high | (capped < ratio), 0.0, -ratio * advantage)
     kl = logp * 0.0
     if HAS_REF:

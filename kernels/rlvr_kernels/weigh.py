@@ -5,6 +5,7 @@ everything else, in blocks, so that a rollout may have any length. Deterministic
 Bytes: at most 24 per row. FLOPs: about 40 per row.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -12,7 +13,13 @@ import torch
 from rlvr_kernels._triton import device_guard, jit, tl
 from rlvr_kernels.backend import use_triton
 from rlvr_kernels.spec import PolicySpec
-from rlvr_kernels.surrogate import asymmetric_weight, asymmetric_weight_kernel, kernel_arguments, token_terms, token_terms_kernel
+from rlvr_kernels.surrogate import (
+    asymmetric_weight,
+    asymmetric_weight_kernel,
+    kernel_arguments,
+    token_terms,
+    token_terms_kernel,
+)
 
 BLOCK = 1024
 NUM_WARPS = 4
@@ -57,10 +64,12 @@ def weigh(
 
     tokens = per_rollout(active)
     shift, weight = torch.zeros_like(tokens), torch.ones_like(tokens)
-    if spec.alpha > 0 and ref is not None:
-        shift = confidence_shift(logp, old, ref, spec, per_rollout, tokens)
-        weight = asymmetric_weight(shift, spec)
-    quiet = [None if x is None else torch.where(active, x, 0) for x in (logp, old, ref)]  # so that exp sees no masked row
+    if ref is not None:
+        shift = _confidence_shift(logp, old, ref, spec, per_rollout, tokens)
+        weight = asymmetric_weight(shift, spec) if spec.alpha > 0 else weight
+    quiet = [
+        None if x is None else torch.where(active, x, 0) for x in (logp, old, ref)
+    ]  # so that exp sees no masked row
     terms = token_terms(quiet[0], quiet[1], quiet[2], torch.where(active, advantages, 0), weight[rollout], spec)  # type: ignore[arg-type]
     scale = torch.where(active, rollout_weight[rollout], 0)
     losses, coef = terms.loss * scale, terms.coef * scale
@@ -74,8 +83,13 @@ def rollout_of_row(cu_seqlens: torch.Tensor, rows: int) -> torch.Tensor:
     return torch.repeat_interleave(cu_seqlens.diff(), output_size=rows)
 
 
-def confidence_shift(
-    logp: torch.Tensor, old: torch.Tensor | None, ref: torch.Tensor, spec: PolicySpec, per_rollout, tokens: torch.Tensor  # type: ignore[no-untyped-def]  # noqa: ANN001
+def _confidence_shift(
+    logp: torch.Tensor,
+    old: torch.Tensor | None,
+    ref: torch.Tensor,
+    spec: PolicySpec,
+    per_rollout: Callable[[torch.Tensor], torch.Tensor],
+    tokens: torch.Tensor,
 ) -> torch.Tensor:
     """c (B,): how much likelier the policy has made each rollout than the reference did."""
     confident = old if spec.confidence == "old" and old is not None else logp
@@ -120,16 +134,16 @@ def weigh_kernel(
     for start in range(first, last, BLOCK):
         rows, active = active_rows(start, last, mask_ptr, HAS_MASK, BLOCK)
         tokens += tl.sum(active.to(tl.float32), 0)
-        if ACE:
+        if HAS_REF:
             ref = tl.load(ref_ptr + rows, mask=active, other=0.0)
             if OLD_CONFIDENCE:
                 confident = tl.load(old_ptr + rows, mask=active, other=0.0)
             else:
                 confident = tl.load(logp_ptr + rows, mask=active, other=0.0)
             shift += tl.sum(confident - ref, 0)
+    if MEAN:
+        shift = shift / tl.maximum(tokens, 1.0)
     if ACE:
-        if MEAN:
-            shift = shift / tl.maximum(tokens, 1.0)
         weight = asymmetric_weight_kernel(shift, alpha, SHAPE)
 
     loss_sum = 0.0

@@ -1,0 +1,81 @@
+"""pull_back: from dL/dlogp (and dL/dH) to the gradients of hidden states, weight and bias; 6NVH FLOPs, logits recomputed.
+
+The vocabulary is the outer loop: each slice of the weight's gradient is written once, by the matmul's own float32
+accumulator, and no float32 copy of the whole of it exists. The hidden states' gradient accumulates in float32.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from rlvr_kernels.dlogits import dlogits
+from rlvr_kernels.logits import Head, accumulator_dtype
+from rlvr_kernels.tile import Tile, accumulate, accumulator, bytes_per_logit, multiply, vocabulary_tile
+
+
+class Needs(NamedTuple):
+    """Which gradients are wanted."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+
+
+class Gradients(NamedTuple):
+    """d_hidden (n, H) and d_bias (V,) in the accumulator's dtype, d_weight (V, H) in the parameter's; None if not wanted."""
+
+    hidden: torch.Tensor | None
+    weight: torch.Tensor | None
+    bias: torch.Tensor | None
+
+
+def pull_back(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    ids: torch.Tensor,
+    inv_temperature: torch.Tensor,
+    lse: torch.Tensor,
+    coef: torch.Tensor,
+    *,
+    entropy: torch.Tensor | None = None,
+    entropy_coef: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    head: Head = Head(),
+    needs: Needs,
+    weight_dtype: torch.dtype,
+    workspace_bytes: int,
+    backend: str = "auto",
+) -> Gradients:
+    """Pull rows (n,) back; hidden (n, H) and weight (V, H) have one dtype, d_weight gets `weight_dtype`."""
+    rows, vocabulary = hidden.shape[0], weight.shape[0]
+    d_hidden = accumulator(rows, hidden.shape[1], hidden) if needs.hidden else None
+    fresh = torch.empty if rows else torch.zeros  # every slice is overwritten, if there is a row to do it
+    d_weight = fresh(weight.shape, dtype=weight_dtype, device=weight.device) if needs.weight else None
+    d_bias = (
+        torch.zeros(vocabulary, dtype=accumulator_dtype(hidden.dtype), device=weight.device) if needs.bias else None
+    )
+    shape = vocabulary_tile(rows, vocabulary, bytes_per_logit(hidden.device, hidden.dtype), workspace_bytes)
+    tile = Tile(shape, hidden.dtype, hidden.device)
+    for col in range(0, vocabulary, shape.cols):
+        part = slice(col, min(col + shape.cols, vocabulary))
+        slice_total = None  # float32 accumulator of this slice, where its rows come in several pieces
+        for row in range(0, rows, shape.rows):
+            some = slice(row, min(row + shape.rows, rows))
+            logits = tile.fill(hidden[some], weight[part])
+            gradient = dlogits(
+                logits, ids[some], col, lse[some], coef[some], inv_temperature[some],
+                entropy=None if entropy is None else entropy[some], entropy_coef=None if entropy_coef is None else entropy_coef[some],
+                bias=None if bias is None else bias[part], head=head, out=tile.gradient(*logits.shape), backend=backend,
+            )  # fmt: skip
+            if d_hidden is not None:
+                accumulate(d_hidden[some], gradient, weight[part], first=col == 0)
+            if d_weight is not None and shape.rows >= rows:
+                multiply(gradient.T, hidden[some], out=d_weight[part])
+            elif d_weight is not None:
+                slice_total = accumulator(part.stop - col, hidden.shape[1], hidden) if row == 0 else slice_total
+                accumulate(slice_total, gradient.T, hidden[some], first=row == 0)  # type: ignore[arg-type]
+            if d_bias is not None:
+                d_bias[part] += gradient.sum(0, dtype=d_bias.dtype)
+        if slice_total is not None and d_weight is not None:
+            d_weight[part] = slice_total
+    return Gradients(d_hidden, d_weight, d_bias)

@@ -1,0 +1,83 @@
+"""score: every row's log-probability and statistics, 2NVH FLOPs, with a bounded tile of logits.
+
+The vocabulary is the inner loop where the workspace forces the rows to be cut, the only loop otherwise.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from rlvr_kernels.linear_lse import linear_lse
+from rlvr_kernels.logits import Head
+from rlvr_kernels.lse_fold import RowState, lse_fold
+from rlvr_kernels.tile import Tile, bytes_per_logit, vocabulary_tile
+
+
+class Scores(NamedTuple):
+    """All (n,) in float32 (float64 for float64): logp and lse, and what was asked for."""
+
+    logp: torch.Tensor
+    lse: torch.Tensor
+    entropy: torch.Tensor | None = None
+    mean_logit: torch.Tensor | None = None
+    top1: torch.Tensor | None = None
+
+
+def score(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    ids: torch.Tensor,
+    inv_temperature: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    head: Head = Head(),
+    entropy: bool = False,
+    mean: bool = False,
+    top1: bool = False,
+    workspace_bytes: int,
+    backend: str = "auto",
+) -> Scores:
+    """Score ids (n,) under hidden (n, H) and weight (V, H), which have one dtype.
+
+    workspace_bytes=0 takes `linear_lse`, which needs none and gives no statistics beyond logp and lse.
+    """
+    rows, vocabulary = hidden.shape[0], weight.shape[0]
+    if workspace_bytes == 0 and not (entropy or mean or top1):
+        temperature = 1 / inv_temperature
+        return Scores(
+            *linear_lse(
+                hidden,
+                weight,
+                ids,
+                bias=bias,
+                temperature=temperature,
+                softcap=head.softcap,
+                logit_scale=head.logit_scale,
+                backend=backend,
+            )
+        )
+    state = RowState.empty(rows, hidden, entropy=entropy, mean=mean)
+    shape = vocabulary_tile(rows, vocabulary, bytes_per_logit(hidden.device, hidden.dtype), workspace_bytes)
+    tile = Tile(shape, hidden.dtype, hidden.device)
+    for row in range(0, rows, shape.rows):
+        some = slice(row, min(row + shape.rows, rows))
+        for col in range(0, vocabulary, shape.cols):
+            part = slice(col, min(col + shape.cols, vocabulary))
+            logits = tile.fill(hidden[some], weight[part])
+            lse_fold(
+                logits,
+                ids[some],
+                col,
+                state[some],
+                inv_temperature[some],
+                bias=None if bias is None else bias[part],
+                head=head,
+                backend=backend,
+            )
+    return finish(state, vocabulary, top1)
+
+
+def finish(state: RowState, vocabulary: int, top1: bool = False) -> Scores:
+    """The scores of rows of which everything has been seen."""
+    mean = None if state.summed is None else state.summed / vocabulary
+    return Scores(state.logp(), state.lse(), state.entropy(), mean, state.top1() if top1 else None)

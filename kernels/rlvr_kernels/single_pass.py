@@ -1,0 +1,261 @@
+"""single_pass: the loss's gradients while each chunk's logits exist, 6NVH FLOPs; nothing is recomputed.
+
+Rows come in chunks that fit the workspace with all their logits. Chunks end at rollout boundaries if the coefficient of a
+row depends on its whole rollout, anywhere otherwise. In a chunk, `fused_policy` does everything in one launch where it
+applies; else lse_fold, weigh and dlogits follow each other. Rows with coefficient 0 are taken out before the matmuls.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+
+from rlvr_kernels.dlogits import dlogits
+from rlvr_kernels.fused_policy import PolicyRows, fused_policy
+from rlvr_kernels.logits import Head, accumulator_dtype
+from rlvr_kernels.lse_fold import RowState, lse_fold
+from rlvr_kernels.pull_back import Gradients, Needs
+from rlvr_kernels.spec import PolicySpec
+from rlvr_kernels.surrogate import asymmetric_weight
+from rlvr_kernels.tile import Tile, TileShape, accumulate, accumulator, bytes_per_logit, multiply, whole_row_tile
+from rlvr_kernels.weigh import STATISTICS, rollout_of_row, weigh
+
+COMPACTION_BYTES = 16 << 20  # rows move up in pieces of this size
+
+
+class Rows(NamedTuple):
+    """The n rows to do, in rollout order: `index` (n,) says which of the hidden states, None all of them.
+
+    ids, inv_temperature, advantages, old, ref (n,); cu_seqlens (B + 1,) over the n rows, `lengths` the same on the host;
+    rollout_weight (B,).
+    """
+
+    index: torch.Tensor | None
+    ids: torch.Tensor
+    inv_temperature: torch.Tensor
+    advantages: torch.Tensor
+    old: torch.Tensor | None
+    ref: torch.Tensor | None
+    cu_seqlens: torch.Tensor
+    lengths: list[int]
+    rollout_weight: torch.Tensor
+
+
+class Chunk(NamedTuple):
+    """Rows start .. stop, which are rollouts first .. last where chunks respect them."""
+
+    start: int
+    stop: int
+    first: int
+    last: int
+
+
+class SinglePass(NamedTuple):
+    """logp and entropy (n,), the gradients (d_hidden for all hidden states), and how many rows were pulled back."""
+
+    logp: torch.Tensor
+    entropy: torch.Tensor | None
+    gradients: Gradients
+    pulled_back: int
+
+
+def is_token_local(spec: PolicySpec, has_old: bool) -> bool:
+    """Whether a row's coefficient needs no other row's log-probability under the current policy."""
+    return spec.alpha == 0 or (spec.confidence == "old" and has_old)
+
+
+def chunks(lengths: list[int], limit: int, token_local: bool) -> Iterator[Chunk]:
+    """Cut sum(lengths) rows into chunks of at most `limit`, of equal size where any boundary will do."""
+    if token_local:
+        total = sum(lengths)
+        count = -(-total // max(limit, 1))
+        for i in range(count):
+            yield Chunk(total * i // count, total * (i + 1) // count, 0, len(lengths))
+        return
+    start = stop = first = 0
+    for i, length in enumerate(lengths):
+        if stop > start and stop + length - start > limit:
+            yield Chunk(start, stop, first, i)
+            start, first = stop, i
+        stop += length
+    if stop > start:
+        yield Chunk(start, stop, first, len(lengths))
+
+
+def single_pass(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    rows: Rows,
+    spec: PolicySpec,
+    *,
+    bias: torch.Tensor | None = None,
+    head: Head = Head(),
+    needs: Needs,
+    weight_dtype: torch.dtype,
+    with_entropy: bool = False,
+    workspace_bytes: int,
+    backend: str = "auto",
+) -> SinglePass:
+    """Score, weigh and pull back `rows` of hidden (R, H), which is cast to the dtype of weight (V, H) chunk by chunk."""
+    n, vocabulary = rows.ids.shape[0], weight.shape[0]
+    token_local = is_token_local(spec, rows.old is not None)
+    limit = whole_row_tile(vocabulary, bytes_per_logit(weight.device, weight.dtype), workspace_bytes)
+    plan = list(chunks(rows.lengths, limit, token_local))
+    largest = max((chunk.stop - chunk.start for chunk in plan), default=0)
+    tile = Tile(TileShape(largest, vocabulary), weight.dtype, weight.device)
+    fusable = not with_entropy and (token_local or (rows.old is None and not needs.bias))
+    step = _Step(
+        weight, bias, head, spec, backend, tile, fused=fusable, deferred=not token_local, with_entropy=with_entropy
+    )
+    shift = _known_shift(rows, spec, backend) if token_local and spec.alpha > 0 else None
+    if (
+        shift is not None and with_entropy
+    ):  # the three kernels see pieces of rollouts: the weight goes into the advantages
+        rows, step.spec = _weighted_advantages(rows, shift, spec), replace(spec, alpha=0.0)
+
+    logp = torch.empty_like(rows.inv_temperature)
+    entropy = torch.empty_like(logp) if with_entropy else None
+    d_hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if needs.hidden else None
+    d_weight = _weight_accumulator(weight, weight_dtype, len(plan)) if needs.weight else None
+    d_bias = (
+        torch.zeros(vocabulary, dtype=accumulator_dtype(weight.dtype), device=weight.device) if needs.bias else None
+    )
+    pulled_back = 0
+    for i, chunk in enumerate(plan):
+        part = slice(chunk.start, chunk.stop)
+        index = part if rows.index is None else rows.index[part]
+        states = hidden[index].to(weight.dtype)
+        out = step.run(states, rows, chunk, None if shift is None else shift[part])
+        logp[part] = out.logp
+        if entropy is not None and out.entropy is not None:
+            entropy[part] = out.entropy
+        if out.keep is not None:
+            states = states[out.keep]
+            index = out.keep + chunk.start if rows.index is None else rows.index[part][out.keep]
+        pulled_back += states.shape[0]
+        if d_hidden is not None:
+            product = accumulator(*states.shape, states)
+            multiply(out.gradient, weight, out=product)
+            d_hidden[index] = (product if out.scale is None else product.mul_(out.scale[:, None])).to(d_hidden.dtype)
+        if out.scale is not None:
+            states = (states * out.scale[:, None]).to(weight.dtype)
+        if d_weight is not None:
+            accumulate(d_weight, out.gradient.T, states, first=i == 0)
+        if d_bias is not None:
+            d_bias += out.gradient.sum(0, dtype=d_bias.dtype)
+    if d_weight is not None and not plan:
+        d_weight.zero_()
+    return SinglePass(
+        logp, entropy, Gradients(d_hidden, None if d_weight is None else d_weight.to(weight_dtype), d_bias), pulled_back
+    )
+
+
+def _weight_accumulator(weight: torch.Tensor, weight_dtype: torch.dtype, count: int) -> torch.Tensor:
+    """One chunk can be written straight to the gradient's dtype; several need an accumulator."""
+    if count <= 1:
+        return torch.empty(weight.shape, dtype=weight_dtype, device=weight.device)
+    return accumulator(*weight.shape, weight)
+
+
+def _known_shift(rows: Rows, spec: PolicySpec, backend: str) -> torch.Tensor:
+    """Each row's rollout's confidence shift (n,), from the old log-probabilities."""
+    statistics = weigh(
+        rows.old, rows.old, rows.ref, rows.advantages, None, rows.cu_seqlens, rows.rollout_weight, spec, backend
+    ).statistics  # type: ignore[arg-type]
+    return statistics[:, STATISTICS.index("shift")][rollout_of_row(rows.cu_seqlens, rows.ids.shape[0])]
+
+
+def _weighted_advantages(rows: Rows, shift: torch.Tensor, spec: PolicySpec) -> Rows:
+    """The rows with every wrong one's advantage multiplied by its rollout's weight."""
+    weighted = rows.advantages * asymmetric_weight(shift, spec)
+    return rows._replace(advantages=torch.where(rows.advantages < 0, weighted, rows.advantages))
+
+
+class _Pulled(NamedTuple):
+    """A chunk after its step: gradient (k, V) of the k rows kept (None: all), to be multiplied by scale (k,) (None: 1)."""
+
+    logp: torch.Tensor
+    entropy: torch.Tensor | None
+    keep: torch.Tensor | None
+    gradient: torch.Tensor
+    scale: torch.Tensor | None
+
+
+class _Step:
+    """From a chunk's hidden states to its logits' gradient in the tile.
+
+    `fused` if the coefficient is known row by row, or (`deferred`) if on policy: it is multiplied in afterwards.
+    """
+
+    def __init__(
+        self, weight: torch.Tensor, bias: torch.Tensor | None, head: Head, spec: PolicySpec, backend: str, tile: Tile,
+        *, fused: bool, deferred: bool, with_entropy: bool,
+    ):  # fmt: skip
+        self.weight, self.bias, self.head, self.spec, self.backend, self.tile = weight, bias, head, spec, backend, tile
+        self.fused, self.deferred, self.with_entropy = fused, deferred, with_entropy
+
+    def run(self, states: torch.Tensor, rows: Rows, chunk: Chunk, shift: torch.Tensor | None) -> _Pulled:
+        """Score, weigh and differentiate one chunk of hidden states (n, H)."""
+        logits = self.tile.fill(states, self.weight)
+        return self._fused(logits, rows, chunk, shift) if self.fused else self._separate(logits, rows, chunk)
+
+    def _fused(self, logits: torch.Tensor, rows: Rows, chunk: Chunk, shift: torch.Tensor | None) -> _Pulled:
+        part = slice(chunk.start, chunk.stop)
+        scale = rows.rollout_weight[rollout_of_row(rows.cu_seqlens, rows.ids.shape[0])[part]]
+        policy = PolicyRows(rows.advantages[part], scale, _cut(rows.old, part), _cut(rows.ref, part), shift)
+        gradient = self.tile.gradient(*logits.shape)
+        fused = fused_policy(
+            logits, rows.ids[part], policy, rows.inv_temperature[part], self.spec,
+            bias=self.bias, head=self.head, out=gradient, deferred=self.deferred, backend=self.backend,
+        )  # fmt: skip
+        coef = self._coef(fused.logp, rows, chunk) if self.deferred else fused.coef
+        keep = _rows_to_keep(coef)
+        if keep is not None:
+            gradient, coef = _move_up(gradient, keep), coef[keep]
+        return _Pulled(fused.logp, None, keep, gradient, coef if self.deferred else None)
+
+    def _separate(self, logits: torch.Tensor, rows: Rows, chunk: Chunk) -> _Pulled:
+        part = slice(chunk.start, chunk.stop)
+        ids, inv_temperature = rows.ids[part], rows.inv_temperature[part]
+        state = RowState.empty(logits.shape[0], logits, entropy=self.with_entropy)
+        lse_fold(logits, ids, 0, state, inv_temperature, bias=self.bias, head=self.head, backend=self.backend)
+        logp, lse = state.logp(), state.lse()
+        coef = self._coef(logp, rows, chunk)
+        keep = _rows_to_keep(coef)
+        if keep is not None:
+            logits = _move_up(logits, keep)
+            ids, inv_temperature, lse, coef = ids[keep], inv_temperature[keep], lse[keep], coef[keep]
+        gradient = dlogits(
+            logits, ids, 0, lse, coef, inv_temperature,
+            bias=self.bias, head=self.head, out=self.tile.gradient(*logits.shape), backend=self.backend,
+        )  # fmt: skip
+        return _Pulled(logp, state.entropy(), keep, gradient, None)
+
+    def _coef(self, logp: torch.Tensor, rows: Rows, chunk: Chunk) -> torch.Tensor:
+        """dL/dlogp of a chunk, which either is whole rollouts or needs none of them whole."""
+        part = slice(chunk.start, chunk.stop)
+        some = slice(chunk.first, chunk.last)
+        bounds = rows.cu_seqlens[chunk.first : chunk.last + 1].clamp(chunk.start, chunk.stop) - chunk.start
+        spec = self.spec
+        old, ref, advantages = _cut(rows.old, part), _cut(rows.ref, part), rows.advantages[part]
+        return weigh(logp, old, ref, advantages, None, bounds, rows.rollout_weight[some], spec, self.backend).coef
+
+
+def _cut(values: torch.Tensor | None, part: slice) -> torch.Tensor | None:
+    return None if values is None else values[part]
+
+
+def _rows_to_keep(coef: torch.Tensor) -> torch.Tensor | None:
+    """The rows (k,) whose coefficient is not 0, or None if that is all of them. One host sync."""
+    keep = coef.nonzero()[:, 0]
+    return None if keep.shape[0] == coef.shape[0] else keep
+
+
+def _move_up(tile: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+    """Move rows `keep` (k,), ascending, to the top of the tile in place: a row is read before anything overwrites it."""
+    step = max(1, COMPACTION_BYTES // (tile.shape[1] * tile.element_size()))
+    for start in range(0, keep.shape[0], step):
+        piece = keep[start : start + step]
+        tile[start : start + piece.shape[0]] = tile[piece]
+    return tile[: keep.shape[0]]

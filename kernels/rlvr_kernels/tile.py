@@ -1,0 +1,107 @@
+"""A bounded tile of logits, and the matrix products around it.
+
+The tile is written by the vendor's matmul. Where that can widen (CUDA), low-precision operands give float32 logits and the
+gradient gets a low-precision buffer of its own beside the tile; elsewhere the tile has the operands' dtype and the gradient
+overwrites it. Gradients always accumulate in float32 (float64 for float64).
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from rlvr_kernels.logits import accumulator_dtype
+
+NARROWEST = 4096  # columns of a tile before its rows are cut as well
+PRODUCT_ROWS = 8192  # rows of an accumulator that a matmul which cannot accumulate in float32 updates at a time
+
+
+def widens(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a matmul of `dtype` operands on `device` can write float32."""
+    return device.type == "cuda" and torch.version.hip is None and dtype in (torch.bfloat16, torch.float16)
+
+
+def bytes_per_logit(device: torch.device, dtype: torch.dtype) -> int:
+    """What one logit of a tile costs, its gradient included."""
+    return 4 + dtype.itemsize if widens(device, dtype) else dtype.itemsize
+
+
+def default_workspace_bytes(device: torch.device) -> int:
+    """2 GiB on an accelerator, 160 MiB on a CPU: the time is flat above these and the memory is not (docs/performance-log.md)."""
+    return 160 << 20 if device.type == "cpu" else 2 << 30
+
+
+class TileShape(NamedTuple):
+    """How many rows and columns of logits exist at once."""
+
+    rows: int
+    cols: int
+
+
+def vocabulary_tile(rows: int, vocabulary: int, logit_bytes: int, workspace_bytes: int) -> TileShape:
+    """The widest tile over all rows, or over some of them if that would be too narrow for a good matmul.
+
+    Raises:
+        ValueError: not even a single logit fits.
+    """
+    if workspace_bytes < logit_bytes:
+        raise ValueError(
+            f"workspace_bytes must be at least {logit_bytes}, one logit and its gradient, got {workspace_bytes}"
+        )
+    logits = workspace_bytes // logit_bytes
+    cols = min(vocabulary, max(logits // max(rows, 1), min(NARROWEST, logits)))
+    return TileShape(max(1, min(rows, logits // cols)), cols)
+
+
+def whole_row_tile(vocabulary: int, logit_bytes: int, workspace_bytes: int) -> int:
+    """How many whole rows fit the workspace; 0 if none does."""
+    return workspace_bytes // (vocabulary * logit_bytes)
+
+
+class Tile:
+    """The workspace: buffers for `shape` logits and their gradient, reused for every piece of the vocabulary."""
+
+    def __init__(self, shape: TileShape, dtype: torch.dtype, device: torch.device):
+        size = shape.rows * shape.cols
+        wide = widens(device, dtype)
+        self._logits = torch.empty(size, dtype=torch.float32 if wide else dtype, device=device)
+        self._gradient = torch.empty(size, dtype=dtype, device=device) if wide else self._logits
+
+    def fill(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """The raw logits (n, c) of hidden (n, H) and weight (c, H)."""
+        rows, cols = hidden.shape[0], weight.shape[0]
+        logits = self._logits[: rows * cols].view(rows, cols)
+        multiply(hidden, weight.T, out=logits)
+        return logits
+
+    def gradient(self, rows: int, cols: int) -> torch.Tensor:
+        """Where the gradient of the tile goes, (n, c): the tile itself unless the matmul widens."""
+        return self._gradient[: rows * cols].view(rows, cols)
+
+
+def multiply(a: torch.Tensor, b: torch.Tensor, *, out: torch.Tensor) -> None:
+    """Write a @ b to `out`, whose dtype may be wider or narrower than the operands'."""
+    if out.dtype == a.dtype:
+        torch.mm(a, b, out=out)
+    elif out.dtype == torch.float32 and widens(a.device, a.dtype):
+        torch.mm(a, b, out_dtype=torch.float32, out=out)
+    else:
+        for start in range(0, out.shape[0], PRODUCT_ROWS):
+            out[start : start + PRODUCT_ROWS] = torch.mm(a[start : start + PRODUCT_ROWS], b)
+
+
+def accumulate(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, first: bool) -> None:
+    """total (+)= a @ b in the accumulator's dtype; `first` overwrites instead, so that nobody has to clear it."""
+    if first:
+        multiply(a, b, out=total)
+    elif total.dtype == a.dtype:
+        torch.addmm(total, a, b, out=total)
+    elif widens(a.device, a.dtype):
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    else:
+        for start in range(0, total.shape[0], PRODUCT_ROWS):
+            total[start : start + PRODUCT_ROWS] += torch.mm(a[start : start + PRODUCT_ROWS], b)
+
+
+def accumulator(rows: int, cols: int, like: torch.Tensor) -> torch.Tensor:
+    """An uninitialised accumulator for products of tensors like `like`."""
+    return torch.empty(rows, cols, dtype=accumulator_dtype(like.dtype), device=like.device)

@@ -1,0 +1,48 @@
+"""Losses for reinforcement learning with verifiable rewards, from hidden states and the lm_head, without the logits."""
+
+from rlvr_kernels.backend import explain_backend
+
+from rlvr_ops.advantages import group_advantages, informative_groups, overlong_penalty
+from rlvr_ops.evaluation import bootstrap_interval, paired_bootstrap_interval, pass_at_k
+from rlvr_ops.from_logps import policy_loss_from_logps
+from rlvr_ops.losses import LossOutput, policy_loss
+from rlvr_ops.module import ACELoss
+from rlvr_ops.presets import (
+    ace_loss,
+    ace_loss_from_logps,
+    dapo_loss,
+    dapo_loss_from_logps,
+    dr_grpo_loss,
+    dr_grpo_loss_from_logps,
+    grpo_loss,
+    grpo_loss_from_logps,
+)
+from rlvr_ops.scores import TokenScores, token_logps
+from rlvr_ops.weighting import ace_advantages
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ACELoss",
+    "LossOutput",
+    "TokenScores",
+    "ace_advantages",
+    "ace_loss",
+    "ace_loss_from_logps",
+    "bootstrap_interval",
+    "dapo_loss",
+    "dapo_loss_from_logps",
+    "dr_grpo_loss",
+    "dr_grpo_loss_from_logps",
+    "explain_backend",
+    "group_advantages",
+    "grpo_loss",
+    "grpo_loss_from_logps",
+    "informative_groups",
+    "overlong_penalty",
+    "paired_bootstrap_interval",
+    "pass_at_k",
+    "policy_loss",
+    "policy_loss_from_logps",
+    "token_logps",
+]

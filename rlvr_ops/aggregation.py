@@ -1,0 +1,62 @@
+"""From per-token losses to one number: L = sum_i w_i sum_t loss_it, w_i the weight of rollout i's tokens.
+
+    grpo     mean over rollouts of the mean over tokens            w_i = 1 / (rollouts * T_i)
+    dapo     mean over the tokens of the global batch              w_i = 1 / tokens
+    bnpo     mean over the tokens of the batch at hand             w_i = 1 / tokens here
+    dr_grpo  sum over tokens by a constant length                  w_i = 1 / (rollouts * max_completion_length)
+
+Under gradient accumulation or data parallelism the count is the global one, passed in: never averaged per micro-batch.
+"""
+
+import torch
+from rlvr_kernels.spec import choose
+from torch import Tensor
+
+from rlvr_ops.layout import Layout
+
+LOSS_TYPES = ("grpo", "dapo", "dr_grpo", "bnpo")
+
+
+def rollout_weights(
+    loss_type: str,
+    layout: Layout,
+    num_items_in_batch: float | Tensor | None,
+    max_completion_length: int | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """w (B,). Rollouts without a token that counts get 0 where the formula would divide by it."""
+    choose("loss_type", loss_type, LOSS_TYPES)
+    tokens = layout.tokens().to(dtype)
+    count = _check_count(num_items_in_batch, loss_type)
+    if loss_type == "dr_grpo":
+        longest = _constant_length(max_completion_length, layout)
+        return torch.ones_like(tokens) / ((max(layout.rollouts, 1) if count is None else count) * longest)
+    if loss_type == "grpo":
+        share = torch.where(tokens > 0, 1 / tokens.clamp(min=1), 0)
+        return share / (max(layout.rollouts, 1) if count is None else count)
+    return torch.ones_like(tokens) / (tokens.sum().clamp(min=1) if count is None else count)
+
+
+def _check_count(count: float | Tensor | None, loss_type: str) -> float | Tensor | None:
+    if count is None:
+        return None
+    if loss_type == "bnpo":
+        raise ValueError(
+            "num_items_in_batch does not go with loss_type='bnpo', which divides by the tokens at hand: use loss_type='dapo'"
+        )
+    if not isinstance(count, Tensor) and not count > 0:
+        unit = "active tokens" if loss_type == "dapo" else "rollouts"
+        raise ValueError(f"num_items_in_batch must be > 0, the {unit} of the global batch, got {count}")
+    return count
+
+
+def _constant_length(length: int | None, layout: Layout) -> int:
+    if length is None:
+        if layout.packed:
+            raise ValueError(
+                "max_completion_length is needed for loss_type='dr_grpo' on packed rows: the constant that it divides by"
+            )
+        return max(layout.shape[1], 1)
+    if not length > 0:
+        raise ValueError(f"max_completion_length must be > 0, got {length}")
+    return length

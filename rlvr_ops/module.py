@@ -1,0 +1,79 @@
+"""ACELoss: `ace_loss` as an nn.Module that holds its hyper-parameters."""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from rlvr_ops.losses import LossOutput, make_spec
+from rlvr_ops.presets import ace_loss
+
+
+class ACELoss(nn.Module):
+    """ACE from hidden states and the lm_head's weight, with hyper-parameters fixed once; see `ace_loss`.
+
+    Shapes: hidden states (B, T, H), weight (V, H), ids (B, T), advantages (B,) or (B, T).
+
+    Raises:
+        TypeError, ValueError: at construction for a bad hyper-parameter, in forward for a bad tensor.
+
+    >>> import torch
+    >>> loss = ACELoss(alpha=1.0, loss_type="dapo", epsilon_high=0.28)
+    >>> hidden, weight, ids = torch.randn(2, 3, 8), torch.randn(16, 8), torch.zeros(2, 3, dtype=torch.long)
+    >>> loss(hidden, weight, ids, torch.tensor([1.0, -1.0]), ref_per_token_logps=torch.zeros(2, 3)).loss.shape
+    torch.Size([])
+    """
+
+    def __init__(
+        self,
+        *,
+        alpha: float = 1.0,
+        confidence: str = "current",
+        confidence_reduction: str = "mean",
+        shape: str = "softplus",
+        loss_type: str = "grpo",
+        epsilon_low: float = 0.2,
+        epsilon_high: float | None = None,
+        delta: float | None = None,
+        beta: float = 0.0,
+        kl_estimator: str = "k3",
+        temperature: float = 1.0,
+        softcap: float | None = None,
+        logit_scale: float = 1.0,
+        max_completion_length: int | None = None,
+        schedule: str = "auto",
+        workspace_bytes: int | None = None,
+        backend: str = "auto",
+    ):
+        super().__init__()
+        make_spec(alpha, confidence, confidence_reduction, shape, epsilon_low, epsilon_high, delta, beta, kl_estimator)
+        self.hyperparameters: dict[str, Any] = {
+            "alpha": alpha, "confidence": confidence, "confidence_reduction": confidence_reduction, "shape": shape,
+            "loss_type": loss_type, "epsilon_low": epsilon_low, "epsilon_high": epsilon_high, "delta": delta, "beta": beta,
+            "kl_estimator": kl_estimator, "temperature": temperature, "softcap": softcap, "logit_scale": logit_scale,
+            "max_completion_length": max_completion_length, "schedule": schedule, "workspace_bytes": workspace_bytes, "backend": backend,
+        }  # fmt: skip
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        lm_head_weight: Tensor,
+        completion_ids: Tensor,
+        advantages: Tensor,
+        *,
+        ref_per_token_logps: Tensor,
+        old_per_token_logps: Tensor | None = None,
+        completion_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        lm_head_bias: Tensor | None = None,
+        num_items_in_batch: float | Tensor | None = None,
+    ) -> LossOutput:
+        """The loss of one batch."""
+        return ace_loss(
+            hidden_states, lm_head_weight, completion_ids, advantages, ref_per_token_logps=ref_per_token_logps,
+            old_per_token_logps=old_per_token_logps, completion_mask=completion_mask, cu_seqlens=cu_seqlens,
+            lm_head_bias=lm_head_bias, num_items_in_batch=num_items_in_batch, **self.hyperparameters,
+        )  # fmt: skip
+
+    def extra_repr(self) -> str:
+        """The hyper-parameters, as torch prints them."""
+        return ", ".join(f"{name}={value!r}" for name, value in self.hyperparameters.items())

@@ -1,0 +1,332 @@
+"""The three operations as torch.library custom ops, so that torch.compile sees them whole, with their gradients.
+
+    score        hidden, weight, ids -> logp, entropy, ...      differentiable in logp and entropy (by pull_back)
+    weigh        logp, old, ref, advantages -> losses           differentiable in logp
+    single_pass  hidden, weight, ... -> loss                    its gradients are computed in the forward pass
+
+Everything is flat here: R rows of B rollouts. Specs travel as JSON text, which an op's schema can carry.
+"""
+
+import json
+from dataclasses import asdict
+from functools import lru_cache
+
+import torch
+from rlvr_kernels.logits import Head, accumulator_dtype
+from rlvr_kernels.pull_back import Needs
+from rlvr_kernels.pull_back import pull_back as pull_back_rows
+from rlvr_kernels.score import score as score_rows
+from rlvr_kernels.single_pass import Rows
+from rlvr_kernels.single_pass import single_pass as single_pass_rows
+from rlvr_kernels.spec import PolicySpec
+from rlvr_kernels.weigh import STATISTICS
+from rlvr_kernels.weigh import weigh as weigh_rows
+from torch import Tensor
+
+
+def encode(spec: PolicySpec | Head) -> str:
+    """The text of a spec."""
+    return json.dumps(asdict(spec))
+
+
+@lru_cache(maxsize=256)
+def _policy(text: str) -> PolicySpec:
+    return PolicySpec(**json.loads(text))
+
+
+@lru_cache(maxsize=256)
+def _head(text: str) -> Head:
+    return Head(**json.loads(text))
+
+
+def _no_autocast(tensor: Tensor) -> torch.autocast:
+    """The dtypes are chosen here and not by autocast."""
+    return torch.autocast(tensor.device.type, enabled=False)
+
+
+def _chosen(values: Tensor, rows: Tensor | None) -> Tensor:
+    return values if rows is None else values[rows]
+
+
+def _maybe_chosen(values: Tensor | None, rows: Tensor | None) -> Tensor | None:
+    return None if values is None else _chosen(values, rows)
+
+
+def _rows_of(which: Tensor | None) -> Tensor | None:
+    """The indices of the true rows, or None if all are: no copy is made then. One host sync."""
+    if which is None:
+        return None
+    rows = which.nonzero()[:, 0]
+    return None if rows.shape[0] == which.shape[0] else rows
+
+
+def _spread(values: Tensor | None, rows: Tensor | None, like: Tensor) -> Tensor:
+    """Values (n, ...) at their rows of (R, ...), R as in `like`; an empty tensor for None."""
+    if values is None:
+        return like.new_empty(0)
+    if rows is None:
+        return values
+    full = values.new_zeros((like.shape[0], *values.shape[1:]))
+    full[rows] = values
+    return full
+
+
+@torch.library.custom_op("rlvr_ops::score", mutates_args=())
+def score(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, scored: Tensor | None, inv_temperature: Tensor, head: str,
+    dtype: torch.dtype, entropy: bool, mean: bool, top1: bool, workspace_bytes: int, backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(logp, lse, entropy, mean logit, top1), each (R,), 0 where not scored and empty where not asked for."""
+    with _no_autocast(hidden):
+        rows = _rows_of(scored)
+        out = score_rows(
+            _chosen(hidden, rows).to(dtype), weight.to(dtype), _chosen(ids, rows), _chosen(inv_temperature, rows), bias=bias,
+            head=_head(head), entropy=entropy, mean=mean, top1=top1, workspace_bytes=workspace_bytes, backend=backend,
+        )  # fmt: skip
+        logp, lse, *others = (_spread(x, rows, hidden) for x in out)
+        return logp, lse, others[0], others[1], others[2]
+
+
+@score.register_fake
+def _(hidden, weight, bias, ids, scored, inv_temperature, head, dtype, entropy, mean, top1, workspace_bytes, backend):  # type: ignore[no-untyped-def]
+    def made(wanted: bool, dtype: torch.dtype = inv_temperature.dtype) -> Tensor:
+        return hidden.new_empty(hidden.shape[0], dtype=dtype) if wanted else hidden.new_empty(0)
+
+    return made(True), made(True), made(entropy), made(mean), made(top1, torch.bool)
+
+
+def _save_score(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    hidden, weight, bias, ids, _scored, inv_temperature, head, dtype, _e, _m, _t, workspace_bytes, backend = inputs
+    ctx.set_materialize_grads(False)
+    _logp, lse, entropy, mean, top1 = output
+    ctx.mark_non_differentiable(lse, mean, top1)
+    ctx.save_for_backward(hidden, weight, bias, ids, inv_temperature, lse, entropy)
+    ctx.constants = (head, dtype, workspace_bytes, backend)
+
+
+def _backward_score(ctx, d_logp, d_lse, d_entropy, d_mean, d_top1):  # type: ignore[no-untyped-def]
+    hidden, weight, bias, ids, inv_temperature, lse, entropy = ctx.saved_tensors
+    head, dtype, workspace_bytes, backend = ctx.constants
+    needs = ctx.needs_input_grad[:3]
+    grads: list[Tensor | None] = [None] * 13
+    if (d_logp is not None or d_entropy is not None) and any(needs):
+        coef = torch.zeros_like(lse) if d_logp is None else d_logp
+        found = pull_back(
+            hidden,
+            weight,
+            bias,
+            ids,
+            inv_temperature,
+            lse,
+            coef,
+            entropy,
+            d_entropy,
+            head,
+            dtype,
+            *needs,
+            workspace_bytes,
+            backend,
+        )
+        grads[:3] = [grad if need else None for grad, need in zip(found, needs, strict=True)]
+    return tuple(grads)
+
+
+score.register_autograd(_backward_score, setup_context=_save_score)
+
+
+@torch.library.custom_op("rlvr_ops::pull_back", mutates_args=())
+def pull_back(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, inv_temperature: Tensor, lse: Tensor, coef: Tensor,
+    entropy: Tensor, entropy_coef: Tensor | None, head: str, dtype: torch.dtype,
+    need_hidden: bool, need_weight: bool, need_bias: bool, workspace_bytes: int, backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """d_hidden (R, H), d_weight (V, H), d_bias (V,), empty where not needed; rows with coefficient 0 never reach a matmul."""
+    with _no_autocast(hidden):
+        rows = _rows_of(coef != 0 if entropy_coef is None else (coef != 0) | (entropy_coef != 0))
+        needs = Needs(need_hidden, need_weight, need_bias)
+        found = pull_back_rows(
+            _chosen(hidden, rows).to(dtype), weight.to(dtype), _chosen(ids, rows), _chosen(inv_temperature, rows), _chosen(lse, rows),
+            _chosen(coef, rows).contiguous(), entropy=None if entropy_coef is None else _chosen(entropy, rows),
+            entropy_coef=None if entropy_coef is None else _chosen(entropy_coef, rows).contiguous(), bias=bias, head=_head(head),
+            needs=needs, weight_dtype=weight.dtype, workspace_bytes=workspace_bytes, backend=backend,
+        )  # fmt: skip
+        d_hidden = None if found.hidden is None else found.hidden.to(hidden.dtype)
+        d_bias = None if found.bias is None or bias is None else found.bias.to(bias.dtype)
+        return _spread(d_hidden, rows, hidden), _or_empty(found.weight, hidden), _or_empty(d_bias, hidden)
+
+
+def _or_empty(values: Tensor | None, like: Tensor) -> Tensor:
+    return like.new_empty(0) if values is None else values
+
+
+@pull_back.register_fake
+def _(
+    hidden,
+    weight,
+    bias,
+    ids,
+    inv_temperature,
+    lse,
+    coef,
+    entropy,
+    entropy_coef,
+    head,
+    dtype,
+    need_hidden,
+    need_weight,
+    need_bias,
+    workspace_bytes,
+    backend,
+):  # type: ignore[no-untyped-def]
+    return _fake_gradients(hidden, weight, bias, need_hidden, need_weight, need_bias)
+
+
+def _fake_gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None, *needs: bool) -> tuple[Tensor, Tensor, Tensor]:
+    shapes = (hidden, weight, bias)
+    made = (
+        x.new_empty(x.shape) if need and x is not None else hidden.new_empty(0)
+        for x, need in zip(shapes, needs, strict=True)
+    )
+    return tuple(made)  # type: ignore[return-value]
+
+
+@torch.library.custom_op("rlvr_ops::weigh", mutates_args=())
+def weigh(
+    logp: Tensor, old: Tensor | None, ref: Tensor | None, advantages: Tensor, mask: Tensor | None, cu_seqlens: Tensor,
+    rollout_weight: Tensor, spec: str, backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(losses (R,), coef (R,), statistics (B, 8)); see `rlvr_kernels.weigh`."""
+    return tuple(
+        weigh_rows(logp.contiguous(), old, ref, advantages, mask, cu_seqlens, rollout_weight, _policy(spec), backend)
+    )  # type: ignore[return-value]
+
+
+@weigh.register_fake
+def _(logp, old, ref, advantages, mask, cu_seqlens, rollout_weight, spec, backend):  # type: ignore[no-untyped-def]
+    return (
+        logp.new_empty(logp.shape),
+        logp.new_empty(logp.shape),
+        logp.new_empty(rollout_weight.shape[0], len(STATISTICS)),
+    )
+
+
+def _save_weigh(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[1], output[2])
+    ctx.save_for_backward(output[1])
+
+
+def _backward_weigh(ctx, d_losses, d_coef, d_statistics):  # type: ignore[no-untyped-def]
+    (coef,) = ctx.saved_tensors
+    return (None if d_losses is None else d_losses * coef, *[None] * 8)
+
+
+weigh.register_autograd(_backward_weigh, setup_context=_save_weigh)
+
+
+@torch.library.custom_op("rlvr_ops::single_pass", mutates_args=())
+def single_pass(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, scored: Tensor | None, inv_temperature: Tensor,
+    old: Tensor | None, ref: Tensor | None, advantages: Tensor, cu_seqlens: Tensor, rollout_weight: Tensor, spec: str, head: str,
+    dtype: torch.dtype, need_hidden: bool, need_weight: bool, need_bias: bool, with_entropy: bool, workspace_bytes: int, backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(loss, logp (R,), entropy (R,), statistics (B, 8), rows pulled back, d_hidden, d_weight, d_bias)."""
+    with _no_autocast(hidden):
+        index = _rows_of(scored)
+        rows = _compact(index, ids, inv_temperature, old, ref, advantages, cu_seqlens, rollout_weight)
+        done = single_pass_rows(
+            hidden, weight.to(dtype), rows, _policy(spec), bias=bias, head=_head(head), needs=Needs(need_hidden, need_weight, need_bias),
+            weight_dtype=weight.dtype, with_entropy=with_entropy, workspace_bytes=workspace_bytes, backend=backend,
+        )  # fmt: skip
+        weighed = weigh_rows(
+            done.logp,
+            rows.old,
+            rows.ref,
+            rows.advantages,
+            None,
+            rows.cu_seqlens,
+            rollout_weight,
+            _policy(spec),
+            backend,
+        )
+        logp, entropy = _spread(done.logp, index, hidden), _spread(done.entropy, index, hidden)
+        d_hidden, d_weight, d_bias = done.gradients
+        d_bias = None if d_bias is None or bias is None else d_bias.to(bias.dtype)
+        pulled_back = logp.new_tensor(float(done.pulled_back))
+        gradients = (_or_empty(x, hidden) for x in (d_hidden, d_weight, d_bias))
+        return weighed.losses.sum(), logp, entropy, weighed.statistics, pulled_back, *gradients
+
+
+def _compact(
+    index: Tensor | None, ids: Tensor, inv_temperature: Tensor, old: Tensor | None, ref: Tensor | None, advantages: Tensor,
+    cu_seqlens: Tensor, rollout_weight: Tensor,
+) -> Rows:  # fmt: skip
+    """The rows to do, with the boundaries that remain when the others are gone."""
+    if index is not None:
+        cu_seqlens = torch.searchsorted(index, cu_seqlens)
+    return Rows(
+        index, _chosen(ids, index), _chosen(inv_temperature, index), _chosen(advantages, index), _maybe_chosen(old, index),
+        _maybe_chosen(ref, index), cu_seqlens, cu_seqlens.diff().tolist(), rollout_weight,
+    )  # fmt: skip
+
+
+@single_pass.register_fake
+def _(
+    hidden,
+    weight,
+    bias,
+    ids,
+    scored,
+    inv_temperature,
+    old,
+    ref,
+    advantages,
+    cu_seqlens,
+    rollout_weight,
+    spec,
+    head,
+    dtype,
+    need_hidden,
+    need_weight,
+    need_bias,
+    with_entropy,
+    workspace_bytes,
+    backend,
+):  # type: ignore[no-untyped-def]  # noqa: E501
+    row = inv_temperature.new_empty(hidden.shape[0])
+    statistics = row.new_empty(rollout_weight.shape[0], len(STATISTICS))
+    entropy = torch.empty_like(row) if with_entropy else hidden.new_empty(0)
+    gradients = _fake_gradients(hidden, weight, bias, need_hidden, need_weight, need_bias)
+    return row.new_empty(()), row, entropy, statistics, row.new_empty(()), *gradients
+
+
+def _save_single_pass(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*output[5:])
+
+
+def _backward_single_pass(ctx, d_loss, *others):  # type: ignore[no-untyped-def]
+    grads: list[Tensor | None] = [None] * 20
+    if d_loss is not None:
+        scaled = [_scaled(grad, d_loss) for grad in ctx.saved_tensors]
+        grads[:3] = [grad if need else None for grad, need in zip(scaled, ctx.needs_input_grad[:3], strict=True)]
+    return tuple(grads)
+
+
+def _scaled(grad: Tensor, upstream: Tensor) -> Tensor:
+    """grad * upstream, on the device; in place if the graph goes away after this backward, so that no second d_weight exists."""
+    if torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph():
+        return grad * upstream.to(grad.dtype)
+    return grad.mul_(upstream.to(grad.dtype))
+
+
+single_pass.register_autograd(_backward_single_pass, setup_context=_save_single_pass)
+
+
+def compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    """The dtype of the matmuls: autocast's where it is on, else the wider of the two."""
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device) and accumulator_dtype(hidden.dtype) is not torch.float64:
+        return torch.get_autocast_dtype(device)
+    return torch.promote_types(hidden.dtype, weight.dtype)

@@ -1,0 +1,48 @@
+"""ace_advantages: ACE as a re-weighting of advantages, for a trainer that takes advantages and nothing else."""
+
+import torch
+from rlvr_kernels.logits import accumulator_dtype
+from torch import Tensor
+
+from rlvr_ops import arguments, ops
+from rlvr_ops.losses import make_spec
+
+
+def ace_advantages(
+    advantages: Tensor,
+    per_token_logps: Tensor,
+    ref_per_token_logps: Tensor,
+    completion_mask: Tensor | None = None,
+    *,
+    cu_seqlens: Tensor | None = None,
+    alpha: float = 1.0,
+    confidence_reduction: str = "mean",
+    shape: str = "softplus",
+) -> Tensor:
+    """A (1 + alpha f(c)) where A < 0 and A elsewhere, shaped like `advantages`, (B,) or one per token (arXiv 2602.21420).
+
+    c is each rollout's mean (or sum) of per_token_logps - ref_per_token_logps over its unmasked tokens, and `per_token_logps`
+    come from the policy whose confidence counts: the one in training, or the one that sampled. A constant to any gradient.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what is wanted.
+
+    >>> ref = torch.full((2, 4), -1.0)
+    >>> ace_advantages(torch.tensor([1.0, -1.0]), ref, ref)
+    tensor([ 1.0000, -1.6931])
+    """
+    spec = make_spec(alpha, "current", confidence_reduction, shape, 0.2, None, None, 0.0, "k3")
+    arguments.check_tensor("per_token_logps", per_token_logps)
+    layout = arguments.make_layout("per_token_logps", per_token_logps, completion_mask, cu_seqlens)
+    device, dtype = per_token_logps.device, accumulator_dtype(per_token_logps.dtype)
+    logp = per_token_logps.detach().reshape(-1).to(dtype)
+    ref = arguments.per_token("ref_per_token_logps", ref_per_token_logps, layout, "per_token_logps", device, dtype)
+    rows = arguments.per_rollout_or_token("advantages", advantages, layout, device, dtype)
+    ones = torch.ones(layout.rollouts, dtype=dtype, device=device)
+    _losses, _coef, statistics = ops.weigh(
+        logp, None, ref, rows, layout.mask, layout.cu_seqlens, ones, ops.encode(spec), "auto"
+    )
+    weight = statistics[:, ops.STATISTICS.index("weight")]
+    if advantages.shape != (layout.rollouts,) or tuple(advantages.shape) == layout.shape:
+        weight = weight[layout.rollout()].view(layout.shape)
+    return torch.where(advantages < 0, (advantages * weight).to(advantages.dtype), advantages).detach()
