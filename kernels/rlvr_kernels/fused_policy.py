@@ -1,17 +1,17 @@
 """fused_policy: score, weigh and pull back in one launch, over a tile that holds the whole rows.
 
-Each program reads its row of logits twice (the second time from cache where the row fits) and writes the gradient once, in
-place: log-sum-exp, log-probability, ratio, clip, confidence weight, loss, coefficient and dL/d(h W^T) without leaving it.
-For losses whose coefficient needs no other row: the rollout's confidence shift is given. With `deferred=True` the
-coefficient is left out (1), for a rollout that must be scored before it can be weighed: the gradient is linear in it.
-Bytes: 2 reads and 1 write of n * V. FLOPs: about 8 n V, so it is bound by memory.
+Each program reads its row of logits twice (the second time from cache where the row fits) and writes the gradient
+once, in place: log-sum-exp, log-probability, ratio, clip, confidence weight, loss, coefficient and dL/d(h W^T) without
+leaving it. For losses whose coefficient needs no other row: the rollout's confidence shift is given. With
+`deferred=True` the coefficient is left out (1), for a rollout that must be scored before it can be weighed: the
+gradient is linear in it. Bytes: 2 reads and 1 write of n * V. FLOPs: about 8 n V, so it is bound by memory.
 """
 
 from typing import NamedTuple
 
 import torch
 
-from rlvr_kernels._triton import device_guard, jit, tl
+from rlvr_kernels._triton import dense, device_guard, jit, tl
 from rlvr_kernels.backend import use_triton
 from rlvr_kernels.dlogits import softmax_gradient
 from rlvr_kernels.logits import Head, chain, load_logits, row_blocks
@@ -68,8 +68,11 @@ def fused_policy(
     for block in row_blocks(*tile.shape):
         part = PolicyRows(*(None if x is None else x[block] for x in rows))  # type: ignore[arg-type]
         z = head.logits(tile[block], bias, inv_temperature[block])
-        lse = torch.logsumexp(z, 1)
-        logp = z.gather(1, ids[block, None])[:, 0] - lse
+        maximum = z.amax(1)
+        log_total = (z - torch.where(maximum.isinf(), 0, maximum)[:, None]).exp_().sum(1).log()
+        # In lse_fold's own order of operations, so that a policy and its reference scored there agree to the last bit.
+        logp = (z.gather(1, ids[block, None])[:, 0] - maximum) - log_total
+        lse = maximum + log_total
         loss, coef = _weigh_rows(logp, part, spec, deferred)
         shifted = z - lse[:, None] if head.softcap is not None else z.sub_(lse[:, None])
         gradient = softmax_gradient(shifted, ids[block], coef)
@@ -96,6 +99,8 @@ def _fused_triton(
     result = FusedRows(*(torch.empty_like(inv_temperature) for _ in FusedRows._fields))
     if not tile.shape[0]:
         return result
+    ids, inv_temperature, bias, *vectors = dense(ids, inv_temperature, bias, *rows)  # type: ignore[assignment]
+    rows = PolicyRows(*vectors)  # type: ignore[arg-type]
     with device_guard(tile):
         fused_policy_kernel[(tile.shape[0],)](
             tile, out, bias, ids, inv_temperature, rows.advantage, rows.scale, rows.old, rows.ref, rows.shift, *result,
