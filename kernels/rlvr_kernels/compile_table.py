@@ -1,0 +1,193 @@
+"""Compile every Triton kernel of the library for GPUs that need not be present, and tabulate what each one uses.
+
+    python -m rlvr_kernels.compile_table [--markdown] [--target sm_90 ...] [--only linear_lse ...]
+
+The library's own functions are called on meta tensors of a language model's size (launches.py) while a driver without a
+GPU stands in for Triton's. Each kernel is compiled by Triton's own just-in-time path, specialised as it would be there
+and with the constants that the library launches it with; the launch alone is left out. What is reported is what would run.
+Registers and stack come from the binary: cuobjdump for NVIDIA, the code object's metadata for AMD.
+"""
+
+import argparse
+import contextlib
+import multiprocessing
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from rlvr_kernels._triton import HAS_TRITON, interpreting, triton
+from rlvr_kernels.launches import LAUNCHES
+
+
+@dataclass(frozen=True)
+class Target:
+    """A GPU architecture: how Triton calls it, and the bytes of shared memory that one program may use."""
+
+    backend: str
+    arch: int | str
+    warp_size: int
+    shared_limit: int
+
+
+TARGETS = {
+    "sm_80": Target("cuda", 80, 32, 163 * 1024),
+    "sm_90": Target("cuda", 90, 32, 227 * 1024),
+    "sm_100": Target("cuda", 100, 32, 227 * 1024),
+    "sm_120": Target("cuda", 120, 32, 99 * 1024),
+    "gfx942": Target("hip", "gfx942", 64, 64 * 1024),
+}
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a compiled kernel uses: registers of a thread (AMD: vector registers), bytes of its stack and of shared memory.
+
+    The stack is where spilled registers go; the kernels have nothing else to put there.
+    """
+
+    variant: str
+    kernel: str
+    target: str
+    num_warps: int
+    registers: int
+    stack: int
+    shared: int
+
+
+class _Driver:
+    """Stands in for Triton's driver: names a target, and has no device."""
+
+    def __init__(self, target: Target):
+        from triton.backends.compiler import GPUTarget
+
+        self._target = GPUTarget(target.backend, target.arch, target.warp_size)
+
+    def get_current_target(self) -> Any:
+        return self._target
+
+    def get_current_device(self) -> str:
+        return str(self._target)  # Triton keeps its compiled kernels by device
+
+    def get_current_stream(self, device: str) -> int:
+        return 0
+
+
+@contextlib.contextmanager
+def recorded(target: Target) -> Iterator[list[tuple[str, Any]]]:
+    """Within it, a launch compiles its kernel for `target` and adds (name, compiled kernel) to the list, and runs nothing.
+
+    Raises:
+        RuntimeError: Triton is not installed, or interprets its kernels.
+    """
+    if not HAS_TRITON or interpreting():
+        raise RuntimeError("compiling the kernels needs triton, imported without TRITON_INTERPRET=1")
+    from triton.runtime.jit import JITFunction
+
+    compiled: list[tuple[str, Any]] = []
+    run = JITFunction.run
+
+    def compile_alone(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        compiled.append((self.fn.__name__, kernel))
+        return kernel
+
+    driver = triton.runtime.driver
+    previous = driver._active  # `driver.active` would look for a GPU
+    driver.set_active(_Driver(target))
+    try:
+        with mock.patch.object(JITFunction, "run", compile_alone):
+            yield compiled
+    finally:
+        driver.set_active(previous)
+
+
+def compile_variant(variant: str, target_name: str) -> list[Usage]:
+    """Compile every kernel that a variant launches for one target."""
+    with recorded(TARGETS[target_name]) as compiled:
+        LAUNCHES[variant]()
+    return [usage(variant, name, target_name, kernel) for name, kernel in compiled]
+
+
+def usage(variant: str, kernel: str, target: str, compiled: Any) -> Usage:
+    """Read a compiled kernel's use of the machine out of its binary."""
+    registers, stack = _nvidia(compiled.asm["cubin"]) if "cubin" in compiled.asm else _amd(compiled.asm["amdgcn"])
+    return Usage(variant, kernel, target, compiled.metadata.num_warps, registers, stack, compiled.metadata.shared)
+
+
+def _nvidia(cubin: bytes) -> tuple[int, int]:
+    """(registers, bytes of stack and local memory) of the one kernel in a cubin."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.cubin")
+        path.write_bytes(cubin)
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(path)]
+        found = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", subprocess.check_output(command, text=True)))
+    return int(found["REG"]), int(found["STACK"]) + int(found["LOCAL"])
+
+
+def _amd(assembly: str) -> tuple[int, int]:
+    """(vector registers, bytes of private memory) of the one kernel in a code object's assembly."""
+    found = dict(re.findall(r"\.(vgpr_count|private_segment_fixed_size):\s*(\d+)", assembly))
+    return int(found["vgpr_count"]), int(found["private_segment_fixed_size"])
+
+
+def compile_all(targets: Sequence[str] = tuple(TARGETS), only: Sequence[str] = (), processes: int = 2) -> list[Usage]:
+    """Compile every variant, or those whose name begins with one of `only`, for every target, in the registry's order."""
+    jobs = [(v, t) for v in LAUNCHES for t in targets if not only or v.startswith(tuple(only))]
+    context = multiprocessing.get_context("spawn")  # a fork would inherit the threads of torch
+    with (
+        tempfile.TemporaryDirectory() as cache,
+        ProcessPoolExecutor(processes, context, initializer=_use_cache, initargs=(cache,)) as pool,
+    ):
+        results = pool.map(compile_variant, *zip(*jobs, strict=True))
+        return list(dict.fromkeys(row for rows in results for row in rows))
+
+
+def _use_cache(folder: str) -> None:
+    triton.knobs.cache.dir = folder
+
+
+def table(rows: Sequence[Usage], *, markdown: bool = False) -> str:
+    """One line per variant and kernel, one column per target: registers / stack / KiB of shared memory (warps).
+
+    A second kernel of a variant is left out where it is the same as before.
+    """
+    targets = list(dict.fromkeys(row.target for row in rows))
+    cells: dict[tuple[str, str], dict[str, str]] = {}
+    for row in rows:
+        used = f"{row.registers} / {row.stack} / {row.shared / 1024:.0f} ({row.num_warps})"
+        cells.setdefault((row.variant, row.kernel), {})[row.target] = used
+    lines, variants, seen = [["variant", "kernel", *targets]], set(), set()
+    for (variant, kernel), used_on in cells.items():
+        line = [kernel, *(used_on.get(target, "") for target in targets)]
+        if variant not in variants or tuple(line) not in seen:
+            lines.append([variant, *line])
+        variants.add(variant)
+        seen.add(tuple(line))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    padded = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines]
+    if not markdown:
+        return "\n".join("  ".join(line).rstrip() for line in padded)
+    padded.insert(1, ["-" * width for width in widths])
+    return "\n".join(f"| {' | '.join(line)} |" for line in padded)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(prog="python -m rlvr_kernels.compile_table", description=__doc__.split("\n")[0])
+    parser.add_argument("--markdown", action="store_true", help="print a Markdown table")
+    parser.add_argument("--target", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="variants whose name begins so")
+    parser.add_argument("--processes", type=int, default=2)
+    chosen = parser.parse_args(arguments)
+    print("registers per thread / bytes of stack (spills) / KiB of shared memory (warps)\n")
+    print(table(compile_all(chosen.target, chosen.only, chosen.processes), markdown=chosen.markdown))
+
+
+if __name__ == "__main__":
+    main()
