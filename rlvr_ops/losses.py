@@ -22,8 +22,8 @@ class LossOutput(NamedTuple):
 
     loss: 0-d, to call backward on.
     metrics: detached 0-d tensors on the device, explained in docs/metrics.md.
-    per_token_logps: detached, shaped like completion_ids; 0 where masked, NaN where a row counts but was not scored because
-        its rollout has no gradient (`score_inactive=False`).
+    per_token_logps: detached, shaped like completion_ids; 0 where masked, NaN where a row counts but was not scored
+        because its rollout has no gradient (`score_inactive=False`).
     """
 
     loss: Tensor
@@ -73,25 +73,26 @@ def policy_loss(
     c is the rollout's confidence shift, the mean (or sum) over its tokens of logp - ref, a constant to the gradient.
     Sources: GRPO 2402.03300, DAPO 2503.14476, Dr. GRPO 2503.20783, delta 2505.07291, ACE 2602.21420.
 
-    Traps: `hidden_states[:, t]` must be the state that *predicts* `completion_ids[:, t]`. Reference and policy must be scored
-    with the same dtype and temperature, or c is not 0 where they agree. Under gradient accumulation or data parallelism pass
-    `num_items_in_batch`. A rollout whose advantages are all 0 is not scored, unless a KL term or `score_inactive` asks for
-    it: metrics then speak of the scored rows only (`head/rows_scored`).
+    Traps: `hidden_states[:, t]` must be the state that *predicts* `completion_ids[:, t]`. Reference and policy must be
+    scored with the same dtype and temperature, or c is not 0 where they agree. Under gradient accumulation or data
+    parallelism pass `num_items_in_batch`. A rollout whose advantages are all 0 is not scored, unless a KL term or
+    `score_inactive` asks for it: metrics then speak of the scored rows only (`head/rows_scored`).
 
     Args:
         hidden_states: (B, T, H), or packed (N, H) with `cu_seqlens`; the states after the final norm.
         lm_head_weight: (V, H).
         completion_ids: (B, T) or (N,), int.
         advantages: one per rollout (B,), or one per token (B, T) or (N,).
-        ref_per_token_logps: log-probabilities in nats under the frozen reference, like completion_ids; for ACE and the KL.
+        ref_per_token_logps: log-probabilities in nats under the frozen reference, like completion_ids; for ACE and the
+            KL.
         old_per_token_logps: the same under the policy that sampled. None: on policy, rho = 1 with gradient.
         completion_mask: like completion_ids, nonzero where a token counts.
         cu_seqlens: (B + 1,) int, where each rollout begins in the packed rows, and N.
         alpha: strength of ACE; 0 is off. The paper uses 1.
-        confidence: "current" takes c from the policy in training, "old" from `old_per_token_logps` (known before the pass;
-            which of the two the authors' code uses is not verified).
-        confidence_reduction: "mean" divides c by the rollout's tokens, "sum" does not (the abstract's form; not verified which
-            is meant there).
+        confidence: "current" takes c from the policy in training, "old" from `old_per_token_logps` (known before the
+            pass; which of the two the authors' code uses is not verified).
+        confidence_reduction: "mean" divides c by the rollout's tokens, "sum" does not (the abstract's form; not
+            verified which is meant there).
         shape: f is "softplus" or "relu".
         loss_type: how tokens are averaged: grpo, dapo, dr_grpo, bnpo; see `rlvr_ops.aggregation`.
         epsilon_low, epsilon_high: the clip; epsilon_high=None means epsilon_low.
@@ -103,11 +104,13 @@ def policy_loss(
         max_completion_length: dr_grpo's constant; None means T.
         score_inactive: score rollouts without gradient too, for their log-probabilities and metrics.
         with_entropy: report the scored rows' mean entropy in the metrics; costs no extra matmul.
-        schedule: "single_pass" computes gradients while each chunk's logits exist (6NVH); "two_pass" recomputes the logits
-            in backward (8NVH) for the rows that have a gradient; "forward_only" gives no gradient; "auto" takes single_pass
-            if the longest rollout fits the workspace or the loss is local to tokens, and two_pass otherwise or if less than
-            2/3 of the scored rows can have a gradient. The metric `head/single_pass` says which it was.
-        workspace_bytes: the most that the logits and their gradient may occupy; None: 2 GiB on an accelerator, 160 MiB on CPU.
+        schedule: "single_pass" computes gradients while each chunk's logits exist (6NVH); "two_pass" recomputes the
+            logits in backward (8NVH) for the rows that have a gradient; "forward_only" gives no gradient; "auto" takes
+            single_pass if the longest rollout fits the workspace or the loss is local to tokens, and two_pass
+            otherwise or if less than 2/3 of the scored rows can have a gradient. The metric `head/single_pass` says
+            which it was.
+        workspace_bytes: the most that the logits and their gradient may occupy; None: 2 GiB on an accelerator, 160 MiB
+            on CPU.
         backend: "auto", "triton" or "torch"; see `rlvr_ops.explain_backend`.
         validate: also check for NaN and inf, and ids on an accelerator; costs host syncs.
 

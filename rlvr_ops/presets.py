@@ -41,11 +41,12 @@ def _refusal(keyword: str, without: tuple[str, ...], base: str) -> str:
     return f"this loss fixes it, {base} takes it" if keyword in without else f"{base} has none either"
 
 
-_ACE_SUMMARY = """ACE: a clipped surrogate whose wrong rollouts are penalised the more, the likelier the policy has made them (arXiv 2602.21420).
+_ACE_SUMMARY = """ACE: a clipped surrogate whose wrong rollouts are penalised the more, the likelier the policy has
+made them (arXiv 2602.21420).
 
-`ref_per_token_logps` is required: log-probabilities under the frozen reference. `alpha` defaults to the paper's 1; alpha=0
-is the plain loss bit for bit. The objective under it is `loss_type`: grpo for ACE-GRPO; dapo with epsilon_high=0.28 for ACE-DAPO.
-Where all rollouts of a group are wrong their advantage is 0, and ACE does nothing."""
+`ref_per_token_logps` is required: log-probabilities under the frozen reference. `alpha` defaults to the paper's 1;
+alpha=0 is the plain loss bit for bit. The objective under it is `loss_type`: grpo for ACE-GRPO; dapo with
+epsilon_high=0.28 for ACE-DAPO. Where all rollouts of a group are wrong their advantage is 0, and ACE does nothing."""
 _GRPO_SUMMARY = (
     "GRPO: the mean over rollouts of each one's mean clipped surrogate, with an optional KL term (arXiv 2402.03300)."
 )

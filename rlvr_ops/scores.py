@@ -44,8 +44,8 @@ def token_logps(
 
     Differentiable in `logps` and `entropy`; the backward pass recomputes the logits and skips rows without a gradient.
     Self-certainty is log V-normalised: mean over the vocabulary of -log(V p_j) (arXiv 2502.18581).
-    The keywords are those of `policy_loss`. Without gradients, `workspace_bytes=0` takes the kernel whose logits never leave
-    the registers; it gives the log-probabilities alone.
+    The keywords are those of `policy_loss`. Without gradients, `workspace_bytes=0` takes the kernel whose logits never
+    leave the registers; it gives the log-probabilities alone.
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what is wanted.

@@ -21,8 +21,9 @@ def ace_advantages(
 ) -> Tensor:
     """A (1 + alpha f(c)) where A < 0 and A elsewhere, shaped like `advantages`, (B,) or one per token (arXiv 2602.21420).
 
-    c is each rollout's mean (or sum) of per_token_logps - ref_per_token_logps over its unmasked tokens, and `per_token_logps`
-    come from the policy whose confidence counts: the one in training, or the one that sampled. A constant to any gradient.
+    c is each rollout's mean (or sum) of per_token_logps - ref_per_token_logps over its unmasked tokens, and
+    `per_token_logps` come from the policy whose confidence counts: the one in training, or the one that sampled. A
+    constant to any gradient.
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what is wanted.

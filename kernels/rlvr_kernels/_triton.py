@@ -39,3 +39,8 @@ def interpreting() -> bool:
 def device_guard(tensor: torch.Tensor) -> Any:
     """Make the tensor's accelerator current: Triton launches on the current device, not on its arguments' one."""
     return torch.accelerator.device_index(tensor.device.index if tensor.device.type != "cpu" else None)
+
+
+def dense(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    """The tensors with stride 1: the kernels address their small vectors by index alone."""
+    return tuple(None if tensor is None else tensor.contiguous() for tensor in tensors)

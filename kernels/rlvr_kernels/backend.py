@@ -16,7 +16,8 @@ def explain_backend(
         (choice, reason), choice one of "triton" and "torch".
 
     Raises:
-        ValueError: `backend` is unknown, or "triton" was asked for where it cannot run. An explicit choice never falls back.
+        ValueError: `backend` is unknown, or "triton" was asked for where it cannot run. An explicit choice never falls
+            back.
     """
     device = torch.device(device)
     if backend not in BACKENDS:

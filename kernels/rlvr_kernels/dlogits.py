@@ -8,7 +8,7 @@ Bytes: n * c read and n * c written. FLOPs: about 4 n c, so it is bound by memor
 
 import torch
 
-from rlvr_kernels._triton import device_guard, jit, tl
+from rlvr_kernels._triton import dense, device_guard, jit, tl
 from rlvr_kernels.backend import use_triton
 from rlvr_kernels.logits import Head, chain, load_logits, row_blocks
 
@@ -73,6 +73,8 @@ def _dlogits_triton(
     rows, cols = tile.shape
     if not rows:
         return
+    ids, lse, coef, inv_temperature, bias = dense(ids, lse, coef, inv_temperature, bias)  # type: ignore[assignment]
+    entropy, entropy_coef = dense(entropy, entropy_coef)
     with device_guard(tile):
         dlogits_kernel[(rows,)](
             tile, out, bias, ids, lse, coef, inv_temperature, entropy, entropy_coef,

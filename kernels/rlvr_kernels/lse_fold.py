@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from rlvr_kernels._triton import device_guard, jit, tl
+from rlvr_kernels._triton import dense, device_guard, jit, tl
 from rlvr_kernels.backend import use_triton
 from rlvr_kernels.logits import Head, accumulator_dtype, load_logits, row_blocks
 
@@ -117,6 +117,7 @@ def _lse_fold_triton(
     rows, cols = tile.shape
     if not rows:
         return
+    ids, inv_temperature, bias = dense(ids, inv_temperature, bias)  # type: ignore[assignment]
     with device_guard(tile):
         lse_fold_kernel[(rows,)](
             tile, bias, ids, inv_temperature, state.maximum, state.total, state.target, state.weighted, state.summed,

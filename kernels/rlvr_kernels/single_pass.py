@@ -1,8 +1,9 @@
 """single_pass: the loss's gradients while each chunk's logits exist, 6NVH FLOPs; nothing is recomputed.
 
-Rows come in chunks that fit the workspace with all their logits. Chunks end at rollout boundaries if the coefficient of a
-row depends on its whole rollout, anywhere otherwise. In a chunk, `fused_policy` does everything in one launch where it
-applies; else lse_fold, weigh and dlogits follow each other. Rows with coefficient 0 are taken out before the matmuls.
+Rows come in chunks that fit the workspace with all their logits. Chunks end at rollout boundaries if the coefficient
+of a row depends on its whole rollout, anywhere otherwise. In a chunk, `fused_policy` does everything in one launch
+where it applies; else lse_fold, weigh and dlogits follow each other. Rows with coefficient 0 are taken out before the
+matmuls.
 """
 
 from collections.abc import Iterator
@@ -27,8 +28,8 @@ COMPACTION_BYTES = 16 << 20  # rows move up in pieces of this size
 class Rows(NamedTuple):
     """The n rows to do, in rollout order: `index` (n,) says which of the hidden states, None all of them.
 
-    ids, inv_temperature, advantages, old, ref (n,); cu_seqlens (B + 1,) over the n rows, `lengths` the same on the host;
-    rollout_weight (B,).
+    ids, inv_temperature, advantages, old, ref (n,); cu_seqlens (B + 1,) over the n rows, `lengths` the same on the
+    host; rollout_weight (B,).
     """
 
     index: torch.Tensor | None

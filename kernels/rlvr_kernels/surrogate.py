@@ -4,8 +4,8 @@
     loss = -min(min(rho, delta) A', clip(rho, 1 - epsilon_low, 1 + epsilon_high) A') + beta KL(logp, ref)
     coef = dloss/dlogp
 
-c, the rollout's confidence shift, is a constant to the derivative. Source: GRPO 2402.03300, DAPO 2503.14476 (clip-higher),
-INTELLECT-2 2505.07291 (delta), ACE 2602.21420 (A').
+c, the rollout's confidence shift, is a constant to the derivative. Source: GRPO 2402.03300, DAPO 2503.14476
+(clip-higher), INTELLECT-2 2505.07291 (delta), ACE 2602.21420 (A').
 """
 
 from typing import NamedTuple

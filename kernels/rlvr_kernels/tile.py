@@ -1,8 +1,8 @@
 """A bounded tile of logits, and the matrix products around it.
 
-The tile is written by the vendor's matmul. Where that can widen (CUDA), low-precision operands give float32 logits and the
-gradient gets a low-precision buffer of its own beside the tile; elsewhere the tile has the operands' dtype and the gradient
-overwrites it. Gradients always accumulate in float32 (float64 for float64).
+The tile is written by the vendor's matmul. Where that can widen (CUDA), low-precision operands give float32 logits and
+the gradient gets a low-precision buffer of its own beside the tile; elsewhere the tile has the operands' dtype and the
+gradient overwrites it. Gradients always accumulate in float32 (float64 for float64).
 """
 
 from typing import NamedTuple

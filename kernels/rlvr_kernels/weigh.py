@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from rlvr_kernels._triton import device_guard, jit, tl
+from rlvr_kernels._triton import dense, device_guard, jit, tl
 from rlvr_kernels.backend import use_triton
 from rlvr_kernels.spec import PolicySpec
 from rlvr_kernels.surrogate import (
@@ -49,8 +49,8 @@ def weigh(
 ) -> Weighed:
     """Weigh N packed rows of B rollouts; L = sum of `losses`.
 
-    logp, old, ref, advantages are (N,) in one float dtype, mask (N,) bool; cu_seqlens (B + 1,) int64; rollout_weight (B,) is
-    what the aggregation multiplies each of a rollout's tokens by.
+    logp, old, ref, advantages are (N,) in one float dtype, mask (N,) bool; cu_seqlens (B + 1,) int64; rollout_weight
+    (B,) is what the aggregation multiplies each of a rollout's tokens by.
     """
     if use_triton(logp, backend):
         return _weigh_triton(logp, old, ref, advantages, mask, cu_seqlens, rollout_weight, spec)
@@ -102,6 +102,8 @@ def _weigh_triton(
     cu_seqlens: torch.Tensor, rollout_weight: torch.Tensor, spec: PolicySpec,
 ) -> Weighed:  # fmt: skip
     rollouts = rollout_weight.shape[0]
+    logp, old, ref, advantages, mask = dense(logp, old, ref, advantages, mask)  # type: ignore[assignment]
+    cu_seqlens, rollout_weight = dense(cu_seqlens, rollout_weight)  # type: ignore[assignment]
     losses, coef = torch.zeros_like(logp), torch.zeros_like(logp)
     statistics = torch.empty(rollouts, len(STATISTICS), dtype=logp.dtype, device=logp.device)
     if rollouts:
