@@ -47,7 +47,8 @@ def check_ids(completion_ids: Tensor, hidden_states: Tensor) -> None:
     if completion_ids.shape != hidden_states.shape[:-1]:
         wanted = tuple(hidden_states.shape[:-1])
         raise ValueError(
-            f"completion_ids must have shape {wanted} like hidden_states without H, got {_shape(completion_ids)}: row t predicts completion_ids[:, t]"
+            f"completion_ids must have shape {wanted} like hidden_states without H, got {_shape(completion_ids)}: "
+            "row t predicts completion_ids[:, t]"
         )
 
 
@@ -59,7 +60,8 @@ def check_vocabulary(completion_ids: Tensor, layout: Layout, vocabulary: int) ->
     if bool(outside.any()):
         row = int(outside.nonzero()[0])
         raise ValueError(
-            f"completion_ids must lie in [0, V) = [0, {vocabulary}) where completion_mask is 1, got {int(flat[row])} at {_position(row, layout)}"
+            f"completion_ids must lie in [0, V) = [0, {vocabulary}) where completion_mask is 1, "
+            f"got {int(flat[row])} at {_position(row, layout)}"
         )
 
 
@@ -144,7 +146,8 @@ def per_rollout_or_token(name: str, values: Tensor, layout: Layout, device: torc
     if tuple(values.shape) not in ((layout.rollouts,), layout.shape):
         letters = "one per row (N,)" if layout.packed else "one per token (B, T)"
         raise ValueError(
-            f"{name} must have one value per rollout (B,) = ({layout.rollouts},) or {letters} = {layout.shape}, got {_shape(values)}"
+            f"{name} must have one value per rollout (B,) = ({layout.rollouts},) or {letters} = {layout.shape}, "
+            f"got {_shape(values)}"
         )
     return layout.spread(values.detach().to(dtype))
 

@@ -185,6 +185,7 @@ class Constants(NamedTuple):
         layout: Layout, advantages: Tensor, old: Tensor | None, ref: Tensor | None, spec: PolicySpec, device: torch.device,
         dtype: torch.dtype, like: str,
     ) -> "Constants":  # fmt: skip
+        """Check the arguments and flatten them."""
         if spec.needs_reference and ref is None:
             reason = (
                 "ACE compares the policy with it: pass it, or alpha=0"
@@ -282,8 +283,8 @@ def _too_long(call: _HeadCall, layout: Layout) -> str:
         return f"workspace_bytes must hold one row of logits for schedule='single_pass', {row} bytes, got {call.workspace_bytes}"
     longest = layout.longest()
     return (
-        f"schedule='single_pass' needs each rollout in one chunk, and workspace_bytes={call.workspace_bytes} holds {limit} rows but the longest "
-        f"rollout has {longest}: give workspace_bytes >= {longest * row}, confidence='old', or schedule='two_pass'"
+        f"schedule='single_pass' needs each rollout in one chunk, and workspace_bytes={call.workspace_bytes} holds {limit} rows "
+        f"but the longest rollout has {longest}: give workspace_bytes >= {longest * row}, confidence='old', or schedule='two_pass'"
     )
 
 

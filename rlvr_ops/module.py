@@ -50,7 +50,8 @@ class ACELoss(nn.Module):
             "alpha": alpha, "confidence": confidence, "confidence_reduction": confidence_reduction, "shape": shape,
             "loss_type": loss_type, "epsilon_low": epsilon_low, "epsilon_high": epsilon_high, "delta": delta, "beta": beta,
             "kl_estimator": kl_estimator, "temperature": temperature, "softcap": softcap, "logit_scale": logit_scale,
-            "max_completion_length": max_completion_length, "schedule": schedule, "workspace_bytes": workspace_bytes, "backend": backend,
+            "max_completion_length": max_completion_length, "schedule": schedule, "workspace_bytes": workspace_bytes,
+            "backend": backend,
         }  # fmt: skip
 
     def forward(

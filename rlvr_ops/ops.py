@@ -88,14 +88,14 @@ def score(
 
 
 @score.register_fake
-def _(hidden, weight, bias, ids, scored, inv_temperature, head, dtype, entropy, mean, top1, workspace_bytes, backend):  # type: ignore[no-untyped-def]
+def _(hidden, weight, bias, ids, scored, inv_temperature, head, dtype, entropy, mean, top1, workspace_bytes, backend):
     def made(wanted: bool, dtype: torch.dtype = inv_temperature.dtype) -> Tensor:
         return hidden.new_empty(hidden.shape[0], dtype=dtype) if wanted else hidden.new_empty(0)
 
     return made(True), made(True), made(entropy), made(mean), made(top1, torch.bool)
 
 
-def _save_score(ctx, inputs, output):  # type: ignore[no-untyped-def]
+def _save_score(ctx, inputs, output):
     hidden, weight, bias, ids, _scored, inv_temperature, head, dtype, _e, _m, _t, workspace_bytes, backend = inputs
     ctx.set_materialize_grads(False)
     _logp, lse, entropy, mean, top1 = output
@@ -104,7 +104,7 @@ def _save_score(ctx, inputs, output):  # type: ignore[no-untyped-def]
     ctx.constants = (head, dtype, workspace_bytes, backend)
 
 
-def _backward_score(ctx, d_logp, d_lse, d_entropy, d_mean, d_top1):  # type: ignore[no-untyped-def]
+def _backward_score(ctx, d_logp, d_lse, d_entropy, d_mean, d_top1):
     hidden, weight, bias, ids, inv_temperature, lse, entropy = ctx.saved_tensors
     head, dtype, workspace_bytes, backend = ctx.constants
     needs = ctx.needs_input_grad[:3]
@@ -145,8 +145,8 @@ def pull_back(
         rows = _rows_of(coef != 0 if entropy_coef is None else (coef != 0) | (entropy_coef != 0))
         needs = Needs(need_hidden, need_weight, need_bias)
         found = pull_back_rows(
-            _chosen(hidden, rows).to(dtype), weight.to(dtype), _chosen(ids, rows), _chosen(inv_temperature, rows), _chosen(lse, rows),
-            _chosen(coef, rows).contiguous(), entropy=None if entropy_coef is None else _chosen(entropy, rows),
+            _chosen(hidden, rows).to(dtype), weight.to(dtype), _chosen(ids, rows), _chosen(inv_temperature, rows),
+            _chosen(lse, rows), _chosen(coef, rows).contiguous(), entropy=None if entropy_coef is None else _chosen(entropy, rows),
             entropy_coef=None if entropy_coef is None else _chosen(entropy_coef, rows).contiguous(), bias=bias, head=_head(head),
             needs=needs, weight_dtype=weight.dtype, workspace_bytes=workspace_bytes, backend=backend,
         )  # fmt: skip
@@ -177,7 +177,7 @@ def _(
     need_bias,
     workspace_bytes,
     backend,
-):  # type: ignore[no-untyped-def]
+):
     return _fake_gradients(hidden, weight, bias, need_hidden, need_weight, need_bias)
 
 
@@ -202,7 +202,7 @@ def weigh(
 
 
 @weigh.register_fake
-def _(logp, old, ref, advantages, mask, cu_seqlens, rollout_weight, spec, backend):  # type: ignore[no-untyped-def]
+def _(logp, old, ref, advantages, mask, cu_seqlens, rollout_weight, spec, backend):
     return (
         logp.new_empty(logp.shape),
         logp.new_empty(logp.shape),
@@ -210,13 +210,13 @@ def _(logp, old, ref, advantages, mask, cu_seqlens, rollout_weight, spec, backen
     )
 
 
-def _save_weigh(ctx, inputs, output):  # type: ignore[no-untyped-def]
+def _save_weigh(ctx, inputs, output):
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1], output[2])
     ctx.save_for_backward(output[1])
 
 
-def _backward_weigh(ctx, d_losses, d_coef, d_statistics):  # type: ignore[no-untyped-def]
+def _backward_weigh(ctx, d_losses, d_coef, d_statistics):
     (coef,) = ctx.saved_tensors
     return (None if d_losses is None else d_losses * coef, *[None] * 8)
 
@@ -228,15 +228,16 @@ weigh.register_autograd(_backward_weigh, setup_context=_save_weigh)
 def single_pass(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, scored: Tensor | None, inv_temperature: Tensor,
     old: Tensor | None, ref: Tensor | None, advantages: Tensor, cu_seqlens: Tensor, rollout_weight: Tensor, spec: str, head: str,
-    dtype: torch.dtype, need_hidden: bool, need_weight: bool, need_bias: bool, with_entropy: bool, workspace_bytes: int, backend: str,
+    dtype: torch.dtype, need_hidden: bool, need_weight: bool, need_bias: bool, with_entropy: bool, workspace_bytes: int,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(loss, logp (R,), entropy (R,), statistics (B, 8), rows pulled back, d_hidden, d_weight, d_bias)."""
     with _no_autocast(hidden):
         index = _rows_of(scored)
         rows = _compact(index, ids, inv_temperature, old, ref, advantages, cu_seqlens, rollout_weight)
         done = single_pass_rows(
-            hidden, weight.to(dtype), rows, _policy(spec), bias=bias, head=_head(head), needs=Needs(need_hidden, need_weight, need_bias),
-            weight_dtype=weight.dtype, with_entropy=with_entropy, workspace_bytes=workspace_bytes, backend=backend,
+            hidden, weight.to(dtype), rows, _policy(spec), bias=bias, head=_head(head),
+            needs=Needs(need_hidden, need_weight, need_bias), weight_dtype=weight.dtype, with_entropy=with_entropy, workspace_bytes=workspace_bytes, backend=backend,
         )  # fmt: skip
         weighed = weigh_rows(
             done.logp,
@@ -253,7 +254,7 @@ def single_pass(
         d_hidden, d_weight, d_bias = done.gradients
         d_bias = None if d_bias is None or bias is None else d_bias.to(bias.dtype)
         pulled_back = logp.new_tensor(float(done.pulled_back))
-        gradients = (_or_empty(x, hidden) for x in (d_hidden, d_weight, d_bias))
+        gradients = _or_empty(d_hidden, hidden), _or_empty(d_weight, hidden), _or_empty(d_bias, hidden)
         return weighed.losses.sum(), logp, entropy, weighed.statistics, pulled_back, *gradients
 
 
@@ -272,27 +273,9 @@ def _compact(
 
 @single_pass.register_fake
 def _(
-    hidden,
-    weight,
-    bias,
-    ids,
-    scored,
-    inv_temperature,
-    old,
-    ref,
-    advantages,
-    cu_seqlens,
-    rollout_weight,
-    spec,
-    head,
-    dtype,
-    need_hidden,
-    need_weight,
-    need_bias,
-    with_entropy,
-    workspace_bytes,
-    backend,
-):  # type: ignore[no-untyped-def]  # noqa: E501
+    hidden, weight, bias, ids, scored, inv_temperature, old, ref, advantages, cu_seqlens, rollout_weight, spec, head, dtype,
+    need_hidden, need_weight, need_bias, with_entropy, workspace_bytes, backend,
+):  # fmt: skip
     row = inv_temperature.new_empty(hidden.shape[0])
     statistics = row.new_empty(rollout_weight.shape[0], len(STATISTICS))
     entropy = torch.empty_like(row) if with_entropy else hidden.new_empty(0)
@@ -300,13 +283,13 @@ def _(
     return row.new_empty(()), row, entropy, statistics, row.new_empty(()), *gradients
 
 
-def _save_single_pass(ctx, inputs, output):  # type: ignore[no-untyped-def]
+def _save_single_pass(ctx, inputs, output):
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*output[5:])
 
 
-def _backward_single_pass(ctx, d_loss, *others):  # type: ignore[no-untyped-def]
+def _backward_single_pass(ctx, d_loss, *others):
     grads: list[Tensor | None] = [None] * 20
     if d_loss is not None:
         scaled = [_scaled(grad, d_loss) for grad in ctx.saved_tensors]

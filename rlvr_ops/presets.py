@@ -29,7 +29,7 @@ def _preset(
         for keyword in kwargs:
             if keyword not in known:
                 raise TypeError(f"{name}() has no argument {keyword!r}: {_refusal(keyword, without, base.__name__)}")
-        return base(*args, **{**defaults, **kwargs})  # type: ignore[arg-type]
+        return base(*args, **{**defaults, **kwargs})
 
     loss.__name__ = loss.__qualname__ = name
     loss.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]

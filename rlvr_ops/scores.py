@@ -40,8 +40,9 @@ def token_logps(
     backend: str = "auto",
     validate: bool = False,
 ) -> TokenScores:
-    """Log-probabilities of `completion_ids` (B, T) or (N,) under hidden states (B, T, H) or (N, H); float32, or float64 for float64.
+    """Log-probabilities of `completion_ids` (B, T) or (N,) under hidden states (B, T, H) or (N, H), in float32.
 
+    Float64 inputs give float64.
     Differentiable in `logps` and `entropy`; the backward pass recomputes the logits and skips rows without a gradient.
     Self-certainty is log V-normalised: mean over the vocabulary of -log(V p_j) (arXiv 2502.18581).
     The keywords are those of `policy_loss`. Without gradients, `workspace_bytes=0` takes the kernel whose logits never
@@ -73,7 +74,8 @@ def token_logps(
     logp, lse, entropy, mean, top1 = ops.score(
         hidden_states.reshape(-1, hidden_states.shape[-1]), lm_head_weight, lm_head_bias, completion_ids.reshape(-1), layout.mask,
         arguments.inverse_temperature(temperature, layout, device, accumulator_dtype(dtype)), ops.encode(head), dtype,
-        with_entropy, with_self_certainty, with_top1, default_workspace_bytes(device) if workspace_bytes is None else workspace_bytes, backend,
+        with_entropy, with_self_certainty, with_top1,
+        default_workspace_bytes(device) if workspace_bytes is None else workspace_bytes, backend,
     )  # fmt: skip
     certainty = lse - mean - math.log(lm_head_weight.shape[0]) if with_self_certainty else None
     return TokenScores(
@@ -89,7 +91,8 @@ def _check_zero_workspace(workspace_bytes: int | None, statistics: bool, hidden:
         return
     if statistics:
         raise ValueError(
-            "workspace_bytes=0 gives log-probabilities alone: drop with_entropy, with_self_certainty and with_top1, or give a workspace"
+            "workspace_bytes=0 gives log-probabilities alone: "
+            "drop with_entropy, with_self_certainty and with_top1, or give a workspace"
         )
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
         raise ValueError(

@@ -48,7 +48,7 @@ def pull_back(
 ) -> Gradients:
     """Pull rows (n,) back; hidden (n, H) and weight (V, H) have one dtype, d_weight gets `weight_dtype`."""
     rows, vocabulary = hidden.shape[0], weight.shape[0]
-    d_hidden = accumulator(rows, hidden.shape[1], hidden) if needs.hidden else None
+    d_hidden = accumulator((rows, hidden.shape[1]), hidden) if needs.hidden else None
     fresh = torch.empty if rows else torch.zeros  # every slice is overwritten, if there is a row to do it
     d_weight = fresh(weight.shape, dtype=weight_dtype, device=weight.device) if needs.weight else None
     d_bias = (
@@ -64,7 +64,8 @@ def pull_back(
             logits = tile.fill(hidden[some], weight[part])
             gradient = dlogits(
                 logits, ids[some], col, lse[some], coef[some], inv_temperature[some],
-                entropy=None if entropy is None else entropy[some], entropy_coef=None if entropy_coef is None else entropy_coef[some],
+                entropy=None if entropy is None else entropy[some],
+                entropy_coef=None if entropy_coef is None else entropy_coef[some],
                 bias=None if bias is None else bias[part], head=head, out=tile.gradient(*logits.shape), backend=backend,
             )  # fmt: skip
             if d_hidden is not None:
@@ -72,7 +73,7 @@ def pull_back(
             if d_weight is not None and shape.rows >= rows:
                 multiply(gradient.T, hidden[some], out=d_weight[part])
             elif d_weight is not None:
-                slice_total = accumulator(part.stop - col, hidden.shape[1], hidden) if row == 0 else slice_total
+                slice_total = accumulator((part.stop - col, hidden.shape[1]), hidden) if row == 0 else slice_total
                 accumulate(slice_total, gradient.T, hidden[some], first=row == 0)  # type: ignore[arg-type]
             if d_bias is not None:
                 d_bias[part] += gradient.sum(0, dtype=d_bias.dtype)

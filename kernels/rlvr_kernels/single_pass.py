@@ -26,13 +26,13 @@ COMPACTION_BYTES = 16 << 20  # rows move up in pieces of this size
 
 
 class Rows(NamedTuple):
-    """The n rows to do, in rollout order: `index` (n,) says which of the hidden states, None all of them.
+    """The n rows to do, in rollout order: `where` (n,) says which of the hidden states, None all of them.
 
     ids, inv_temperature, advantages, old, ref (n,); cu_seqlens (B + 1,) over the n rows, `lengths` the same on the
     host; rollout_weight (B,).
     """
 
-    index: torch.Tensor | None
+    where: torch.Tensor | None
     ids: torch.Tensor
     inv_temperature: torch.Tensor
     advantages: torch.Tensor
@@ -99,7 +99,7 @@ def single_pass(
     backend: str = "auto",
 ) -> SinglePass:
     """Score, weigh and pull back `rows` of hidden (R, H), which is cast to the dtype of weight (V, H) chunk by chunk."""
-    n, vocabulary = rows.ids.shape[0], weight.shape[0]
+    vocabulary = weight.shape[0]
     token_local = is_token_local(spec, rows.old is not None)
     limit = whole_row_tile(vocabulary, bytes_per_logit(weight.device, weight.dtype), workspace_bytes)
     plan = list(chunks(rows.lengths, limit, token_local))
@@ -125,7 +125,7 @@ def single_pass(
     pulled_back = 0
     for i, chunk in enumerate(plan):
         part = slice(chunk.start, chunk.stop)
-        index = part if rows.index is None else rows.index[part]
+        index = part if rows.where is None else rows.where[part]
         states = hidden[index].to(weight.dtype)
         out = step.run(states, rows, chunk, None if shift is None else shift[part])
         logp[part] = out.logp
@@ -133,10 +133,10 @@ def single_pass(
             entropy[part] = out.entropy
         if out.keep is not None:
             states = states[out.keep]
-            index = out.keep + chunk.start if rows.index is None else rows.index[part][out.keep]
+            index = out.keep + chunk.start if rows.where is None else rows.where[part][out.keep]
         pulled_back += states.shape[0]
         if d_hidden is not None:
-            product = accumulator(*states.shape, states)
+            product = accumulator(states.shape, states)
             multiply(out.gradient, weight, out=product)
             d_hidden[index] = (product if out.scale is None else product.mul_(out.scale[:, None])).to(d_hidden.dtype)
         if out.scale is not None:
@@ -156,14 +156,14 @@ def _weight_accumulator(weight: torch.Tensor, weight_dtype: torch.dtype, count: 
     """One chunk can be written straight to the gradient's dtype; several need an accumulator."""
     if count <= 1:
         return torch.empty(weight.shape, dtype=weight_dtype, device=weight.device)
-    return accumulator(*weight.shape, weight)
+    return accumulator(weight.shape, weight)
 
 
 def _known_shift(rows: Rows, spec: PolicySpec, backend: str) -> torch.Tensor:
     """Each row's rollout's confidence shift (n,), from the old log-probabilities."""
-    statistics = weigh(
-        rows.old, rows.old, rows.ref, rows.advantages, None, rows.cu_seqlens, rows.rollout_weight, spec, backend
-    ).statistics  # type: ignore[arg-type]
+    old, ref, advantages = rows.old, rows.ref, rows.advantages
+    assert old is not None
+    statistics = weigh(old, old, ref, advantages, None, rows.cu_seqlens, rows.rollout_weight, spec, backend).statistics
     return statistics[:, STATISTICS.index("shift")][rollout_of_row(rows.cu_seqlens, rows.ids.shape[0])]
 
 

@@ -102,6 +102,6 @@ def accumulate(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, first: 
             total[start : start + PRODUCT_ROWS] += torch.mm(a[start : start + PRODUCT_ROWS], b)
 
 
-def accumulator(rows: int, cols: int, like: torch.Tensor) -> torch.Tensor:
+def accumulator(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
     """An uninitialised accumulator for products of tensors like `like`."""
-    return torch.empty(rows, cols, dtype=accumulator_dtype(like.dtype), device=like.device)
+    return torch.empty(shape, dtype=accumulator_dtype(like.dtype), device=like.device)

@@ -25,7 +25,8 @@ BLOCK = 1024
 NUM_WARPS = 4
 
 STATISTICS = ("loss", "tokens", "wrong", "shift", "weight", "kl", "clipped_low", "clipped_high")
-"""The columns of `Weighed.statistics`: sums over the rollout's active rows, except wrong (1 if any advantage is negative), shift and weight."""
+"""The columns of `Weighed.statistics`: sums over the rollout's active rows, except shift, weight and wrong, which is 1 if
+any advantage is negative."""
 
 
 class Weighed(NamedTuple):
