@@ -17,7 +17,7 @@ demo: $(READY)
 	$(BIN)/rlvr-ops demo --model $(MODEL) --seed $(SEED) --out runs/demo-$(MODEL)-$(SEED)
 
 bench: $(READY)
-	$(PYTEST) --benchmark benchmarks
+	$(PYTEST) --benchmark
 
 lint: $(READY)
 	$(BIN)/ruff check .
