@@ -4,7 +4,7 @@
 
 The library's own functions are called on meta tensors of a language model's size (launches.py) while a driver without a
 GPU stands in for Triton's. Each kernel is compiled by Triton's own just-in-time path, specialised as it would be there
-and with the constants that the library launches it with; the launch alone is left out. What is reported is what would run.
+and with the constants that the library launches it with, and not launched. What is reported is what would run.
 Registers and stack come from the binary: cuobjdump for NVIDIA, the code object's metadata for AMD.
 """
 
@@ -46,9 +46,10 @@ TARGETS = {
 
 @dataclass(frozen=True)
 class Usage:
-    """What a compiled kernel uses: registers of a thread (AMD: vector registers), bytes of its stack and of shared memory.
+    """What a compiled kernel uses: a thread's registers (AMD: vector registers), bytes of its stack and of shared memory.
 
-    The stack is where spilled registers go; the kernels have nothing else to put there.
+    The stack is where spilled registers go; the kernels have nothing else to put there. matrix_unit is the instruction
+    family that multiplies, or nothing where the ordinary arithmetic units do.
     """
 
     variant: str
@@ -58,6 +59,7 @@ class Usage:
     registers: int
     stack: int
     shared: int
+    matrix_unit: str
 
 
 class _Driver:
@@ -80,7 +82,7 @@ class _Driver:
 
 @contextlib.contextmanager
 def recorded(target: Target) -> Iterator[list[tuple[str, Any]]]:
-    """Within it, a launch compiles its kernel for `target` and adds (name, compiled kernel) to the list, and runs nothing.
+    """Within it, a launch compiles its kernel for `target`, adds (name, compiled kernel) to the list and runs nothing.
 
     Raises:
         RuntimeError: Triton is not installed, or interprets its kernels.
@@ -116,8 +118,10 @@ def compile_variant(variant: str, target_name: str) -> list[Usage]:
 
 def usage(variant: str, kernel: str, target: str, compiled: Any) -> Usage:
     """Read a compiled kernel's use of the machine out of its binary."""
-    registers, stack = _nvidia(compiled.asm["cubin"]) if "cubin" in compiled.asm else _amd(compiled.asm["amdgcn"])
-    return Usage(variant, kernel, target, compiled.metadata.num_warps, registers, stack, compiled.metadata.shared)
+    asm, meta = compiled.asm, compiled.metadata
+    registers, stack = _nvidia(asm["cubin"]) if "cubin" in asm else _amd(asm["amdgcn"])
+    units = re.findall(r"wgmma|tcgen05|mma\.sync|mfma", asm["ptx"] if "ptx" in asm else asm["amdgcn"])
+    return Usage(variant, kernel, target, meta.num_warps, registers, stack, meta.shared, units[0] if units else "")
 
 
 def _nvidia(cubin: bytes) -> tuple[int, int]:
@@ -137,7 +141,7 @@ def _amd(assembly: str) -> tuple[int, int]:
 
 
 def compile_all(targets: Sequence[str] = tuple(TARGETS), only: Sequence[str] = (), processes: int = 2) -> list[Usage]:
-    """Compile every variant, or those whose name begins with one of `only`, for every target, in the registry's order."""
+    """Compile every variant, or those whose name begins with one of `only`, for every target, in LAUNCHES' order."""
     jobs = [(v, t) for v in LAUNCHES for t in targets if not only or v.startswith(tuple(only))]
     context = multiprocessing.get_context("spawn")  # a fork would inherit the threads of torch
     with (

@@ -1,7 +1,7 @@
 """Every kernel of the library in every variant worth compiling: a name, and a call that launches it on meta tensors.
 
-To add a kernel, add a call. compile_table.py runs these. The shapes are a language model's; what matters to the compiler
-is their divisibility and the dtypes.
+To add a kernel, add a call. compile_table.py runs these. The shapes are a language model's; what matters to the
+compiler is their divisibility and the dtypes.
 """
 
 from collections.abc import Callable

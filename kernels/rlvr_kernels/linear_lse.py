@@ -5,8 +5,9 @@
 Tiling: a program owns `rows` rows and one split of the vocabulary, walks the split in tiles of `cols` columns,
 accumulates each tile over H and folds it into a running maximum and sum. The programs of a group of row blocks run side
 by side, so that a slice of the weight comes from memory once per group and from L2 for the rest of it. A second kernel
-combines the splits. FLOPs: 2NVH. Bytes: the weight N / (rows * GROUP) times, the hidden states about once, and 8 N SPLITS
-of partial sums. How the vocabulary is split depends on V, never on N: a row's bits do not depend on the rows beside it.
+combines the splits. FLOPs: 2NVH. Bytes: the weight N / (rows * GROUP) times, the hidden states about once, and 8 bytes
+of partial sums per row and split. How the vocabulary is split depends on V and never on N: a row's bits do not depend on
+the rows beside it.
 """
 
 from dataclasses import dataclass
@@ -193,7 +194,7 @@ def linear_lse_kernel(
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr, GROUP: tl.constexpr,
     EVEN_H: tl.constexpr, UPCAST: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """One program reduces BLOCK_N rows over one split of the vocabulary; it writes the target's logit if it meets it."""
+    """One program reduces BLOCK_N rows over one split of the vocabulary, and writes the target's logit if it is there."""
     program = tl.program_id(0)
     first_block = program // (GROUP * n_splits) * GROUP
     group_size = tl.minimum(tl.cdiv(n_rows, BLOCK_N) - first_block, GROUP)

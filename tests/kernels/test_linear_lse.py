@@ -1,0 +1,264 @@
+"""linear_lse: the twin and, under the interpreter, the Triton kernels, against float64 logits that are written out."""
+
+import pytest
+import torch
+from rlvr_kernels import linear_lse as module
+from rlvr_kernels.linear_lse import Tiling, linear_lse
+
+N, H, V = 37, 45, 131  # nothing divides anything: three row blocks, five column tiles, three steps of H
+BACKENDS = ["torch", pytest.param("triton", marks=pytest.mark.interpret)]
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # exp = inf is meant in a softcap
+
+
+def make(n=N, h=H, v=V, dtype=torch.float32, spread=0.5):
+    hidden, weight = torch.randn(n, h).to(dtype), (spread * torch.randn(v, h)).to(dtype)
+    return hidden, weight, torch.randint(0, v, (n,))
+
+
+def truth(hidden, weight, ids, *, bias=None, temperature=1.0, softcap=None, logit_scale=1.0):
+    """(logp, lse) from whole logits in float64."""
+    z = hidden.double() @ weight.double().T
+    z = logit_scale * (z if bias is None else z + bias.double())
+    z = z if softcap is None else softcap * torch.tanh(z / softcap)
+    z = z / (temperature.double()[:, None] if isinstance(temperature, torch.Tensor) else temperature)
+    return z.gather(1, ids[:, None])[:, 0] - z.logsumexp(1), z.logsumexp(1)
+
+
+def check(found, expected):
+    for name, a, b in zip(("logp", "lse"), found, expected, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=2e-6, msg=lambda m, name=name: f"{name}: {m}")
+
+
+OPTIONS = {
+    "plain": {},
+    "bias": {"bias": torch.linspace(-1, 1, V)},
+    "temperature": {"temperature": 0.7},
+    "row temperature": {"temperature": torch.linspace(0.5, 2, N)},
+    "softcap": {"softcap": 3.0, "logit_scale": 1.5},
+    "all": {
+        "bias": torch.linspace(1, -1, V),
+        "temperature": torch.linspace(2, 0.5, N),
+        "softcap": 4.0,
+        "logit_scale": -0.5,
+    },
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_log_probabilities_are_those_of_whole_logits(backend, dtype, options):
+    tensors = make(dtype=dtype)
+    found = linear_lse(*tensors, **options, backend=backend)
+    assert all(x.dtype == torch.float32 for x in found)
+    check(found, truth(*tensors, **options))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("n", "h", "v"), [(1, 1, 1), (16, 16, 32), (17, 16, 33), (1, 123, 300), (70, 1, 65), (15, 33, 31)]
+)
+def test_every_shape_is_whole(backend, n, h, v):
+    tensors = make(n, h, v)
+    check(linear_lse(*tensors, backend=backend), truth(*tensors))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_rows_give_no_numbers(backend):
+    assert [x.shape for x in linear_lse(*make(0), backend=backend)] == [(0,), (0,)]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_strides_and_offsets_are_honoured(backend):
+    hidden, weight, ids = make()
+    wide = torch.full((N + 2, 2 * H + 3), float("nan"))
+    wide[1 : N + 1, 3::2] = hidden
+    rows = torch.stack([ids, torch.full_like(ids, -1)], 1)
+    bias = torch.linspace(-1, 1, 2 * V)
+    expected = truth(hidden, weight, ids, bias=bias[::2])
+    check(
+        linear_lse(wide[1 : N + 1, 3::2], weight.T.contiguous().T, rows[:, 0], bias=bias[::2], backend=backend),
+        expected,
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_expanded_row_serves_every_row(backend):
+    hidden, weight, ids = make()
+    hidden = hidden[:1].expand(N, H)
+    check(linear_lse(hidden, weight, ids, backend=backend), truth(hidden, weight, ids))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_operands_of_two_dtypes_are_multiplied_in_float32(backend):
+    hidden, weight, ids = make()
+    hidden = hidden.bfloat16()
+    check(linear_lse(hidden, weight, ids.int(), backend=backend), truth(hidden, weight, ids))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_masked_vocabulary_has_no_mass_and_makes_no_nan(backend):
+    hidden, weight, ids = make()
+    bias = torch.zeros(V)
+    bias[:100] = -float("inf")  # whole splits of nothing, then a tile that is partly masked
+    ids[::2], ids[1::2] = 110, 3
+    found, expected = linear_lse(hidden, weight, ids, bias=bias, backend=backend), truth(hidden, weight, ids, bias=bias)
+    assert (found[0][1::2] == -float("inf")).all()
+    check((found[0][::2], found[1]), (expected[0][::2], expected[1]))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_columns_past_the_vocabulary_hold_no_mass_and_match_no_id(backend):
+    hidden, weight, ids = make()
+    ids[0], ids[1], ids[2], ids[3] = V, V + 1, -1, -100
+    logp, lse = linear_lse(hidden - 10, weight, ids, logit_scale=-1.0, backend=backend)
+    assert (logp[:4] == -float("inf")).all()
+    assert torch.isfinite(logp[4:]).all()
+    check(
+        (logp[4:], lse),
+        tuple(
+            x[k:]
+            for x, k in zip(truth(hidden - 10, weight, ids.clamp(0, V - 1), logit_scale=-1.0), (4, 0), strict=True)
+        ),
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("offset", [-5000.0, 5000.0])
+def test_far_away_logits_neither_overflow_nor_underflow(backend, offset):
+    hidden, weight, ids = make()
+    options = {"bias": torch.full((V,), offset)}
+    found, expected = linear_lse(hidden, weight, ids, **options, backend=backend), truth(hidden, weight, ids, **options)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-6, atol=2e-3)  # float32 has 5e-4 between numbers around 5000
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_far_away_logits_meet_the_softcap(backend):
+    tensors = make(spread=500.0)
+    check(linear_lse(*tensors, softcap=5.0, backend=backend), truth(*tensors, softcap=5.0))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_certain_token_has_log_probability_zero(backend):
+    hidden, weight, ids = make()
+    bias = torch.full((V,), -1000.0)
+    bias[17] = 300.0
+    assert (linear_lse(hidden, weight, torch.full_like(ids, 17), bias=bias, backend=backend)[0] == 0).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nan_is_passed_on(backend):
+    hidden, weight, ids = make()
+    hidden[3, 7] = float("nan")
+    for softcap in (None, 5.0):
+        for found in linear_lse(hidden, weight, ids, softcap=softcap, backend=backend):
+            assert found.isnan().nonzero().tolist() == [[3]]
+
+
+@pytest.mark.interpret
+def test_the_kernels_agree_with_their_twin():
+    tensors = make(70, 123, 300)
+    options = {"bias": torch.randn(300), "temperature": torch.rand(70) + 0.5, "softcap": 6.0}
+    twin = linear_lse(*tensors, **options, backend="torch")
+    check(linear_lse(*tensors, **options, backend="triton"), [x.double() for x in twin])
+
+
+@pytest.mark.interpret
+def test_a_row_has_the_same_bits_in_any_company():
+    hidden, weight, ids = make()
+    together = linear_lse(hidden, weight, ids, backend="triton")
+    for rows in (slice(0, 1), slice(5, 30), slice(N - 1, N)):
+        alone = linear_lse(hidden[rows], weight, ids[rows], backend="triton")
+        assert all(torch.equal(a, b[rows]) for a, b in zip(alone, together, strict=True))
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("name", ["ROWS_PER_LAUNCH", "GROUP", "WANTED_SPLITS"])
+def test_how_the_work_is_cut_does_not_change_the_numbers(name, monkeypatch):
+    tensors = make()
+    whole = linear_lse(*tensors, backend="triton")
+    monkeypatch.setattr(module, name, {"ROWS_PER_LAUNCH": 20, "GROUP": 2, "WANTED_SPLITS": 2}[name])
+    for found, expected in zip(linear_lse(*tensors, backend="triton"), whole, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.interpret
+def test_every_element_is_written(monkeypatch):
+    def poisoned(*args, **kwargs):
+        return empty(*args, **kwargs).fill_(float("nan"))
+
+    empty, tensors = torch.empty, make()
+    monkeypatch.setattr(torch, "empty", poisoned)
+    monkeypatch.setattr(torch, "empty_like", lambda tensor: torch.full_like(tensor, float("nan")))
+    check(linear_lse(*tensors, backend="triton"), truth(*tensors))
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_float64_stays_float64(backend):
+    tensors = [x.double() if x.is_floating_point() else x for x in make()]
+    for found, expected in zip(linear_lse(*tensors, backend=backend), truth(*tensors), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-13)
+
+
+def test_the_twin_never_holds_the_logits():
+    biggest = 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal biggest
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor):
+                biggest = max(biggest, out.untyped_storage().nbytes())
+            return out
+
+    hidden, weight, ids = make(1500, 8, 3000)
+    with Watch():
+        linear_lse(hidden, weight, ids, bias=torch.zeros(3000), softcap=3.0, backend="torch")
+    assert biggest <= 4 * module.TWIN_ROWS * module.TWIN_COLS < 4 * 1500 * 3000
+
+
+@pytest.mark.parametrize("vocabulary", [1, 255, 32000, 151936, 262144, 10_000_000])
+def test_the_splits_cover_the_vocabulary_once(vocabulary):
+    tiling = Tiling(128, 256, 64, 8, 3)
+    per_split, splits = tiling.splits(vocabulary)
+    columns = per_split * tiling.cols
+    assert (splits - 1) * columns < vocabulary <= splits * columns
+    assert 1 <= per_split <= module.TILES_PER_SPLIT
+
+
+def test_a_float64_tensor_never_reaches_the_kernels():
+    hidden, weight, ids = make()
+    with pytest.raises(ValueError, match="cannot run here"):
+        linear_lse(hidden.double(), weight, ids, backend="triton")
+
+
+def bad(name, value):
+    def case(tensors):
+        tensors[name] = value(tensors)
+        return tensors
+
+    return case
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (bad("hidden", lambda t: t["hidden"][None]), r"hidden must have shape \(N, H\), got \(1, 37, 45\)"),
+        (bad("weight", lambda t: t["weight"].T), r"weight must have shape \(V, H\) = \(V, 45\) .* got \(45, 131\)"),
+        (bad("ids", lambda t: t["ids"][1:]), r"ids must have shape \(37,\), got \(36,\)"),
+        (bad("ids", lambda t: t["ids"].float()), "ids must be int64 or int32, got torch.float32"),
+        (bad("bias", lambda t: torch.zeros(3)), r"bias must have shape \(131,\), got \(3,\)"),
+        (bad("weight", lambda t: t["weight"].int()), "weight must be floating point, got torch.int32"),
+        (bad("weight", lambda t: t["weight"].to("meta")), "weight must be on cpu like hidden, got meta"),
+        (
+            bad("temperature", lambda t: torch.ones(3)),
+            r"temperature must be a number or have shape \(N,\) = \(37,\), got \(3,\)",
+        ),
+        (bad("temperature", lambda t: 0.0), "temperature must be > 0, got 0.0"),
+        (bad("softcap", lambda t: -1.0), "softcap must be > 0 or None, got -1.0"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        linear_lse(**change(dict(zip(("hidden", "weight", "ids"), make(), strict=True))))
