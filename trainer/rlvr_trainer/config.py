@@ -1,0 +1,243 @@
+"""The settings of a run: one tree of plain dataclasses, read from YAML and `section.key=value` overrides.
+
+A preset (`algorithm.name`) fills in the keys of the `algorithm` section that nobody set; whatever is written wins.
+"""
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from rlvr_trainer.parsing import ConfigError, build, nearest
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "grpo": {"loss_type": "grpo", "beta": 0.001},
+    "dapo": {"loss_type": "dapo", "epsilon_high": 0.28, "dynamic_sampling": True, "overlong_fraction": 0.2},
+    "dr_grpo": {"loss_type": "dr_grpo", "advantages": "dr_grpo"},
+}
+PRESETS["ace-grpo"] = {**PRESETS["grpo"], "alpha": 1.0}
+PRESETS["ace-dapo"] = {**PRESETS["dapo"], "alpha": 1.0}
+
+
+@dataclass
+class TaskConfig:
+    """Where problems come from and how an answer is judged."""
+
+    name: str = "chain_sum"  # a reasoning-gym generator, or the path of a JSON Lines file of {prompt, answer}
+    parameters: dict[str, Any] = field(default_factory=dict)  # of the generator
+    instruction: str = ""  # appended to every prompt
+    extract: Literal["whole", "last_number"] = "whole"  # what of a completion is judged, after <answer> tags
+    reward: Literal["correct", "score"] = "correct"  # 1 if the score is 1, else 0; or the score in [0, 1] itself
+    held_out: int = 64  # problems kept for evaluation (JSON Lines: the last lines of the file)
+    verifier_timeout: float = 10.0  # seconds per answer, JSON Lines tasks only
+    verifier_processes: int = 2
+
+
+@dataclass
+class PolicyConfig:
+    """The model that learns."""
+
+    name: str = "tiny"  # `tiny`, `smollm2-135m`, or anything `AutoModelForCausalLM.from_pretrained` takes
+    precision: Literal["mixed", "full"] = "mixed"  # mixed: fp32 weights, bf16 autocast, bf16 copy for sampling
+    device: str = "auto"
+    warm_start_steps: int = 400  # supervised updates that make `tiny`
+    warm_start_noise: float = 0.5  # the share of wrong answers it is taught, so that something is left to learn
+
+
+@dataclass
+class RolloutConfig:
+    """How completions are sampled."""
+
+    prompts: int = 8
+    group_size: int = 8  # completions per prompt
+    max_new_tokens: int = 20
+    temperature: float = 1.0
+    batch_size: int = 128  # completions generated at once
+
+
+@dataclass
+class AlgorithmConfig:
+    """From rewards to a loss. The keywords are those of `rlvr_ops.policy_loss`."""
+
+    name: str = "ace-grpo"
+    loss_type: Literal["grpo", "dapo", "dr_grpo"] = "grpo"
+    advantages: Literal["grpo", "dr_grpo", "rloo"] = "grpo"
+    alpha: float = 0.0
+    confidence: Literal["current", "old"] = "current"
+    confidence_reduction: Literal["mean", "sum"] = "mean"
+    shape: Literal["softplus", "relu"] = "softplus"
+    epsilon_low: float = 0.2
+    epsilon_high: float | None = None  # None: epsilon_low
+    delta: float | None = None
+    beta: float = 0.0
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    dynamic_sampling: bool = False  # drop groups of accuracy 0 or 1 and sample others in their place
+    max_resamples: int = 3  # how many further rounds of prompts that may cost
+    overlong_fraction: float = 0.0  # the last share of max_new_tokens in which length is punished; 0 = never
+
+
+@dataclass
+class OptimConfig:
+    """AdamW. Weight decay is zero by default."""
+
+    learning_rate: float = 1e-5
+    warmup_steps: int = 0
+    weight_decay: float = 0.0
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    max_grad_norm: float = 1.0
+    micro_batch: int = 16  # rollouts per forward pass; changes memory and speed, not the gradient
+    updates_per_batch: int = 1  # optimiser steps on the same rollouts; above 1 the loss is off policy
+
+
+@dataclass
+class EvalConfig:
+    """Held-out Pass@k before, during and after training."""
+
+    samples: int = 8  # completions per held-out problem
+    every: int = 0  # steps between evaluations; 0 = only before and after
+    temperature: float = 1.0
+    seed: int = 1234
+
+
+@dataclass
+class RunConfig:
+    """Length, folder, logging."""
+
+    steps: int = 100
+    seed: int = 0
+    out: str = "runs/latest"
+    checkpoint_every: int = 0  # steps between checkpoints; 0 = only when interrupted
+    keep_checkpoints: int = 1
+    table_every: int = 10  # steps between printed completions; 0 = never
+    log_completions: bool = True
+    threads: int = 0  # CPU threads; 0 = torch's choice
+
+
+@dataclass
+class Config:
+    """Everything about a run. Written to the run folder as `config.yaml`."""
+
+    task: TaskConfig = field(default_factory=TaskConfig)
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    evaluation: EvalConfig = field(default_factory=EvalConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        """Refuse what no run can use, by name."""
+        positive = {
+            "rollout.prompts": self.rollout.prompts,
+            "rollout.max_new_tokens": self.rollout.max_new_tokens,
+            "rollout.temperature": self.rollout.temperature,
+            "rollout.batch_size": self.rollout.batch_size,
+            "optim.learning_rate": self.optim.learning_rate,
+            "optim.max_grad_norm": self.optim.max_grad_norm,
+            "optim.micro_batch": self.optim.micro_batch,
+            "optim.updates_per_batch": self.optim.updates_per_batch,
+            "evaluation.samples": self.evaluation.samples,
+            "evaluation.temperature": self.evaluation.temperature,
+            "task.held_out": self.task.held_out,
+            "task.verifier_timeout": self.task.verifier_timeout,
+            "task.verifier_processes": self.task.verifier_processes,
+            "algorithm.epsilon_low": self.algorithm.epsilon_low,
+        }
+        for key, value in positive.items():
+            if not value > 0:
+                raise ConfigError(f"{key} must be greater than 0, got {value}")
+        not_negative = {
+            "algorithm.alpha": self.algorithm.alpha,
+            "algorithm.beta": self.algorithm.beta,
+            "algorithm.max_resamples": self.algorithm.max_resamples,
+            "optim.warmup_steps": self.optim.warmup_steps,
+            "optim.weight_decay": self.optim.weight_decay,
+            "evaluation.every": self.evaluation.every,
+            "run.steps": self.run.steps,
+            "run.seed": self.run.seed,
+            "run.checkpoint_every": self.run.checkpoint_every,
+            "run.table_every": self.run.table_every,
+        }
+        for key, value in not_negative.items():
+            if not value >= 0:
+                raise ConfigError(f"{key} must not be negative, got {value}")
+        if self.rollout.group_size < 2:
+            raise ConfigError(f"rollout.group_size must be at least 2, got {self.rollout.group_size}: one has no peers")
+        if not 0 <= self.algorithm.overlong_fraction < 1:
+            raise ConfigError(f"algorithm.overlong_fraction must be in [0, 1), got {self.algorithm.overlong_fraction}")
+        if len(self.optim.betas) != 2:
+            raise ConfigError(f"optim.betas must hold two numbers, got {self.optim.betas}")
+
+    def to_yaml(self) -> str:
+        """Every key with its value, presets resolved: reading it back gives an equal `Config`."""
+        return yaml.safe_dump(asdict(self), sort_keys=False)
+
+
+def from_tree(tree: dict[str, Any]) -> Config:
+    """A `Config` from nested dicts, the preset named by `algorithm.name` under what the tree says.
+
+    Raises:
+        ConfigError: an unknown key or preset (with the nearest known name), or a value of the wrong type.
+    """
+    algorithm = tree.get("algorithm") or {}
+    if not isinstance(algorithm, dict):
+        raise ConfigError(f"algorithm must be a section of keys, got {algorithm!r}: write algorithm.name=NAME")
+    name = algorithm.get("name", AlgorithmConfig.name)
+    if name not in PRESETS:
+        raise ConfigError(f"unknown algorithm.name {name!r}{nearest(str(name), PRESETS)}")
+    config = build(Config, {**tree, "algorithm": {**PRESETS[name], **algorithm}})
+    assert isinstance(config, Config)
+    return config
+
+
+def shipped() -> dict[str, Path]:
+    """The configurations that come with the package, by name."""
+    return {path.stem: path for path in sorted((Path(__file__).parent / "configs").glob("*.yaml"))}
+
+
+def load(source: str | Path | None = None, overrides: list[str] | None = None) -> Config:
+    """Read a YAML file (or a shipped configuration by name, or nothing) and apply `section.key=value` overrides.
+
+    Raises:
+        ConfigError: no such file or name, YAML that does not parse, or anything `from_tree` refuses.
+    """
+    tree: dict[str, Any] = {}
+    if source is not None:
+        path = shipped().get(str(source), Path(source))
+        if not path.is_file():
+            raise ConfigError(f"no configuration {str(source)!r}: neither a file nor one of {', '.join(shipped())}")
+        tree = _parse_yaml(path.read_text(), str(path))
+    for override in overrides or []:
+        key, equals, text = override.partition("=")
+        section, dot, name = key.partition(".")
+        if not equals or not dot or not name:
+            raise ConfigError(f"an override must look like section.key=value, got {override!r}")
+        parts = [section, *name.split(".")]
+        node = tree
+        for part in parts[:-1]:
+            node[part] = node.get(part) or {}
+            node = node[part]
+            if not isinstance(node, dict):
+                raise ConfigError(f"{key}: {part} is not a section")
+        node[parts[-1]] = _parse_value(text, key)
+    return from_tree(tree)
+
+
+def _parse_yaml(text: str, where: str) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where} is not valid YAML: {error}") from error
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{where} must hold sections of keys, got {type(tree).__name__}")
+    return tree
+
+
+def _parse_value(text: str, key: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{key}={text} is not a YAML value: {error}") from error

@@ -1,0 +1,99 @@
+"""Pass@k on the held-out problems, with bootstrap intervals over problems."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+import rlvr_ops
+from rlvr_ops.evaluation import bootstrap_interval, paired_bootstrap_interval
+from rlvr_trainer.config import Config
+from rlvr_trainer.policies import Policy
+from rlvr_trainer.rollouts import sample
+from rlvr_trainer.tasks import Task
+
+
+@dataclass
+class Evaluation:
+    """How many of `samples` answers were correct per held-out problem; None where the verifier failed on one."""
+
+    samples: int
+    correct: list[int | None]
+    verifier_errors: int
+    mean_length: float
+
+    def per_problem(self, k: int) -> list[float]:
+        """Pass@k of each problem that could be judged."""
+        return [rlvr_ops.pass_at_k(self.samples, c, k) for c in self.correct if c is not None]
+
+    def pass_at(self, k: int) -> tuple[float, float, float]:
+        """Mean Pass@k with its 95 % interval: (mean, low, high)."""
+        values = self.per_problem(k)
+        low, high = bootstrap_interval(values)
+        return sum(values) / len(values), low, high
+
+    def metrics(self) -> dict[str, float]:
+        """`eval/pass@k` with `/low` and `/high` for k = 1, 2, 4, ..., samples."""
+        found = {"eval/verifier_errors": float(self.verifier_errors), "eval/mean_length": self.mean_length}
+        if any(c is not None for c in self.correct):
+            for k in powers_of_two(self.samples):
+                mean, low, high = self.pass_at(k)
+                found |= {f"eval/pass@{k}": mean, f"eval/pass@{k}/low": low, f"eval/pass@{k}/high": high}
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON; `Evaluation(**...)` reads it back."""
+        return asdict(self)
+
+
+def powers_of_two(n: int) -> list[int]:
+    """1, 2, 4, ... up to n, and n itself.
+
+    >>> powers_of_two(6)
+    [1, 2, 4, 6]
+    """
+    return sorted({n, *(2**i for i in range(n.bit_length()) if 2**i <= n)})
+
+
+def evaluate(policy: Policy, task: Task, config: Config) -> Evaluation:
+    """Sample `evaluation.samples` answers to every held-out problem. The random state of training is left alone.
+
+    A problem on which the verifier fails even once is not counted at all, neither as solved nor as missed.
+    """
+    n = config.evaluation.samples
+    devices = [policy.device] if policy.device.type != "cpu" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(config.evaluation.seed)
+        rollouts = sample(policy, task.held_out, config, n, config.evaluation.temperature)
+    scores = task.score(rollouts.problems, rollouts.texts)
+    groups = [scores[i : i + n] for i in range(0, len(scores), n)]
+    return Evaluation(
+        samples=n,
+        correct=[None if None in group else sum(score == 1 for score in group) for group in groups],
+        verifier_errors=sum(score is None for score in scores),
+        mean_length=float(rollouts.completion_mask.sum(1).float().mean()),
+    )
+
+
+def compare(before: Evaluation, after: Evaluation) -> dict[str, Any]:
+    """Pass@1 after minus before, by paired bootstrap over the problems judged both times, and what to say about it."""
+    pairs = [(b, a) for b, a in zip(before.correct, after.correct, strict=True) if b is not None and a is not None]
+    was = [b / before.samples for b, _ in pairs]
+    is_now = [a / after.samples for _, a in pairs]
+    low, high = paired_bootstrap_interval(was, is_now)
+    mean_was, mean_now = sum(was) / len(was), sum(is_now) / len(is_now)
+    verb = "rose" if mean_now > mean_was else "fell" if mean_now < mean_was else "stayed"
+    verdict = "an improvement" if low > 0 else "a loss" if high < 0 else "no difference that these problems can show"
+    sentence = (
+        f"Held-out Pass@1 {verb} from {mean_was:.3f} to {mean_now:.3f}: {mean_now - mean_was:+.3f},"
+        f" 95 % interval [{low:+.3f}, {high:+.3f}] (paired bootstrap over {len(pairs)} problems): {verdict}."
+    )
+    return {
+        "pass@1_before": mean_was,
+        "pass@1_after": mean_now,
+        "difference": mean_now - mean_was,
+        "difference_low": low,
+        "difference_high": high,
+        "improved": low > 0,
+        "sentence": sentence,
+    }

