@@ -5,10 +5,12 @@ import math
 import pytest
 import torch
 
+import rlvr_ops
 from rlvr_ops.reference import reference_ace_advantages, reference_policy_loss_from_logps, reference_token_logps
 
 LN2, LN5 = math.log(2), math.log(5)
-IMPLEMENTATIONS = {"reference": reference_policy_loss_from_logps}
+IMPLEMENTATIONS = {"reference": reference_policy_loss_from_logps, "rlvr_ops": rlvr_ops.policy_loss_from_logps}
+TOKEN_LOGPS = pytest.mark.parametrize("token_logps", [reference_token_logps, rlvr_ops.token_logps])
 
 
 @pytest.fixture(params=IMPLEMENTATIONS)
@@ -206,45 +208,45 @@ def test_advantages_may_differ_from_token_to_token(loss_and_coef):
     assert coef == [about([-1 / 3, 4 / 3, 0.0])]
 
 
-def test_ace_advantages_by_hand():
+@pytest.mark.parametrize("ace_advantages", [reference_ace_advantages, rlvr_ops.ace_advantages])
+def test_ace_advantages_by_hand(ace_advantages):
     advantages = torch.tensor([-1.0, -1.0, 2.0], dtype=torch.float64)
     logps = torch.tensor([[1.0, 3.0], [-1.0, 9.0], [5.0, 5.0]], dtype=torch.float64)
     mask = torch.tensor([[1, 1], [1, 0], [1, 1]])
     ref = torch.zeros_like(logps)
-    got = reference_ace_advantages(advantages, logps, ref, mask, alpha=0.5, shape="relu")
+    got = ace_advantages(advantages, logps, ref, mask, alpha=0.5, shape="relu")
     assert got.tolist() == about([-(1 + 0.5 * 2), -1.0, 2.0])
 
 
-def test_the_logits_are_scaled_then_capped_then_cooled():
+@TOKEN_LOGPS
+def test_the_logits_are_scaled_then_capped_then_cooled(token_logps):
     h = torch.tensor([[[1.0, 2.0]]], dtype=torch.float64)
     weight = torch.tensor([[1.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
     bias = torch.tensor([0.0, 1.0], dtype=torch.float64)
-    out = reference_token_logps(
-        h, weight, torch.tensor([[0]]), lm_head_bias=bias, logit_scale=0.5, softcap=2.0, temperature=0.25
-    )
+    out = token_logps(h, weight, torch.tensor([[0]]), lm_head_bias=bias, logit_scale=0.5, softcap=2.0, temperature=0.25)
     # 0.5 (1 + 0), 0.5 (2 + 1) -> 2 tanh(0.25), 2 tanh(0.75) -> times 4
     z0, z1 = 8 * math.tanh(0.25), 8 * math.tanh(0.75)
     assert out.logps.item() == about(-math.log1p(math.exp(z1 - z0)))
 
 
-def test_what_the_logits_say_about_a_token():
+@TOKEN_LOGPS
+def test_what_the_logits_say_about_a_token(token_logps):
     # z = ln 1, ln 2, ln 5, so that p = 1/8, 2/8, 5/8
     weight = torch.tensor([[0.0], [LN2], [LN5]], dtype=torch.float64)
     h = torch.ones(1, 3, 1, dtype=torch.float64)
-    out = reference_token_logps(
-        h, weight, torch.tensor([[0, 1, 2]]), with_entropy=True, with_self_certainty=True, with_top1=True
-    )
+    out = token_logps(h, weight, torch.tensor([[0, 1, 2]]), with_entropy=True, with_self_certainty=True, with_top1=True)
     assert out.logps[0].tolist() == about([math.log(1 / 8), math.log(2 / 8), math.log(5 / 8)])
     assert out.entropy[0].tolist() == about([(3 * LN2 + 2 * 2 * LN2 + 5 * (3 * LN2 - LN5)) / 8] * 3)
     assert out.self_certainty[0].tolist() == about([3 * LN2 - (LN2 + LN5) / 3 - math.log(3)] * 3)
     assert out.top1[0].tolist() == [False, False, True]
 
 
-def test_a_temperature_per_rollout_and_per_token():
+@TOKEN_LOGPS
+def test_a_temperature_per_rollout_and_per_token(token_logps):
     weight = torch.tensor([[0.0], [1.0]], dtype=torch.float64)
     h = torch.full((2, 1, 1), 2.0, dtype=torch.float64)
     ids = torch.zeros(2, 1, dtype=torch.long)
     # the target's logit is 0, the other's 2 / temperature
     expected = about([-math.log1p(math.exp(2.0)), -math.log1p(math.exp(0.5))])
     for temperature in (torch.tensor([1.0, 4.0]), torch.tensor([[1.0], [4.0]])):
-        assert reference_token_logps(h, weight, ids, temperature=temperature).logps[:, 0].tolist() == expected
+        assert token_logps(h, weight, ids, temperature=temperature).logps[:, 0].tolist() == expected

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.nn.functional import softplus
 
+import rlvr_ops
 from rlvr_ops.reference import reference_policy_loss, reference_policy_loss_from_logps
 
 VOCABULARY, END, LONGEST = 3, 2, 3
@@ -119,8 +120,12 @@ def expected_gradient(world):
     return world.expected_score(world.advantage) + g
 
 
-FROM_LOGPS = {"reference": reference_policy_loss_from_logps}
-FROM_HIDDEN = {"reference": reference_policy_loss}
+def two_pass(*args, **kwargs):
+    return rlvr_ops.ace_loss(*args, schedule="two_pass", **kwargs)
+
+
+FROM_LOGPS = {"reference": reference_policy_loss_from_logps, "rlvr_ops": rlvr_ops.ace_loss_from_logps}
+FROM_HIDDEN = {"reference": reference_policy_loss, "single_pass": rlvr_ops.ace_loss, "two_pass": two_pass}
 
 
 @pytest.mark.parametrize("name", FROM_LOGPS)

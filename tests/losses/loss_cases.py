@@ -1,0 +1,135 @@
+"""Random batches with everything in them that a trainer meets, and the comparison every loss test uses."""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from rlvr_ops.reference import reference_token_logps
+
+RAGGED = (70, 61, 1, 0, 53, 67)  # N = 252 active rows of T = 70, one rollout with nothing in it
+SMALL = (5, 3, 0, 4)
+NAN = float("nan")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The arguments of a loss, padded (B, T, H) or packed (N, H)."""
+
+    hidden: torch.Tensor
+    weight: torch.Tensor
+    ids: torch.Tensor
+    advantages: torch.Tensor
+    mask: torch.Tensor | None
+    old: torch.Tensor
+    ref: torch.Tensor
+    bias: torch.Tensor
+    temperature: torch.Tensor  # one per token
+    cu_seqlens: torch.Tensor | None = None
+
+    def to(self, dtype):
+        return self.map(lambda x: x.to(dtype) if x.is_floating_point() else x)
+
+    def map(self, f):
+        return replace(self, **{name: f(x) for name, x in vars(self).items() if x is not None})
+
+    @property
+    def packing(self):
+        return {} if self.cu_seqlens is None else {"cu_seqlens": self.cu_seqlens}
+
+    def leaves(self):
+        """Fresh (hidden, weight, bias) that want gradients."""
+        return [x.detach().clone().requires_grad_() for x in (self.hidden, self.weight, self.bias)]
+
+
+def make_batch(lengths=RAGGED, vocabulary=507, hidden_size=123, *, holes=0.1, poison=True, seed=0, **head):
+    """A padded float64 batch whose ratios and shifts spread over all branches; what is masked is NaN or -100.
+
+    `head`, in the names of `reference_token_logps`, is what the old and the reference log-probabilities were computed
+    under; `True` takes the batch's own bias or per-token temperature.
+    """
+    g = torch.Generator().manual_seed(seed)
+    b, t = len(lengths), max(lengths)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+    mask = torch.arange(t) < torch.tensor(lengths)[:, None]
+    if holes:
+        mask &= torch.rand(b, t, generator=g) >= holes
+        for i, length in enumerate(lengths):  # a rollout that has tokens keeps one
+            mask[i, 0] = length > 0
+    weight = normal(vocabulary, hidden_size) / hidden_size**0.5
+    batch = Batch(
+        hidden=normal(b, t, hidden_size) * 1.5,
+        weight=weight,
+        ids=torch.randint(vocabulary, (b, t), generator=g),
+        advantages=torch.tensor([1.0, -1.3, 0.4, 2.0, -0.5, 0.0][:b] + [(-1.0) ** i for i in range(6, b)]).double(),
+        mask=mask,
+        old=normal(b, t) * 0.25,
+        ref=normal(b, t) * 0.2 + normal(b, 1) * 0.5,
+        bias=normal(vocabulary) * 0.3,
+        temperature=0.7 + torch.rand(b, t, generator=g, dtype=torch.float64),
+    )
+    logps = reference_token_logps(batch.hidden, weight, batch.ids, **head_arguments(batch, head)).logps
+    batch = replace(batch, old=logps + batch.old, ref=logps + batch.ref)
+    return poisoned(batch) if poison else batch
+
+
+def head_arguments(batch, head):
+    """Keyword arguments of the head, with the batch's own tensors where the value is True."""
+    own = {"lm_head_bias": batch.bias, "temperature": batch.temperature}
+    return {name: own[name] if value is True else value for name, value in head.items()}
+
+
+def poisoned(batch):
+    """The same batch with NaN states and log-probabilities and impossible ids wherever the mask is 0."""
+    masked = ~batch.mask
+    return replace(
+        batch,
+        hidden=batch.hidden.masked_fill(masked[..., None], NAN),
+        ids=batch.ids.masked_fill(masked, -100),
+        old=batch.old.masked_fill(masked, NAN),
+        ref=batch.ref.masked_fill(masked, NAN),
+    )
+
+
+def pack(batch, *, keep_holes=True):
+    """The same rollouts without the padding after each: (N, ...) rows and cu_seqlens."""
+    last = batch.mask.long() * torch.arange(1, batch.mask.shape[1] + 1)
+    rows = torch.arange(batch.mask.shape[1]) < last.amax(dim=1, keepdim=True) if keep_holes else batch.mask
+    lengths = rows.sum(dim=1)
+    tokens = {name: getattr(batch, name)[rows] for name in ("hidden", "ids", "old", "ref", "mask", "temperature")}
+    if batch.advantages.ndim == 2:
+        tokens["advantages"] = batch.advantages[rows]
+    return replace(batch, **tokens, cu_seqlens=torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)]))
+
+
+def run(loss, batch, *, leaves=None, **kwargs):
+    """(output, [d_hidden, d_weight, d_bias]) of a loss on a batch; a None gradient for a bias that is not used."""
+    hidden, weight, bias = leaves or batch.leaves()
+    if kwargs.pop("use_bias", False):
+        kwargs["lm_head_bias"] = bias
+    if batch.mask is not None:
+        kwargs["completion_mask"] = batch.mask
+    out = loss(hidden, weight, batch.ids, batch.advantages, **batch.packing, **kwargs)
+    wanted = [x for x in (hidden, weight, bias) if x.requires_grad]
+    found = dict(zip(map(id, wanted), torch.autograd.grad(out.loss, wanted, allow_unused=True), strict=True))
+    return out, [found.get(id(x)) for x in (hidden, weight, bias)]
+
+
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
+
+
+def error(actual, truth, scale=0.0):
+    """Largest absolute difference over the largest absolute true value (or `scale`): the tensor's relative error."""
+    if truth.numel() == 0:
+        return 0.0
+    scale = max(truth.detach().abs().max().item(), float(scale))
+    return (actual.double() - truth.double()).abs().max().item() / (scale or 1.0)
+
+
+def assert_same(actual, truth, tolerance, name="", *, scale=0.0):
+    """`scale` is for a sum that may cancel, which is known to rounding of its terms and not of itself."""
+    assert actual.shape == truth.shape, f"{name}: shape {tuple(actual.shape)}, wanted {tuple(truth.shape)}"
+    worst = error(actual, truth, scale)
+    assert worst <= tolerance, f"{name}: relative error {worst:.2e} > {tolerance:.0e}"

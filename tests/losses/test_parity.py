@@ -1,0 +1,177 @@
+"""The fused losses against the reference in float64, in every combination of schedule, aggregation, method and head."""
+
+import itertools
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from loss_cases import NAN, SMALL, TOLERANCE, assert_same, head_arguments, make_batch, pack, run
+
+import rlvr_ops
+from rlvr_ops import reference
+
+SCHEDULES = ("single_pass", "two_pass", "auto")
+LOSS_TYPES = ("grpo", "dapo", "dr_grpo", "bnpo")
+HEADS = {
+    "plain": {},
+    "bias": {"lm_head_bias": True},
+    "softcap": {"softcap": 3.0, "logit_scale": 0.7},
+    "temperature": {"temperature": 0.6},
+    "temperatures": {"temperature": True},
+    "everything": {"lm_head_bias": True, "softcap": 4.0, "logit_scale": 1.3, "temperature": True},
+}
+METHODS = {
+    "plain": {"old": True},
+    "on-policy": {},
+    "delta-kl": {"old": True, "delta": 1.5, "beta": 0.1, "ref": True},
+    "clip-higher-k1": {
+        "old": True, "epsilon_low": 0.1, "epsilon_high": 0.28, "beta": 0.05, "kl_estimator": "k1", "ref": True,
+    },
+    "ace": {"old": True, "ref": True, "alpha": 1.0},
+    "ace-on-policy": {"ref": True, "alpha": 0.5},
+    "ace-on-policy-old-k2": {"ref": True, "alpha": 1.0, "confidence": "old", "beta": 0.02, "kl_estimator": "k2"},
+    "ace-old": {"old": True, "ref": True, "alpha": 1.0, "confidence": "old"},
+    "ace-sum-relu-kl": {
+        "old": True, "ref": True, "alpha": 0.3, "confidence_reduction": "sum", "shape": "relu", "beta": 0.1,
+    },
+    "ace-old-sum-delta": {
+        "old": True, "ref": True, "alpha": 0.3, "confidence": "old", "confidence_reduction": "sum", "delta": 1.4,
+    },
+}  # fmt: skip
+COUNTS = {"grpo": 9, "dapo": 400, "dr_grpo": 9}
+LONGEST_ROLLOUT, VOCABULARY = 70, 507
+
+
+def loss_arguments(batch, method, loss_type, head, *, global_count=False):
+    kwargs = {**method, **head_arguments(batch, head), "loss_type": loss_type}
+    if kwargs.pop("old", False):
+        kwargs["old_per_token_logps"] = batch.old
+    if kwargs.pop("ref", False):
+        kwargs["ref_per_token_logps"] = batch.ref
+    if kwargs.pop("lm_head_bias", None) is not None:
+        kwargs["use_bias"] = True
+    if loss_type == "dr_grpo":
+        kwargs["max_completion_length"] = 80
+    if global_count and loss_type in COUNTS:
+        kwargs["num_items_in_batch"] = COUNTS[loss_type]
+    return kwargs
+
+
+def assert_all_same(got, truth, dtype, label):
+    (out, grads), (true_out, true_grads) = got, truth
+    tolerance = TOLERANCE[dtype]
+    assert out.loss.ndim == 0
+    assert_same(out.loss, true_out.loss, tolerance, f"{label} loss")
+    for name, grad, true_grad in zip(("d_hidden", "d_weight", "d_bias"), grads, true_grads, strict=True):
+        assert (grad is None) == (true_grad is None), f"{label} {name}"
+        if grad is not None:
+            assert_same(grad, true_grad, tolerance, f"{label} {name}")
+    for name, value in true_out.metrics.items():
+        got_value = out.metrics[name]
+        assert got_value.ndim == 0, f"{label} {name}"
+        assert not got_value.requires_grad, f"{label} {name}"
+        assert got_value.item() == pytest.approx(value.item(), rel=10 * tolerance, abs=10 * tolerance), (
+            f"{label} {name}"
+        )
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("method", METHODS)
+def test_every_schedule_is_the_reference(method, head):
+    draw = random.Random(f"{method} {head}")
+    padded = make_batch(**HEADS[head])
+    for loss_type in LOSS_TYPES:
+        batch = draw.choice((padded, pack(padded)))
+        options = {"global_count": draw.random() < 0.5}
+        arguments = loss_arguments(batch, METHODS[method], loss_type, HEADS[head], **options)
+        truth = run(reference.reference_policy_loss, batch, **arguments)
+        for schedule, dtype in (
+            *zip(SCHEDULES, itertools.repeat(torch.float32)),
+            (draw.choice(SCHEDULES), torch.float64),
+        ):
+            given = batch.to(dtype)
+            arguments = loss_arguments(given, METHODS[method], loss_type, HEADS[head], **options)
+            # Room for the longest rollout and little more makes several chunks; None leaves it to the library.
+            room = draw.choice((None, LONGEST_ROLLOUT * VOCABULARY * dtype.itemsize * 5 // 4))
+            arguments |= {"schedule": schedule, "workspace_bytes": room, "score_inactive": True}
+            got = run(rlvr_ops.policy_loss, given, **arguments)
+            assert_all_same(got, truth, dtype, f"{loss_type} {schedule} {dtype}")
+            assert got[0].metrics["head/single_pass"].item() == (schedule != "two_pass")
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_loss_per_token_advantage_is_the_reference(schedule, packed):
+    batch = make_batch()
+    batch = replace(batch, advantages=torch.randn(batch.ids.shape, dtype=torch.float64).masked_fill(~batch.mask, NAN))
+    batch = pack(batch) if packed else batch
+    method = {"old": True, "ref": True, "alpha": 1.0, "beta": 0.1}
+    for loss_type in LOSS_TYPES:
+        truth = run(reference.reference_policy_loss, batch, **loss_arguments(batch, method, loss_type, {}))
+        for dtype in TOLERANCE:
+            given = batch.to(dtype)
+            got = run(rlvr_ops.policy_loss, given, schedule=schedule, **loss_arguments(given, method, loss_type, {}))
+            assert_all_same(got, truth, dtype, f"{loss_type} {dtype}")
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_the_entropy_metric_is_the_reference_and_changes_nothing_else(head, schedule):
+    batch = make_batch(**HEADS[head])
+    arguments = loss_arguments(batch, METHODS["ace-old"], "dapo", HEADS[head])
+    truth = run(reference.reference_policy_loss, batch, with_entropy=True, **arguments)
+    got = run(rlvr_ops.policy_loss, batch, with_entropy=True, score_inactive=True, schedule=schedule, **arguments)
+    assert_all_same(got, truth, torch.float64, schedule)
+
+
+def test_the_log_probabilities_come_back_with_the_loss():
+    batch = make_batch()
+    arguments = loss_arguments(batch, METHODS["ace"], "grpo", {})
+    truth, _ = run(reference.reference_policy_loss, batch, **arguments)
+    unscored = batch.mask & (batch.advantages == 0)[:, None]
+    assert bool(unscored.any())
+    for schedule in SCHEDULES:
+        everything, _ = run(rlvr_ops.policy_loss, batch, schedule=schedule, score_inactive=True, **arguments)
+        assert_same(everything.per_token_logps, truth.per_token_logps.detach(), 1e-12, schedule)
+        assert not everything.per_token_logps.requires_grad
+        assert not bool(everything.per_token_logps[~batch.mask].any())
+        some, _ = run(rlvr_ops.policy_loss, batch, schedule=schedule, **arguments)
+        assert torch.equal(some.per_token_logps.isnan(), unscored)
+        assert torch.equal(some.per_token_logps[~unscored], everything.per_token_logps[~unscored])
+
+
+PRESETS = {
+    "ace_loss": {"alpha": 1.0},
+    "grpo_loss": {"loss_type": "grpo"},
+    "dapo_loss": {"loss_type": "dapo", "epsilon_high": 0.28},
+    "dr_grpo_loss": {"loss_type": "dr_grpo"},
+}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_is_policy_loss_with_its_defaults(name):
+    batch = make_batch(SMALL, 17, 5)
+    given = {"old_per_token_logps": batch.old, "ref_per_token_logps": batch.ref, "beta": 0.1}
+    truth = run(reference.reference_policy_loss, batch, **given, **PRESETS[name])
+    assert_all_same(run(getattr(rlvr_ops, name), batch, **given), truth, torch.float64, name)
+
+    def from_logps(hidden, weight, ids, advantages, **kwargs):
+        logps = reference.reference_token_logps(hidden, weight, ids, completion_mask=batch.mask).logps
+        return getattr(rlvr_ops, f"{name}_from_logps")(logps, advantages, **kwargs)
+
+    assert_all_same(run(from_logps, batch, **given), truth, torch.float64, f"{name}_from_logps")
+
+
+def test_the_module_is_ace_loss():
+    batch = make_batch(SMALL, 17, 5)
+    hyper = {"alpha": 0.5, "loss_type": "dapo", "epsilon_high": 0.28, "beta": 0.01, "confidence": "old", "delta": 2.0}
+    given = {"old_per_token_logps": batch.old, "ref_per_token_logps": batch.ref}
+    module = rlvr_ops.ACELoss(**hyper)
+    assert_all_same(
+        run(module, batch, **given), run(rlvr_ops.ace_loss, batch, **given, **hyper), torch.float64, "module"
+    )
+    assert list(module.parameters()) == []
+    assert "alpha=0.5" in repr(module)
+    with pytest.raises(ValueError, match="alpha must be >= 0"):
+        rlvr_ops.ACELoss(alpha=-1.0)
