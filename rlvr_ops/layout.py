@@ -44,11 +44,11 @@ class Layout:
         return values.new_zeros(self.rollouts).index_add_(0, self.rollout(), values)
 
     def spread(self, values: Tensor) -> Tensor:
-        """Row values (R,) from one per rollout (B,) or one per row, in the batch's shape."""
-        if tuple(values.shape) == self.shape:
-            return values.reshape(-1)
-        if self.packed:
+        """Row values (R,) from one per rollout (B,) or one per row, in the batch's shape; per rollout where N = B."""
+        if self.packed and values.shape[0] == self.rollouts:
             return values[self.rollout()]
+        if values.shape == self.shape:
+            return values.reshape(-1)
         return values[:, None].expand(self.shape).reshape(-1)
 
     def longest(self) -> int:

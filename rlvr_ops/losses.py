@@ -82,7 +82,7 @@ def policy_loss(
         hidden_states: (B, T, H), or packed (N, H) with `cu_seqlens`; the states after the final norm.
         lm_head_weight: (V, H).
         completion_ids: (B, T) or (N,), int.
-        advantages: one per rollout (B,), or one per token (B, T) or (N,).
+        advantages: one per rollout (B,), or one per token (B, T) or (N,); packed with N = B means one per rollout.
         ref_per_token_logps: log-probabilities in nats under the frozen reference, like completion_ids; for ACE and the
             KL.
         old_per_token_logps: the same under the policy that sampled. None: on policy, rho = 1 with gradient.

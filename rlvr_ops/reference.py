@@ -121,6 +121,8 @@ def reference_policy_loss(
     with_entropy: bool = False,
 ) -> ReferenceLoss:
     """The loss of `rlvr_ops.policy_loss` from hidden states and full logits; the same keywords mean the same."""
+    if isinstance(temperature, Tensor):
+        temperature = _spread(temperature, _rollouts(completion_ids.shape, cu_seqlens)).reshape(completion_ids.shape)
     scores = reference_token_logps(
         hidden_states,
         lm_head_weight,
@@ -194,7 +196,7 @@ def reference_policy_loss_from_logps(
     ref = None if ref_per_token_logps is None else _masked(ref_per_token_logps, active)
     if ref is None and (alpha > 0 or beta > 0):
         raise ValueError("ref_per_token_logps is needed when alpha or beta is above 0, got None.")
-    adv = _advantage_rows(advantages, layout, rollouts).where(active, 0.0)
+    adv = _spread(advantages, rollouts).where(active, 0.0)
     adv = adv.to(torch.promote_types(adv.dtype, logp.dtype))
     base = adv
     if ref is not None and alpha > 0:
@@ -241,7 +243,7 @@ def reference_ace_advantages(
     active = _active_rows(per_token_logps, completion_mask)
     rollouts = _rollouts(per_token_logps.shape, cu_seqlens)
     shift_rows = _masked(per_token_logps, active) - _masked(ref_per_token_logps, active)
-    rows = _advantage_rows(advantages, per_token_logps.shape, rollouts)
+    rows = _spread(advantages, rollouts)
     per_row, _, weights = _asymmetric(rows, shift_rows, active, rollouts, alpha, confidence_reduction, shape)
     if advantages.ndim == 1 and len(advantages) == len(rollouts):
         return torch.where(advantages < 0, advantages * weights, advantages)
@@ -334,12 +336,12 @@ def _per_row(values: Tensor, layout: torch.Size) -> Tensor:
     return values[:, None].expand(layout).reshape(-1)
 
 
-def _advantage_rows(advantages: Tensor, layout: torch.Size, rollouts: list[slice]) -> Tensor:
-    """One advantage per row from one per row or one per rollout."""
-    if advantages.shape == layout:
-        return advantages.reshape(-1)
-    pieces = [advantages[i].expand(rows.stop - rows.start) for i, rows in enumerate(rollouts)]
-    return torch.cat(pieces) if pieces else advantages.new_zeros(0)
+def _spread(values: Tensor, rollouts: list[slice]) -> Tensor:
+    """One value per row from one per rollout or one per row; where there are as many rows as rollouts, per rollout."""
+    if values.shape != (len(rollouts),):
+        return values.reshape(-1)
+    pieces = [values[i].expand(rows.stop - rows.start) for i, rows in enumerate(rollouts)]
+    return torch.cat(pieces) if pieces else values.new_zeros(0)
 
 
 def _masked(values: Tensor, active: Tensor) -> Tensor:

@@ -44,6 +44,6 @@ def ace_advantages(
         logp, None, ref, rows, layout.mask, layout.cu_seqlens, ones, ops.encode(spec), "auto"
     )
     weight = statistics[:, ops.STATISTICS.index("weight")]
-    if advantages.shape != (layout.rollouts,) or tuple(advantages.shape) == layout.shape:
+    if advantages.shape != (layout.rollouts,):
         weight = weight[layout.rollout()].view(layout.shape)
     return torch.where(advantages < 0, (advantages * weight).to(advantages.dtype), advantages).detach()
