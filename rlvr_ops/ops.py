@@ -237,7 +237,8 @@ def single_pass(
         rows = _compact(index, ids, inv_temperature, old, ref, advantages, cu_seqlens, rollout_weight)
         done = single_pass_rows(
             hidden, weight.to(dtype), rows, _policy(spec), bias=bias, head=_head(head),
-            needs=Needs(need_hidden, need_weight, need_bias), weight_dtype=weight.dtype, with_entropy=with_entropy, workspace_bytes=workspace_bytes, backend=backend,
+            needs=Needs(need_hidden, need_weight, need_bias), weight_dtype=weight.dtype,
+            with_entropy=with_entropy, workspace_bytes=workspace_bytes, backend=backend,
         )  # fmt: skip
         weighed = weigh_rows(
             done.logp,

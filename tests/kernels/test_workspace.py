@@ -1,0 +1,142 @@
+"""What the head allocates and how many rows it multiplies, measured."""
+
+import pytest
+import rlvr_ops
+import torch
+from rlvr_kernels import tile
+from rlvr_kernels.tile import TileShape, vocabulary_tile
+from torch.profiler import ProfilerActivity, profile
+
+B, T, H, V = 8, 32, 24, 2003
+WORKSPACE = 64 * V * 4  # 64 whole rows, a quarter of the batch
+
+
+def make_batch(seed=0):
+    g = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(B, T, H, generator=g, requires_grad=True)
+    weight = torch.randn(V, H, generator=g, requires_grad=True)
+    ids = torch.randint(0, V, (B, T), generator=g)
+    advantages = torch.tensor([1.0, -1.0] * (B // 2))
+    return hidden, weight, ids, advantages, -3 * torch.rand(B, T, generator=g)
+
+
+def allocations(run):
+    """The size of every CPU allocation that `run` makes."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    events = profiler.profiler.kineto_results.events()
+    return [event.nbytes() for event in events if event.name() == "[memory]" and event.nbytes() > 0]
+
+
+@pytest.mark.parametrize("schedule", ["single_pass", "two_pass"])
+@pytest.mark.parametrize("keywords", [{}, {"confidence": "old"}, {"with_entropy": True}, {"on_policy": True}], ids=str)
+def test_nothing_larger_than_the_workspace_and_the_gradients_is_ever_allocated(schedule, keywords):
+    hidden, weight, ids, advantages, ref = make_batch()
+    keywords = dict(keywords)
+    old = None if keywords.pop("on_policy", False) else ref + 0.1
+
+    def run():
+        out = rlvr_ops.ace_loss(
+            hidden, weight, ids, advantages, ref_per_token_logps=ref, old_per_token_logps=old, schedule=schedule,
+            workspace_bytes=WORKSPACE, **keywords,
+        )  # fmt: skip
+        out.loss.backward()
+
+    run()  # so that one-time allocations are not counted
+    hidden.grad = weight.grad = None
+    assert max(allocations(run)) <= max(WORKSPACE, weight.numel() * 4)
+    assert WORKSPACE < B * T * V * 4 / 3, "the bound would not tell"
+
+
+def test_scoring_stays_inside_its_workspace():
+    hidden, weight, ids, *_ = make_batch()
+    with torch.no_grad():
+        sizes = allocations(lambda: rlvr_ops.token_logps(hidden, weight, ids, with_entropy=True, workspace_bytes=50_000))
+    assert max(sizes) <= 50_000
+
+
+class RowCounter:
+    """Counts the rows that reach the head's matmuls."""
+
+    def __init__(self, monkeypatch):
+        self.filled, self.pulled = [], []
+        fill, gradient_of = tile.Tile.fill, tile.multiply
+
+        def counted_fill(this, hidden, weight):
+            self.filled.append((hidden.shape[0], weight.shape[0]))
+            return fill(this, hidden, weight)
+
+        monkeypatch.setattr(tile.Tile, "fill", counted_fill)
+        for module in ("single_pass", "pull_back"):
+            for name in ("multiply", "accumulate"):
+                self._count(monkeypatch, f"rlvr_kernels.{module}.{name}", getattr(tile, name))
+        assert gradient_of is tile.multiply
+
+    def _count(self, monkeypatch, path, original):
+        def counted(*args, **kwargs):
+            a, b = (args[0], args[1]) if "out" in kwargs else (args[1], args[2])
+            self.pulled.append((a.shape[0] if b.shape[0] == V else a.shape[1], a, b))
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(path, counted)
+
+    def rows_scored(self):
+        """Rows times columns over V: whole rows' worth of logits computed."""
+        return sum(rows * cols for rows, cols in self.filled) / V
+
+
+@pytest.mark.parametrize("schedule", ["single_pass", "two_pass"])
+def test_masked_rows_and_rollouts_without_advantage_are_never_multiplied(schedule, monkeypatch):
+    hidden, weight, ids, advantages, ref = make_batch()
+    advantages[2:5] = 0
+    mask = torch.ones(B, T)
+    mask[:, 20:] = 0
+    counter = RowCounter(monkeypatch)
+    out = rlvr_ops.ace_loss(
+        hidden, weight, ids, advantages, ref_per_token_logps=ref, old_per_token_logps=None, completion_mask=mask, schedule=schedule
+    )
+    out.loss.backward()
+    active = 5 * 20
+    assert counter.rows_scored() == active * (2 if schedule == "two_pass" else 1)
+    assert {rows for rows, *_ in counter.pulled} == {active}
+    assert out.metrics["head/rows_scored"] == out.metrics["head/rows_pulled_back"] == active
+    assert not hidden.grad[2:5].any()
+    assert not hidden.grad[:, 20:].any()
+    assert hidden.grad[5:, :20].any(-1).all()
+
+
+@pytest.mark.parametrize("schedule", ["single_pass", "two_pass"])
+@pytest.mark.parametrize("confidence", ["current", "old"])
+def test_clipped_tokens_never_reach_the_backward_matmuls(schedule, confidence, monkeypatch):
+    hidden, weight, ids, advantages, _ = make_batch()
+    logp = rlvr_ops.token_logps(hidden, weight, ids).logps.detach()
+    old = logp.clone()
+    old[advantages > 0, :10] -= 1.0  # ratio e: clipped where A > 0
+    old[advantages < 0, 20:] += 1.0  # ratio 1/e: clipped where A < 0
+    counter = RowCounter(monkeypatch)
+    out = rlvr_ops.ace_loss(
+        hidden, weight, ids, advantages, ref_per_token_logps=logp, old_per_token_logps=old, schedule=schedule, confidence=confidence
+    )
+    out.loss.backward()
+    expected = B * T - 4 * 10 - 4 * 12
+    assert {rows for rows, *_ in counter.pulled} == {expected}
+    assert out.metrics["head/rows_pulled_back"] == expected
+    assert out.metrics["clip_ratio/region_mean"] == pytest.approx(1 - expected / (B * T))
+
+
+def test_a_frozen_head_never_pays_for_its_gradient(monkeypatch):
+    hidden, weight, ids, advantages, ref = make_batch()
+    for schedule in ("single_pass", "two_pass"):
+        counter = RowCounter(monkeypatch)
+        out = rlvr_ops.ace_loss(hidden, weight.detach(), ids, advantages, ref_per_token_logps=ref, schedule=schedule)
+        out.loss.backward()
+        assert all(b.shape == (V, H) for _, _, b in counter.pulled), "only d_hidden = dz W"
+
+
+def test_vocabulary_tiles_fill_the_workspace_and_cut_rows_before_they_get_narrow():
+    assert vocabulary_tile(100, 50_000, 4, 100 * 50_000 * 4) == TileShape(100, 50_000)
+    assert vocabulary_tile(100, 50_000, 4, 100 * 10_000 * 4) == TileShape(100, 10_000)
+    assert vocabulary_tile(100_000, 50_000, 4, 4096 * 5_000 * 4) == TileShape(5_000, 4096)
+    assert vocabulary_tile(10, 50_000, 4, 4) == TileShape(1, 1)
+    with pytest.raises(ValueError, match="workspace_bytes must be at least 4"):
+        vocabulary_tile(10, 50_000, 4, 3)
