@@ -55,7 +55,11 @@ def tiling(hidden: torch.Tensor, weight: torch.Tensor) -> Tiling:
     if interpreting():
         return Tiling(16, 32, 16, 4, 1, upcast=True)
     wide = _loads_wide(hidden) and _loads_wide(weight)
-    if hidden.dtype != weight.dtype or hidden.dtype.itemsize > 2:
+    if hidden.dtype != weight.dtype:
+        # Too few rows for Blackwell's tensor cores: there Triton 3.7 rounds a float32 operand to tf32 beside one that it
+        # saw widened, in spite of input_precision="ieee" (triton-lang/triton#10176).
+        return Tiling(32, 128, 16, 4, 3, upcast=True) if wide else Tiling(32, 64, 16, 4, 2, upcast=True)
+    if hidden.dtype.itemsize > 2:
         return Tiling(64, 128, 16, 8, 3, upcast=True) if wide else Tiling(64, 64, 16, 8, 2, upcast=True)
     if not wide:
         return Tiling(64, 64, 32, 4, 2)  # an address for every element: a larger tile spills them
@@ -89,7 +93,7 @@ def linear_lse(
     `z = z / temperature`, `lse = z.logsumexp(1)`, `logp = z[arange(N), ids] - lse`, accumulated in float32 (float64 for
     float64 tensors, by the twin). `temperature` is a number or one per row, (N,). A bias of -inf masks a token.
     Nothing of size (N, V) exists; any strides will do. The same inputs give the same bits, and on Triton a row gives
-    the same bits whatever rows come with it. An id outside [0, V) has logp -inf.
+    the same bits whatever rows lie beside it. An id outside [0, V) has logp -inf.
 
     Raises:
         ValueError: a shape, a dtype or a device does not fit, or backend="triton" cannot run here.
@@ -161,12 +165,13 @@ def _linear_lse_triton(
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Launch both kernels, at most ROWS_PER_LAUNCH rows at a time."""
     (rows, h), v = hidden.shape, weight.shape[0]
-    tile = tiling(hidden, weight)
-    per_split, splits = tile.splits(v)
     logp = torch.full_like(inv_temperature, -float("inf"))
     lse = torch.empty_like(inv_temperature)
-    maxima, totals = torch.empty((2, splits, min(rows, ROWS_PER_LAUNCH)), dtype=torch.float32, device=hidden.device)
     with device_guard(hidden):
+        tile = tiling(hidden, weight)
+        per_split, splits = tile.splits(v)
+        partials = (2, splits, min(rows, ROWS_PER_LAUNCH))
+        maxima, totals = torch.empty(partials, dtype=torch.float32, device=hidden.device)
         for start in range(0, rows, ROWS_PER_LAUNCH):
             part = slice(start, start + ROWS_PER_LAUNCH)
             n = min(rows - start, ROWS_PER_LAUNCH)

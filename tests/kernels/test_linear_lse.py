@@ -110,7 +110,7 @@ def test_a_masked_vocabulary_has_no_mass_and_makes_no_nan(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_columns_past_the_vocabulary_hold_no_mass_and_match_no_id(backend):
     hidden, weight, ids = make()
-    ids[0], ids[1], ids[2], ids[3] = V, V + 1, -1, -100
+    ids[0], ids[1], ids[2], ids[3] = V, V + 1, -100, 2**32 + 7  # the last is 7 to 32 bits
     logp, lse = linear_lse(hidden - 10, weight, ids, logit_scale=-1.0, backend=backend)
     assert (logp[:4] == -float("inf")).all()
     assert torch.isfinite(logp[4:]).all()
