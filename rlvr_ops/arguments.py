@@ -160,7 +160,7 @@ def inverse_temperature(
         if temperature.ndim == 0:
             temperature = temperature.expand(layout.rollouts)
         spread = per_rollout_or_token("temperature", temperature, layout, device, dtype)
-        if device.type == "cpu" and bool((spread <= 0).any()):
+        if device.type == "cpu" and not torch.compiler.is_compiling() and bool((spread <= 0).any()):
             raise ValueError(f"temperature must be > 0, got {float(spread.min())}")
         return 1 / spread
     if not 0 < temperature < float("inf"):

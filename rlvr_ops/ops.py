@@ -4,12 +4,12 @@
     weigh        logp, old, ref, advantages -> losses           differentiable in logp
     single_pass  hidden, weight, ... -> loss                    its gradients are computed in the forward pass
 
-Everything is flat here: R rows of B rollouts. Specs travel as JSON text, which an op's schema can carry.
+Everything is flat here: R rows of B rollouts. Specs travel as text, which an op's schema can carry.
 """
 
-import json
 from dataclasses import asdict
 from functools import lru_cache
+from typing import Any
 
 import torch
 from rlvr_kernels.logits import Head, accumulator_dtype
@@ -25,18 +25,28 @@ from torch import Tensor
 
 
 def encode(spec: PolicySpec | Head) -> str:
-    """The text of a spec."""
-    return json.dumps(asdict(spec))
+    """The text of a spec, its numbers in hexadecimal: exact, and of the few forms of them that torch.compile can trace."""
+    pairs = [f"{name}={_text(value)}" for name, value in asdict(spec).items() if value is not None]
+    return ",".join(pairs)
+
+
+def _text(value: float | str) -> str:
+    return value if isinstance(value, str) else float(value).hex()
+
+
+def _decode(text: str) -> dict[str, Any]:
+    pairs = (pair.split("=") for pair in text.split(","))
+    return {name: float.fromhex(value) if "0x" in value else value for name, value in pairs}
 
 
 @lru_cache(maxsize=256)
 def _policy(text: str) -> PolicySpec:
-    return PolicySpec(**json.loads(text))
+    return PolicySpec(**_decode(text))
 
 
 @lru_cache(maxsize=256)
 def _head(text: str) -> Head:
-    return Head(**json.loads(text))
+    return Head(**_decode(text))
 
 
 def _no_autocast(tensor: Tensor) -> torch.autocast:
@@ -96,17 +106,20 @@ def _(hidden, weight, bias, ids, scored, inv_temperature, head, dtype, entropy, 
 
 
 def _save_score(ctx, inputs, output):
-    hidden, weight, bias, ids, _scored, inv_temperature, head, dtype, _e, _m, _t, workspace_bytes, backend = inputs
+    hidden, weight, bias, ids, _scored, inv_temperature, head, dtype, has_entropy, _m, _t, workspace_bytes, backend = (
+        inputs
+    )
     ctx.set_materialize_grads(False)
     _logp, lse, entropy, mean, top1 = output
     ctx.mark_non_differentiable(lse, mean, top1)
     ctx.save_for_backward(hidden, weight, bias, ids, inv_temperature, lse, entropy)
-    ctx.constants = (head, dtype, workspace_bytes, backend)
+    ctx.constants = (has_entropy, head, dtype, workspace_bytes, backend)
 
 
 def _backward_score(ctx, d_logp, d_lse, d_entropy, d_mean, d_top1):
     hidden, weight, bias, ids, inv_temperature, lse, entropy = ctx.saved_tensors
-    head, dtype, workspace_bytes, backend = ctx.constants
+    has_entropy, head, dtype, workspace_bytes, backend = ctx.constants
+    d_entropy = d_entropy if has_entropy else None
     needs = ctx.needs_input_grad[:3]
     grads: list[Tensor | None] = [None] * 13
     if (d_logp is not None or d_entropy is not None) and any(needs):
@@ -300,7 +313,8 @@ def _backward_single_pass(ctx, d_loss, *others):
 
 def _scaled(grad: Tensor, upstream: Tensor) -> Tensor:
     """grad * upstream, on the device; in place if the graph goes away after this backward, so that no second d_weight exists."""
-    if torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph():
+    tracing = torch.compiler.is_compiling() or type(grad) is not Tensor
+    if tracing or torch._C._autograd._get_current_graph_task_keep_graph():
         return grad * upstream.to(grad.dtype)
     return grad.mul_(upstream.to(grad.dtype))
 
