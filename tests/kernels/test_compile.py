@@ -14,9 +14,10 @@ NVIDIA = [name for name, target in TARGETS.items() if target.backend == "cuda"]
 
 
 @pytest.fixture(scope="module")
-def usages():
+def usages(request):
     found = compile_all(processes=os.cpu_count() or 1)
-    print("\n" + table(found))
+    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+        print("\nregisters / stack / KiB of shared memory (warps)", table(found), sep="\n")
     return found
 
 

@@ -227,6 +227,33 @@ def test_the_splits_cover_the_vocabulary_once(vocabulary):
     assert 1 <= per_split <= module.TILES_PER_SPLIT
 
 
+def on_gpu(*tensors):
+    return [x.to(torch.accelerator.current_accelerator()) for x in tensors]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_a_gpu_the_error_is_below_that_of_whole_logits_in_the_same_dtype(dtype):
+    hidden, weight, ids = on_gpu(*make(1000, 896, 32003, dtype=dtype, spread=0.1))
+    eager = (hidden @ weight.T).float().log_softmax(1).gather(1, ids[:, None])[:, 0]
+    found, expected = linear_lse(hidden, weight, ids)[0], truth(hidden, weight, ids)[0]
+    error, allowed = ((x.double() - expected).abs().max() for x in (found, eager))
+    assert error <= 2 * allowed + 1e-6
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("n", "h", "v"), [(70_000, 64, 40_000), (600_000, 4096, 256)], ids=["N x V", "N x H"])
+def test_on_a_gpu_nothing_overflows_32_bits(n, h, v):
+    device = torch.accelerator.current_accelerator()
+    hidden, weight = torch.randn(n, h, dtype=torch.bfloat16, device=device), on_gpu(torch.randn(v, h).bfloat16())[0]
+    ids = torch.randint(0, v, (n,), device=device)
+    together = linear_lse(hidden, weight, ids)
+    assert n * max(h, v) > 2**31
+    for rows in (slice(0, 100), slice(n - 100, n)):
+        alone = linear_lse(hidden[rows].clone(), weight, ids[rows])
+        assert all(torch.equal(a, b[rows]) for a, b in zip(alone, together, strict=True))
+
+
 def test_a_float64_tensor_never_reaches_the_kernels():
     hidden, weight, ids = make()
     with pytest.raises(ValueError, match="cannot run here"):
