@@ -20,7 +20,9 @@ def truth(hidden, weight, ids, *, bias=None, temperature=1.0, softcap=None, logi
     z = hidden.double() @ weight.double().T
     z = logit_scale * (z if bias is None else z + bias.double())
     z = z if softcap is None else softcap * torch.tanh(z / softcap)
-    z = z / (temperature.double()[:, None] if isinstance(temperature, torch.Tensor) else temperature)
+    z = z / (
+        temperature.double()[:, None] if isinstance(temperature, torch.Tensor) and temperature.dim() else temperature
+    )
     return z.gather(1, ids[:, None])[:, 0] - z.logsumexp(1), z.logsumexp(1)
 
 
@@ -33,7 +35,8 @@ OPTIONS = {
     "plain": {},
     "bias": {"bias": torch.linspace(-1, 1, V)},
     "temperature": {"temperature": 0.7},
-    "row temperature": {"temperature": torch.linspace(0.5, 2, N)},
+    "0-d temperature": {"temperature": torch.tensor(0.7, dtype=torch.float64)},
+    "strided row temperature": {"temperature": torch.linspace(0.5, 2, 2 * N)[::2]},
     "softcap": {"softcap": 3.0, "logit_scale": 1.5},
     "all": {
         "bias": torch.linspace(1, -1, V),
