@@ -157,6 +157,10 @@ def policy_loss(
         arguments.inverse_temperature(temperature, layout, hidden_states.device, given.advantages.dtype), ops.encode(head), dtype,
         default_workspace_bytes(hidden_states.device) if workspace_bytes is None else workspace_bytes, backend, with_entropy,
     )  # fmt: skip
+    if call.workspace_bytes == 0 and schedule != "forward_only" and any(call.needs()):
+        raise ValueError(
+            "workspace_bytes=0 is forward only: call under torch.no_grad(), or give a workspace for the gradient"
+        )
     if schedule == "forward_only":
         with torch.no_grad():
             return _two_pass(call, layout, given, weights, spec)

@@ -34,6 +34,7 @@ def ace_advantages(
     """
     spec = make_spec(alpha, "current", confidence_reduction, shape, 0.2, None, None, 0.0, "k3")
     arguments.check_tensor("per_token_logps", per_token_logps)
+    arguments.check_tensor("ref_per_token_logps", ref_per_token_logps)
     layout = arguments.make_layout("per_token_logps", per_token_logps, completion_mask, cu_seqlens)
     device, dtype = per_token_logps.device, accumulator_dtype(per_token_logps.dtype)
     logp = per_token_logps.detach().reshape(-1).to(dtype)

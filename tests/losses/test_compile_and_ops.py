@@ -88,8 +88,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("case", "packed"), [*((case, False) for case in CASES), ("ace", True), ("dapo-old", True)])
 def test_a_loss_compiles_whole_and_gives_the_same(case, packed):
     batch = make_batch(SMALL, 17, 5)
     batch = pack(batch) if packed else batch
