@@ -7,6 +7,7 @@ export PYTHON TORCH
 
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest -q
+PARALLEL := -n auto --dist worksteal
 READY := .venv/.ready
 
 .PHONY: test demo bench lint types test-cpu test-interpret test-compile test-gpu setup clean
@@ -27,10 +28,10 @@ types: $(READY)
 	$(BIN)/mypy
 
 test-cpu: $(READY)
-	$(PYTEST) -m "not interpret and not compile and not gpu"
+	$(PYTEST) $(PARALLEL) -m "not interpret and not compile and not gpu"
 
 test-interpret: $(READY)
-	TRITON_INTERPRET=1 $(PYTEST) -m interpret
+	TRITON_INTERPRET=1 $(PYTEST) $(PARALLEL) -m interpret
 
 test-compile: $(READY)
 	$(PYTEST) -m compile
