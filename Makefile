@@ -10,7 +10,7 @@ PYTEST := $(BIN)/python -m pytest -q
 PARALLEL := -n auto --dist worksteal
 READY := .venv/.ready
 
-.PHONY: test demo bench lint types test-cpu test-interpret test-compile test-gpu setup clean
+.PHONY: test demo bench docs lint types test-cpu test-interpret test-compile test-gpu setup clean
 
 test: lint types test-cpu test-interpret test-compile test-gpu
 
@@ -19,6 +19,10 @@ demo: $(READY)
 
 bench: $(READY)
 	$(PYTEST) --benchmark
+
+docs: $(READY)
+	$(BIN)/python -c "import mkdocs, material" 2>/dev/null || $(BIN)/python -m pip install --quiet ".[docs]"
+	$(BIN)/python -m mkdocs build --quiet
 
 lint: $(READY)
 	$(BIN)/ruff check .
