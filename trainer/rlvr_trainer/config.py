@@ -41,6 +41,7 @@ class PolicyConfig:
     name: str = "tiny"  # `tiny`, `smollm2-135m`, or anything `AutoModelForCausalLM.from_pretrained` takes
     precision: Literal["mixed", "full"] = "mixed"  # mixed: fp32 weights, bf16 autocast, bf16 copy for sampling
     device: str = "auto"
+    system_prompt: str | None = None  # None: what the chat template does by itself
     warm_start_steps: int = 400  # supervised updates that make `tiny`
     warm_start_noise: float = 0.5  # the share of wrong answers it is taught, so that something is left to learn
 

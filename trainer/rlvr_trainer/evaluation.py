@@ -82,10 +82,10 @@ def compare(before: Evaluation, after: Evaluation) -> dict[str, Any]:
     is_now = [a / after.samples for _, a in pairs]
     low, high = paired_bootstrap_interval(was, is_now)
     mean_was, mean_now = sum(was) / len(was), sum(is_now) / len(is_now)
-    verb = "rose" if mean_now > mean_was else "fell" if mean_now < mean_was else "stayed"
+    moved = "rose from" if mean_now > mean_was else "fell from" if mean_now < mean_was else "stayed, from"
     verdict = "an improvement" if low > 0 else "a loss" if high < 0 else "no difference that these problems can show"
     sentence = (
-        f"Held-out Pass@1 {verb} from {mean_was:.3f} to {mean_now:.3f}: {mean_now - mean_was:+.3f},"
+        f"Held-out Pass@1 {moved} {mean_was:.3f} to {mean_now:.3f}: {mean_now - mean_was:+.3f},"
         f" 95 % interval [{low:+.3f}, {high:+.3f}] (paired bootstrap over {len(pairs)} problems): {verdict}."
     )
     return {

@@ -13,12 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rlvr_trainer.parsing import ConfigError
+
 MULTIPLIERS = ("logit_scale", "lm_head_multiplier", "output_multiplier")  # Cohere, Falcon-H1, Muse
 DIVISORS = ("logits_scaling",)  # Granite, MiniCPM3
 MULTIPLIED_ANYWAY = ("hyperclovax",)  # calls its multiplier logits_scaling
 
 
-class UnsupportedArchitectureError(ValueError):
+class UnsupportedArchitectureError(ConfigError):
     """A model whose logits this package cannot rebuild from hidden states."""
 
 
@@ -68,21 +70,35 @@ class Head:
 
     @torch.no_grad()
     def _compare(self, model: Any) -> None:
+        """Refuse a model whose logits differ from ours, or whose states depend on padding to the left."""
+        name = type(model).__name__
         ids = torch.arange(1, 9, device=self.weight.device)[None] % self.weight.shape[0]
-        theirs = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits.float()
-        ours = self.logits(last_hidden_state(model, ids, torch.ones_like(ids))).float()
-        tolerance = 1e-4 if self.weight.dtype in (torch.float32, torch.float64) else 3e-2
-        if ours.shape == theirs.shape:
-            error = float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-6))
-            if error <= tolerance:
-                return
-            found = f"they differ by {error:.1e} of the largest"
-        else:
+        theirs = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+        hidden = last_hidden_state(model, ids, torch.ones_like(ids))
+        ours = self.logits(hidden)
+        if ours.shape != theirs.shape:
             found = f"shape {tuple(ours.shape)} against its {tuple(theirs.shape)}"
-        raise UnsupportedArchitectureError(
-            f"cannot vouch for {type(model).__name__}: logits rebuilt from its hidden states, lm_head, bias,"
-            f" softcap {self.softcap} and logit scale {self.logit_scale} are not the model's own: {found}."
-        )
+        else:
+            found = _difference(ours, theirs)
+        if found:
+            raise UnsupportedArchitectureError(
+                f"cannot vouch for {name}: logits rebuilt from its hidden states, lm_head, bias, softcap"
+                f" {self.softcap} and logit scale {self.logit_scale} are not the model's own: {found}."
+            )
+        padded = nn.functional.pad(ids, (3, 0), value=1)
+        mask = nn.functional.pad(torch.ones_like(ids), (3, 0))
+        found = _difference(last_hidden_state(model, padded, mask)[:, 3:], hidden)
+        if found:
+            raise UnsupportedArchitectureError(
+                f"cannot vouch for {name}: padding on the left changes its hidden states: {found}."
+            )
+
+
+def _difference(ours: Tensor, theirs: Tensor) -> str:
+    """Say how far two tensors lie apart, or nothing if that is rounding."""
+    tolerance = 1e-4 if theirs.dtype in (torch.float32, torch.float64) else 3e-2
+    error = float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-6))
+    return "" if error <= tolerance else f"they differ by {error:.1e} of the largest"
 
 
 def last_hidden_state(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:

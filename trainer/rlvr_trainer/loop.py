@@ -59,6 +59,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False, quie
         lr=config.optim.learning_rate,
         betas=(config.optim.betas[0], config.optim.betas[1]),
         weight_decay=config.optim.weight_decay,
+        fused=True,
     )
     torch.manual_seed(config.run.seed)
     step, cursor = 0, 0

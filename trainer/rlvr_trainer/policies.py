@@ -4,7 +4,7 @@ import copy
 import importlib.util
 import os
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ class Policy:
     mixed: bool
     eos_ids: list[int]
     sampler: Any  # the copy that generates: bf16 under mixed precision, else the model itself
+    system_prompt: str | None = None
 
     @property
     def device(self) -> torch.device:
@@ -48,7 +49,7 @@ class Policy:
     def frozen(self) -> "Policy":
         """A copy that never changes: the reference."""
         model = copy.deepcopy(self.model).requires_grad_(False)
-        return Policy(model, self.tokenizer, Head.of(model), self.mixed, self.eos_ids, model)
+        return replace(self, model=model, head=Head.of(model), sampler=model)
 
     @torch.no_grad()
     def refresh_sampler(self) -> None:
@@ -61,9 +62,10 @@ class Policy:
         """Prompts as the model wants to see them: through its chat template if it has one."""
         if self.tokenizer.chat_template is None:
             return prompts
+        system = [] if self.system_prompt is None else [{"role": "system", "content": self.system_prompt}]
         return [
             self.tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+                [*system, {"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
             )
             for prompt in prompts
         ]
@@ -100,7 +102,7 @@ def load_policy(config: Config, task: Task, made: Path | None = None) -> Policy:
     model.to(_device(config.policy.device)).eval()  # eval for good: dropout would make ratios of noise
     mixed = config.policy.precision == "mixed"
     sampler = copy.deepcopy(model).to(torch.bfloat16).requires_grad_(False) if mixed else model
-    return Policy(model, tokenizer, Head.of(model), mixed, eos_ids, sampler)
+    return Policy(model, tokenizer, Head.of(model), mixed, eos_ids, sampler, config.policy.system_prompt)
 
 
 def _tiny(config: Config, task: Task) -> tuple[Any, Any]:

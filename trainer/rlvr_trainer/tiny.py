@@ -83,8 +83,8 @@ def warm_start(model: Any, tokenizer: Any, task: Task, *, steps: int, noise: flo
 
 def _supervised(tokenizer: Any, prompts: list[str], answers: list[str]) -> dict[str, torch.Tensor]:
     """Left-padded prompt + answer + end, with the loss on answer and end only."""
-    asked = [tokenizer(p).input_ids for p in prompts]
-    told = [[*tokenizer(a).input_ids, tokenizer.eos_token_id] for a in answers]
+    asked = tokenizer(prompts).input_ids
+    told = [[*ids, tokenizer.eos_token_id] for ids in tokenizer(answers).input_ids]
     width = max(len(a) + len(t) for a, t in zip(asked, told, strict=True))
     rows, labels, mask = [], [], []
     for a, t in zip(asked, told, strict=True):

@@ -1,0 +1,73 @@
+"""A trainer small enough to be run many times: `tiny` without a warm start, on one thread, without a network."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TQDM_DISABLE"] = "1"
+
+from dataclasses import dataclass, field
+
+import pytest
+from rlvr_trainer.config import Config, load
+from rlvr_trainer.policies import Policy, load_policy
+from rlvr_trainer.tasks import Problem
+
+SMALL = [
+    "policy.name=tiny",
+    "policy.precision=full",
+    "policy.warm_start_steps=2",
+    "policy.device=cpu",
+    "task.parameters={min_terms: 2, max_terms: 2, min_digits: 1, max_digits: 1}",
+    "task.held_out=4",
+    "rollout.prompts=3",
+    "rollout.group_size=4",
+    "rollout.max_new_tokens=5",
+    "optim.learning_rate=1e-3",
+    "optim.micro_batch=5",
+    "evaluation.samples=2",
+    "run.threads=1",
+]
+
+
+@pytest.fixture
+def small(tmp_path):
+    """Make a small configuration with overrides; it writes below tmp_path."""
+
+    def make(*overrides: str) -> Config:
+        return load(None, [*SMALL, f"run.out={tmp_path / 'run'}", *overrides])
+
+    return make
+
+
+@dataclass
+class DigitTask:
+    """Answers are right if they begin with a digit: about one in ten of a policy that knows nothing."""
+
+    held_out: list[Problem] = field(default_factory=lambda: [Problem(f"held out {i}", "a digit") for i in range(4)])
+    broken: tuple[str, ...] = ()  # prompts on which the verifier fails
+    solved: tuple[str, ...] = ()  # prompts on which everything is right
+
+    def problems(self, cursor, count):
+        return [Problem(f"problem {i}", "a digit") for i in range(cursor, cursor + count)], cursor + count
+
+    def score(self, problems, completions):
+        found = []
+        for problem, text in zip(problems, completions, strict=True):
+            right = problem.prompt in self.solved or text[:1].isdigit()
+            found.append(None if problem.prompt in self.broken else float(right))
+        return found
+
+    def close(self):
+        pass
+
+
+@pytest.fixture
+def digits():
+    return DigitTask
+
+
+@pytest.fixture(scope="session")
+def untrained() -> Policy:
+    """A `tiny` nobody has taught anything; not to be trained, it is shared."""
+    config = load(None, [*SMALL, "policy.warm_start_steps=0"])
+    return load_policy(config, DigitTask())

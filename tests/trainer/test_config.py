@@ -1,0 +1,93 @@
+"""Settings: presets, overrides, and messages that say what to write instead."""
+
+import pytest
+from rlvr_trainer.config import PRESETS, Config, load, shipped
+from rlvr_trainer.parsing import ConfigError
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_fills_in_what_nobody_wrote(name):
+    algorithm = load(None, [f"algorithm.name={name}"]).algorithm
+    for key, value in PRESETS[name].items():
+        assert getattr(algorithm, key) == value
+    assert algorithm.alpha == (1.0 if name.startswith("ace-") else 0.0)
+
+
+def test_what_is_written_wins_over_the_preset():
+    assert load(None, ["algorithm.name=ace-dapo", "algorithm.epsilon_high=0.3"]).algorithm.epsilon_high == 0.3
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_every_shipped_configuration_loads(name):
+    assert load(name).run.steps > 0
+
+
+def test_the_resolved_configuration_reads_back_equal(tmp_path):
+    config = load("demo-tiny", ["algorithm.name=dapo", "task.instruction= = é"])
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    assert load(tmp_path / "config.yaml") == config
+
+
+def test_yaml_numbers_become_what_the_key_wants():
+    config = load(None, ["optim.learning_rate=1e-5", "algorithm.beta=0", "algorithm.delta=null", "task.name=12"])
+    assert (config.optim.learning_rate, config.algorithm.beta, config.algorithm.delta) == (1e-5, 0.0, None)
+    assert config.task.name == "12"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optim.learnig_rate=1", r"unknown key optim\.learnig_rate: did you mean 'learning_rate'\?"),
+        ("optimm.learning_rate=1", r"unknown key optimm: did you mean 'optim'\?"),
+        ("algorithm.name=ace-grop", r"unknown algorithm\.name 'ace-grop': did you mean 'ace-grpo'\?"),
+        ("algorithm.loss_type=bnpo", r"unknown algorithm\.loss_type 'bnpo'.*known: dapo, dr_grpo, grpo"),
+        ("run.steps=ten", r"run\.steps must be an integer, got 'ten' \(str\)"),
+        ("run.steps=1.5", r"run\.steps must be an integer, got 1\.5 \(float\)"),
+        ("run.steps=true", r"run\.steps must be an integer, got True \(bool\)"),
+        ("optim.learning_rate=fast", r"optim\.learning_rate must be a number, got 'fast'"),
+        ("run.log_completions=maybe", r"run\.log_completions must be true or false, got 'maybe'"),
+        ("optim.betas=[0.9, x]", r"optim\.betas\[1\] must be a number, got 'x'"),
+        ("optim.betas=[0.9]", r"optim\.betas must hold two numbers"),
+        ("task.parameters=3", r"task\.parameters must be a section of keys, got 3"),
+        ("task=3", r"must look like section\.key=value, got 'task=3'"),
+        ("run.steps", r"must look like section\.key=value, got 'run\.steps'"),
+        ("run.out=[", r"run\.out=\[ is not a YAML value"),
+        ("run.steps.more=3", r"unknown key|must be an integer"),
+        ("rollout.group_size=1", r"rollout\.group_size must be at least 2, got 1"),
+        ("rollout.temperature=0", r"rollout\.temperature must be greater than 0, got 0\.0"),
+        ("optim.learning_rate=.nan", r"optim\.learning_rate must be greater than 0, got nan"),
+        ("algorithm.alpha=-1", r"algorithm\.alpha must not be negative, got -1"),
+        ("algorithm.overlong_fraction=1", r"algorithm\.overlong_fraction must be in \[0, 1\), got 1\.0"),
+    ],
+)
+def test_a_wrong_setting_is_named_with_what_is_wanted(override, message):
+    with pytest.raises(ConfigError, match=message):
+        load(None, [override])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("run: [", "is not valid YAML"),
+        ("- 1\n- 2", "must hold sections of keys, got list"),
+        ("run: 3", "run must be a section of keys, got 3"),
+        ("algorithm: ace-grpo", r"algorithm must be a section of keys.*write algorithm\.name=NAME"),
+        ("run:\n  stepz: 3", r"unknown key run\.stepz: did you mean 'steps'\?"),
+    ],
+)
+def test_a_wrong_file_is_refused(tmp_path, text, message):
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load(path)
+
+
+def test_an_empty_file_is_all_defaults(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("# nothing\nrun:\n")
+    assert load(path).run == Config().run
+
+
+def test_a_file_that_does_not_exist_is_named_with_the_shipped_ones():
+    with pytest.raises(ConfigError, match=r"no configuration 'nowhere\.yaml'.*demo-tiny"):
+        load("nowhere.yaml")

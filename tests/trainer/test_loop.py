@@ -1,0 +1,221 @@
+"""The loop: it learns, micro-batches change nothing, and an interrupted run ends with the numbers of a whole one."""
+
+import json
+import signal
+
+import pytest
+import torch
+from rlvr_trainer import checkpoints, loop
+from rlvr_trainer.console import read_jsonl
+from rlvr_trainer.metrics import StepMetrics
+from rlvr_trainer.parsing import ConfigError
+from rlvr_trainer.policies import load_policy
+from rlvr_trainer.rollouts import collect
+
+
+def optimizer_of(policy):
+    return torch.optim.AdamW(policy.model.parameters(), lr=1e-3)
+
+
+def without_clocks(rows):
+    return [{k: v for k, v in row.items() if not k.startswith("perf/")} for row in rows]
+
+
+def test_a_policy_learns_what_is_rewarded(small, digits):
+    """From one answer in ten to nearly all: sampling, verification, loss and optimiser pull the same way."""
+    config = small(
+        "policy.warm_start_steps=0",
+        "rollout.prompts=6",
+        "rollout.group_size=8",
+        "rollout.max_new_tokens=2",
+        "optim.learning_rate=5e-3",
+        "optim.micro_batch=48",
+    )
+    policy, task = load_policy(config, digits()), digits()
+    reference, optimizer = policy.frozen(), optimizer_of(policy)
+    torch.manual_seed(0)
+    rewards, cursor = [], 0
+    for step in range(20):
+        batch, cursor = collect(policy, task, cursor, config)
+        rewards.append(loop.update(policy, reference, optimizer, batch, config, step)["reward"])
+    assert rewards[0] < 0.3
+    assert min(rewards[-3:]) > 0.8
+
+
+@pytest.mark.parametrize("name", ["ace-grpo", "ace-dapo", "dr_grpo"])
+def test_the_size_of_micro_batches_does_not_change_the_update(small, digits, name):
+    found = []
+    for size in (1, 5, 100):
+        config = small(f"algorithm.name={name}", "algorithm.dynamic_sampling=false", f"optim.micro_batch={size}")
+        policy = load_policy(config, digits())
+        reference = policy.frozen()
+        torch.manual_seed(0)
+        batch, _ = collect(policy, digits(), 0, config)
+        optimizer = torch.optim.SGD(policy.model.parameters(), lr=1.0)
+        values = loop.update(policy, reference, optimizer, batch, config, 0)
+        found.append((values, torch.cat([p.detach().flatten() for p in policy.model.parameters()])))
+    whole_values, whole = found[-1]
+    for values, weights in found[:-1]:
+        torch.testing.assert_close(weights, whole, rtol=0, atol=1e-6)
+        for name_ in ("loss", "grad_norm", "entropy", "kl", "ace/weight/mean", "num_tokens"):
+            assert values[name_] == pytest.approx(whole_values[name_], rel=1e-4, abs=1e-7)
+
+
+def test_at_the_first_update_policy_and_reference_agree_exactly(small, digits):
+    config = small()
+    policy = load_policy(config, digits())
+    torch.manual_seed(0)
+    batch, _ = collect(policy, digits(), 0, config)
+    values = loop.update(policy, policy.frozen(), optimizer_of(policy), batch, config, 0)
+    assert values["kl"] == 0.0
+    assert values["ace/shift/mean"] == 0.0
+    assert values["ace/frac_exploratory"] == 1.0
+
+
+def test_several_updates_on_a_batch_are_off_policy(small, digits):
+    config = small("optim.updates_per_batch=3", "algorithm.epsilon_low=1e-6", "algorithm.epsilon_high=1e-6")
+    policy = load_policy(config, digits())
+    torch.manual_seed(0)
+    batch, _ = collect(policy, digits(), 0, config)
+    values = loop.update(policy, policy.frozen(), optimizer_of(policy), batch, config, 0)
+    assert values["clip_ratio/region_mean"] > 0.0
+
+
+def test_a_batch_without_groups_changes_nothing(small, digits):
+    config = small()
+    policy = load_policy(config, digits())
+    before = policy.head.weight.clone()
+    batch, _ = collect(policy, digits(broken=tuple(f"problem {i}" for i in range(3))), 0, config)
+    values = loop.update(policy, policy.frozen(), optimizer_of(policy), batch, config, 0)
+    assert torch.equal(policy.head.weight, before)
+    assert values["num_tokens"] == 0.0
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run(small, digits):
+    config = small()
+    policy = load_policy(config, digits())
+    reference = policy.frozen()
+    torch.manual_seed(0)
+    batch, _ = collect(policy, digits(), 0, config)
+    with torch.no_grad():
+        policy.head.weight[5] = float("nan")
+    with pytest.raises(FloatingPointError, match="the gradient norm of step 4 is nan"):
+        loop.update(policy, reference, optimizer_of(policy), batch, config, 3)
+
+
+def test_the_learning_rate_warms_up(small, digits):
+    config = small("optim.warmup_steps=4")
+    policy = load_policy(config, digits())
+    batch, _ = collect(policy, digits(), 0, config)
+    reference, optimizer = policy.frozen(), optimizer_of(policy)
+    rates = [loop.update(policy, reference, optimizer, batch, config, s)["learning_rate"] for s in (0, 1, 3, 9)]
+    assert rates == pytest.approx([0.25e-3, 0.5e-3, 1e-3, 1e-3])
+
+
+@pytest.mark.parametrize("precision", ["full", "mixed"])
+def test_a_resumed_run_continues_to_the_same_bits(small, tmp_path, precision):
+    whole, halves = str(tmp_path / "whole"), str(tmp_path / "halves")
+    common = ["run.checkpoint_every=2", "evaluation.every=3", f"policy.precision={precision}", "optim.warmup_steps=3"]
+    loop.train(small(*common, "run.steps=4", f"run.out={whole}"), quiet=True)
+    loop.train(small(*common, "run.steps=2", f"run.out={halves}"), quiet=True)
+    torch.rand(17)  # whatever happened in between is forgotten
+    loop.train(small(*common, "run.steps=4", f"run.out={halves}"), resume=True, quiet=True)
+
+    first, second = (
+        torch.load(checkpoints.latest(tmp_path / name) / "state.pt", weights_only=True) for name in ("whole", "halves")
+    )
+    assert first["cursor"] == second["cursor"]
+    assert torch.equal(first["torch_rng"], second["torch_rng"])
+    for name, value in first["model"].items():
+        assert torch.equal(value, second["model"][name]), name
+    for index, moments in first["optimizer"]["state"].items():
+        for name, value in moments.items():
+            assert torch.equal(value, second["optimizer"]["state"][index][name]), (index, name)
+    rows = [without_clocks(read_jsonl(tmp_path / name / "metrics.jsonl")) for name in ("whole", "halves")]
+    by_step = [{(row["step"], "eval/pass@1" in row): row for row in part} for part in rows]
+    assert by_step[0] == {key: row for key, row in by_step[1].items() if key != (2, True)}
+    completions = [read_jsonl(tmp_path / name / "completions.jsonl") for name in ("whole", "halves")]
+    assert completions[0] == completions[1]
+
+
+def test_ctrl_c_finishes_the_step_saves_and_says_where(small, tmp_path, monkeypatch, capsys):
+    config = small("run.steps=5", "run.log_completions=false")
+    own = loop.update
+
+    def interrupted(*arguments):
+        if arguments[-1] == 1:
+            signal.raise_signal(signal.SIGINT)
+        return own(*arguments)
+
+    monkeypatch.setattr(loop, "update", interrupted)
+    before = signal.getsignal(signal.SIGINT)
+    found = loop.train(config)
+    assert found["interrupted_at"] == 2
+    assert signal.getsignal(signal.SIGINT) is before
+    said = capsys.readouterr().out
+    assert f"interrupted: saved {found['checkpoint']}; continue with: rlvr-ops train --resume {config.run.out}" in said
+    monkeypatch.setattr(loop, "update", own)
+    summary = loop.train(config, resume=True, quiet=True)
+    assert summary["steps"] == 5
+    steps = [row["step"] for row in read_jsonl(tmp_path / "run" / "metrics.jsonl") if "reward" in row]
+    assert steps == [1, 2, 3, 4, 5]
+
+
+def test_a_run_leaves_everything_a_report_needs(small, tmp_path):
+    summary = loop.train(small("run.steps=2", "run.table_every=1"))
+    run = tmp_path / "run"
+    names = {path.name for path in run.iterdir()}
+    assert {"config.yaml", "metrics.jsonl", "completions.jsonl", "evaluations.jsonl"} <= names
+    assert {"summary.json", "report.png", "model"} <= names
+    assert json.loads((run / "summary.json").read_text()) == summary
+    assert len(read_jsonl(run / "completions.jsonl")) == 2 * 12
+    row = read_jsonl(run / "metrics.jsonl")[1]
+    assert {"reward", "reward_std", "loss", "kl", "entropy", "grad_norm", "completions/mean_length"} <= set(row)
+
+
+def test_a_folder_that_holds_a_run_is_not_overwritten(small):
+    config = small("run.steps=0")
+    loop.train(config, quiet=True)
+    with pytest.raises(ConfigError, match="holds a run already: continue it with --resume"):
+        loop.train(config, quiet=True)
+    loop.train(config, overwrite=True, quiet=True)
+
+
+def test_a_folder_without_a_checkpoint_cannot_be_resumed(small, tmp_path):
+    unfinished = tmp_path / "run" / "checkpoints" / "step-000003.unfinished"
+    unfinished.mkdir(parents=True)
+    (unfinished / "state.pt").write_bytes(b"half")
+    with pytest.raises(ConfigError, match=r"cannot resume: .*run holds no checkpoint"):
+        loop.train(small(), resume=True, quiet=True)
+
+
+def test_bad_data_is_reported_before_a_model_is_loaded(small, tmp_path, monkeypatch):
+    path = tmp_path / "problems.jsonl"
+    path.write_text('{"prompt": "1+1"}\n')
+    monkeypatch.setattr(loop, "load_policy", lambda *_: pytest.fail("a model was loaded"))
+    with pytest.raises(ConfigError, match="line 1: no 'answer'"):
+        loop.train(small(f"task.name={path}"), quiet=True)
+
+
+def test_only_the_last_checkpoints_are_kept(small, tmp_path, untrained):
+    optimizer = optimizer_of(untrained)
+    for step in (1, 2, 10):
+        checkpoints.save(tmp_path, step, 2, model=untrained.model, optimizer=optimizer, cursor=step)
+    assert [path.name for path in checkpoints.list_checkpoints(tmp_path)] == ["step-000002", "step-000010"]
+    assert checkpoints.restore(checkpoints.latest(tmp_path), model=untrained.model, optimizer=optimizer) == (10, 10)
+
+
+def test_means_are_weighted_by_what_they_are_means_of():
+    metrics = StepMetrics()
+    one = {"kl": torch.tensor(1.0), "ace/shift/mean": torch.tensor(2.0), "ace/weight/max": torch.tensor(3.0)}
+    two = {"kl": torch.tensor(4.0), "ace/shift/mean": torch.tensor(0.0), "ace/weight/max": torch.tensor(0.0)}
+    metrics.add({**one, "head/rows": torch.tensor(7)}, tokens=3, wrong=1)
+    metrics.add({**two, "head/rows": torch.tensor(5)}, tokens=1, wrong=0)
+    # kl: (3 * 1 + 1 * 4) / 4; the second part has no wrong rollout and so says nothing of ace/.
+    assert metrics.result() == {"kl": 1.75, "ace/shift/mean": 2.0, "ace/weight/max": 3.0, "head/rows": 12.0}
+
+
+def test_a_mean_over_nothing_is_left_out():
+    metrics = StepMetrics()
+    metrics.add({"ace/shift/mean": torch.tensor(0.0), "kl": torch.tensor(0.5)}, tokens=4, wrong=0)
+    assert metrics.result() == {"kl": 0.5}

@@ -1,0 +1,155 @@
+"""Problems: reproducible, never held out and trained on at once, and refused early when malformed."""
+
+import json
+
+import pytest
+from rlvr_trainer.config import TaskConfig
+from rlvr_trainer.parsing import ConfigError
+from rlvr_trainer.tasks import JsonLinesTask, ReasoningGymTask, make_task, read_problems, stated_answer
+
+ONE_DIGIT = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
+
+
+def sums(**changes):
+    return ReasoningGymTask(TaskConfig(**{"parameters": ONE_DIGIT, "held_out": 32, **changes}))
+
+
+def write_lines(path, rows):
+    path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows) + "\n")
+    return TaskConfig(name=str(path), held_out=2)
+
+
+def test_no_held_out_prompt_is_ever_trained_on():
+    task = sums()
+    held_out = {problem.prompt for problem in task.held_out}
+    assert len(held_out) == 32
+    trained, _ = task.problems(0, 600)  # there are only 200 different ones
+    assert held_out.isdisjoint(problem.prompt for problem in trained)
+
+
+def test_held_out_problems_are_the_same_for_every_training_seed():
+    config = TaskConfig(parameters=ONE_DIGIT, held_out=8)
+    first, second = ReasoningGymTask(config, seed=0), ReasoningGymTask(config, seed=1)
+    assert first.held_out == second.held_out
+    assert first.problems(0, 8)[0] != second.problems(0, 8)[0]
+
+
+def test_the_cursor_alone_says_which_problems_come_next():
+    task = sums()
+    first, cursor = task.problems(0, 300)  # crosses a chunk of seeds
+    second, _ = task.problems(cursor, 5)
+    assert sums().problems(0, 305)[0] == first + second
+    assert task.problems(cursor, 5)[0] == second
+
+
+def test_the_generator_itself_judges():
+    task = sums(extract="last_number")
+    problem, _ = task.problems(0, 1)
+    answer = problem[0].answer
+    texts = [answer, f"It is {answer}.", f"<answer> {answer} </answer> or 99", "no idea", ""]
+    assert task.score(problem * 5, texts) == [1.0, 1.0, 1.0, 0.0, 0.0]
+
+
+def test_a_verifier_that_raises_is_none_and_not_zero(monkeypatch):
+    task = sums()
+    problem, _ = task.problems(0, 1)
+    monkeypatch.setattr(type(task._judge), "score_answer", lambda *_: 1 / 0)
+    assert task.score(problem, ["1"]) == [None]
+
+
+@pytest.mark.parametrize("score", [float("nan"), 1.5, -0.1, "x"])
+def test_a_score_outside_its_range_is_a_verifier_error(monkeypatch, score):
+    task = sums()
+    problem, _ = task.problems(0, 1)
+    monkeypatch.setattr(type(task._judge), "score_answer", lambda *_: score)
+    assert task.score(problem, ["1"]) == [None]
+
+
+@pytest.mark.parametrize(
+    ("text", "extract", "stated"),
+    [
+        (" 7 ", "whole", "7"),
+        ("<answer>1</answer> no, <answer>\n2\n</answer>", "whole", "2"),
+        ("3 + 4 = 7.", "last_number", "7"),
+        ("about 1,234.5, I think", "last_number", "1,234.5"),
+        ("minus -3", "last_number", "-3"),
+        ("none", "last_number", "none"),
+        ("<answer>so 5</answer> 6", "last_number", "5"),
+    ],
+)
+def test_what_is_judged_of_a_completion(text, extract, stated):
+    assert stated_answer(text, extract) == stated
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"name": "chain_sun"}, r"unknown task\.name 'chain_sun': did you mean 'chain_sum'\?"),
+        ({"parameters": {"min_term": 2}}, r"unknown key task\.parameters\.min_term.*did you mean 'min_terms'\?"),
+        ({"parameters": {"min_terms": 3, "max_terms": 2}}, r"do not suit 'chain_sum': max_terms must be >= min_terms"),
+        ({"parameters": {"seed": 3}}, r"unknown key task\.parameters\.seed"),
+        ({"held_out": 201}, r"gave only 200 different problems"),
+    ],
+)
+def test_a_wrong_generator_or_parameter_is_named(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        sums(**changes)
+
+
+def test_holding_out_everything_is_refused():
+    with pytest.raises(ConfigError, match="leaves nothing to train on"):
+        sums(held_out=200).problems(0, 1)
+
+
+def test_malformed_lines_are_all_reported_by_number(tmp_path):
+    rows = [
+        {"prompt": "1+1", "answer": "2"},
+        "{not json",
+        "",
+        {"prompt": "1+2"},
+        {"prompt": " ", "answer": "3"},
+        ["1+3", "4"],
+        {"prompt": "1+4", "answer": None},
+    ]
+    config = write_lines(tmp_path / "problems.jsonl", rows)
+    with pytest.raises(ConfigError, match=r"5 malformed lines") as error:
+        make_task(config)
+    text = str(error.value)
+    for expected in (
+        "line 2: Expecting property name",
+        "line 4: no 'answer', only 'prompt'",
+        "line 5: 'prompt' must be text that is not empty",
+        "line 6: an object is wanted, got list",
+        "line 7: 'answer' must be text that is not empty, got None",
+    ):
+        assert expected in text
+    assert "line 3" not in text
+
+
+def test_a_file_that_does_not_exist_is_named():
+    with pytest.raises(ConfigError, match=r"no file 'nowhere\.jsonl'"):
+        make_task(TaskConfig(name="nowhere.jsonl"))
+
+
+def test_too_few_lines_to_hold_any_out_are_refused(tmp_path):
+    config = write_lines(tmp_path / "few.jsonl", [{"prompt": "1+1", "answer": 2}] * 5)
+    with pytest.raises(ConfigError, match=r"holds 1 different problems and task\.held_out = 2"):
+        make_task(config)
+
+
+def test_a_file_is_read_to_the_end_of_an_epoch_in_an_order_of_its_own(tmp_path):
+    rows = [{"prompt": f"{i}+{i}", "answer": 2 * i} for i in range(10)]
+    config = write_lines(tmp_path / "problems.jsonl", rows)
+    task = JsonLinesTask(config, seed=3)
+    assert [p.prompt for p in task.held_out] == ["8+8", "9+9"]
+    first, cursor = task.problems(0, 8)
+    second, _ = task.problems(cursor, 8)
+    assert sorted(p.prompt for p in first) == sorted(p.prompt for p in second) == [f"{i}+{i}" for i in range(8)]
+    assert first != second
+    assert JsonLinesTask(config, seed=3).problems(4, 8)[0] == first[4:] + second[:4]
+
+
+def test_an_instruction_follows_every_prompt(tmp_path):
+    config = write_lines(tmp_path / "problems.jsonl", [{"prompt": "1+1", "answer": "2"}])
+    assert read_problems(tmp_path / "problems.jsonl", " Think.")[0].prompt == "1+1 Think."
+    assert config.instruction == ""
