@@ -1,0 +1,33 @@
+"""The pages about the trainer, held against what it does; and the example, run."""
+
+import re
+import runpy
+from pathlib import Path
+
+from rlvr_trainer import loop
+from rlvr_trainer.config import PRESETS, shipped
+from rlvr_trainer.console import read_jsonl
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_every_logged_metric_is_explained_and_every_explained_one_is_logged(small, digits, monkeypatch, tmp_path):
+    monkeypatch.setattr(loop, "make_task", lambda *_: digits())
+    loop.train(small("run.steps=2", "policy.warm_start_steps=0", "rollout.group_size=16"), quiet=True)
+    logged = {name for row in read_jsonl(tmp_path / "run" / "metrics.jsonl") for name in row} - {"step"}
+    logged = {re.sub(r"@\d+", "@k", name) for name in logged}
+    tables = [line.split("|")[1] for line in (ROOT / "docs" / "metrics.md").read_text().splitlines() if "|" in line]
+    explained = {name for cell in tables for name in re.findall(r"`([^`]+)`", cell)}
+    assert explained == logged
+
+
+def test_the_trainer_page_names_every_preset_and_every_shipped_configuration():
+    page = (ROOT / "docs" / "trainer.md").read_text()
+    assert all(f"`{name}`" in page for name in [*PRESETS, *shipped()])
+
+
+def test_the_plain_loop_learns(capsys):
+    rewards = runpy.run_path(str(ROOT / "examples" / "ace_in_a_plain_loop.py"))["mean_rewards"]
+    assert sum(rewards[:5]) / 5 < 0.5
+    assert sum(rewards[-5:]) / 5 > 0.8
+    assert capsys.readouterr().out.startswith("mean reward: ")
