@@ -39,12 +39,19 @@ def dlogits(
     if use_triton(tile, backend):
         _dlogits_triton(tile, ids, first_col, lse, coef, inv_temperature, entropy, entropy_coef, bias, head, out)
         return out
+    in_place = out.data_ptr() == tile.data_ptr() and head.softcap is None  # the softcap's derivative needs z
     for rows in row_blocks(*tile.shape):
-        z = head.logits(tile[rows], bias, inv_temperature[rows])
-        logp = z - lse[rows, None] if head.softcap is not None or entropy_coef is not None else z.sub_(lse[rows, None])
+        z = head.logits(tile[rows], bias, inv_temperature[rows], overwrite=in_place)
+        logp = torch.sub(z, lse[rows, None], out=z if in_place else None)
         gradient = softmax_gradient(logp, ids[rows] - first_col, coef[rows], entropy, entropy_coef, rows)
-        out[rows] = head.chain_(gradient, z, inv_temperature[rows])
+        store(out[rows], head.chain_(gradient, z, inv_temperature[rows]))
     return out
+
+
+def store(place: torch.Tensor, values: torch.Tensor) -> None:
+    """Write values to their place, unless they were computed there."""
+    if place.data_ptr() != values.data_ptr() or place.dtype != values.dtype:
+        place.copy_(values)
 
 
 def softmax_gradient(

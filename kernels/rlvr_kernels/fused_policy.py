@@ -13,7 +13,7 @@ import torch
 
 from rlvr_kernels._triton import dense, device_guard, jit, tl
 from rlvr_kernels.backend import use_triton
-from rlvr_kernels.dlogits import softmax_gradient
+from rlvr_kernels.dlogits import store
 from rlvr_kernels.logits import Head, chain, load_logits, row_blocks
 from rlvr_kernels.spec import PolicySpec
 from rlvr_kernels.surrogate import (
@@ -65,18 +65,18 @@ def fused_policy(
     if use_triton(tile, backend):
         return _fused_triton(tile, ids, rows, inv_temperature, spec, bias, head, out, deferred)
     result = FusedRows(*(torch.empty_like(inv_temperature) for _ in FusedRows._fields))
+    in_place = out.data_ptr() == tile.data_ptr() and head.softcap is None  # the softcap's derivative needs z
     for block in row_blocks(*tile.shape):
         part = PolicyRows(*(None if x is None else x[block] for x in rows))  # type: ignore[arg-type]
-        z = head.logits(tile[block], bias, inv_temperature[block])
-        maximum = z.amax(1)
-        log_total = (z - torch.where(maximum.isinf(), 0, maximum)[:, None]).exp_().sum(1).log()
+        z = head.logits(tile[block], bias, inv_temperature[block], overwrite=in_place)
+        maximum, target = z.amax(1), z.gather(1, ids[block, None])[:, 0]
+        mass = torch.sub(z, torch.where(maximum.isinf(), 0, maximum)[:, None], out=z if in_place else None).exp_()
+        total = mass.sum(1)
         # In lse_fold's own order of operations, so that a policy and its reference scored there agree to the last bit.
-        logp = (z.gather(1, ids[block, None])[:, 0] - maximum) - log_total
-        lse = maximum + log_total
+        logp, lse = (target - maximum) - total.log(), maximum + total.log()
         loss, coef = _weigh_rows(logp, part, spec, deferred)
-        shifted = z - lse[:, None] if head.softcap is not None else z.sub_(lse[:, None])
-        gradient = softmax_gradient(shifted, ids[block], coef)
-        out[block] = head.chain_(gradient, z, inv_temperature[block])
+        gradient = mass.mul_((-coef / total)[:, None]).scatter_add_(1, ids[block, None], coef[:, None])
+        store(out[block], head.chain_(gradient, z, inv_temperature[block]))
         for whole, value in zip(result, (logp, lse, loss, coef), strict=True):
             whole[block] = value
     return result

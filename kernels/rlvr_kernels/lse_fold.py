@@ -87,7 +87,7 @@ def lse_fold(
 
 
 def _fold_block(z: torch.Tensor, local_ids: torch.Tensor, state: RowState) -> None:
-    """Fold transformed logits z (r, c), which are overwritten."""
+    """Fold transformed logits z (r, c)."""
     held = (local_ids >= 0) & (local_ids < z.shape[1])
     picked = z.gather(1, local_ids.clamp(0, z.shape[1] - 1)[:, None])[:, 0]
     state.target.copy_(torch.where(held, picked, state.target))
@@ -96,10 +96,10 @@ def _fold_block(z: torch.Tensor, local_ids: torch.Tensor, state: RowState) -> No
     maximum = torch.maximum(state.maximum, z.amax(1))
     anchor = torch.where(maximum.isinf(), 0, maximum)  # a row of -inf alone so far
     moved = torch.where(state.total > 0, state.maximum - anchor, 0)
-    z.sub_(anchor[:, None])
-    mass = z.exp() if state.weighted is not None else z.exp_()
+    below = z - anchor[:, None]
+    mass = below.exp() if state.weighted is not None else below.exp_()
     if state.weighted is not None:
-        inner = mass.mul(z.clamp_(min=-1e30)).sum(1)  # 0 * -inf is 0 here
+        inner = below.clamp_(min=-1e30).mul_(mass).sum(1)  # 0 * -inf is 0 here
         state.weighted.add_(state.total * moved).mul_(moved.exp()).add_(inner)
     state.total.mul_(moved.exp()).add_(mass.sum(1))
     state.maximum.copy_(maximum)
