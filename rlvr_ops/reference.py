@@ -199,9 +199,12 @@ def reference_policy_loss_from_logps(
     adv = _spread(advantages, rollouts).where(active, 0.0)
     adv = adv.to(torch.promote_types(adv.dtype, logp.dtype))
     base = adv
-    if ref is not None and alpha > 0:
+    if ref is not None:
         believed = logp.detach() if confidence == "current" else old
-        adv, shifts, weights = _asymmetric(adv, believed - ref, active, rollouts, alpha, confidence_reduction, shape)
+        weighted, shifts, weights = _asymmetric(
+            adv, believed - ref, active, rollouts, alpha, confidence_reduction, shape
+        )
+        adv = weighted if alpha > 0 else adv
 
     high = epsilon_low if epsilon_high is None else epsilon_high
     ratio = torch.exp(logp - old)
@@ -223,7 +226,6 @@ def reference_policy_loss_from_logps(
     }
     if ref is not None:
         metrics["kl"] = kl.detach().where(active, 0.0).sum() / tokens
-    if ref is not None and alpha > 0:
         metrics.update(_ace_metrics(base, shifts, weights, rollouts))
     return ReferenceLoss(loss, metrics, logp.reshape(layout))
 
