@@ -32,7 +32,7 @@ def rollout_weights(
         longest = _constant_length(max_completion_length, layout)
         return torch.ones_like(tokens) / ((max(layout.rollouts, 1) if count is None else count) * longest)
     if loss_type == "grpo":
-        share = torch.where(tokens > 0, 1 / tokens.clamp(min=1), 0)
+        share = (tokens > 0) / tokens.clamp(min=1)
         return share / (max(layout.rollouts, 1) if count is None else count)
     return torch.ones_like(tokens) / (tokens.sum().clamp(min=1) if count is None else count)
 
@@ -47,7 +47,9 @@ def _check_count(count: float | Tensor | None, loss_type: str) -> float | Tensor
     if not isinstance(count, Tensor) and not count > 0:
         unit = "active tokens" if loss_type == "dapo" else "rollouts"
         raise ValueError(f"num_items_in_batch must be > 0, the {unit} of the global batch, got {count}")
-    return count
+    if isinstance(count, Tensor) and count.numel() != 1:
+        raise ValueError(f"num_items_in_batch must be one number, got a tensor of shape {tuple(count.shape)}")
+    return count.reshape(()) if isinstance(count, Tensor) else count
 
 
 def _constant_length(length: int | None, layout: Layout) -> int:

@@ -1,6 +1,5 @@
 """Metrics of a policy loss, from the statistics of its rollouts. Detached 0-d tensors; docs/metrics.md explains each."""
 
-import torch
 from rlvr_kernels.spec import PolicySpec
 from rlvr_kernels.weigh import STATISTICS
 from torch import Tensor
@@ -22,7 +21,7 @@ def policy_metrics(
         metrics["kl"] = column["kl"].sum() / tokens
         metrics |= _confidence_metrics(column)
     if entropy is not None:
-        metrics["entropy"] = (entropy if scored is None else torch.where(scored, entropy, 0)).sum() / tokens
+        metrics["entropy"] = (entropy if scored is None else entropy.masked_fill(~scored, 0)).sum() / tokens
     return metrics
 
 
@@ -38,7 +37,7 @@ def _confidence_metrics(column: dict[str, Tensor]) -> dict[str, Tensor]:
     return {
         "ace/shift/mean": share(shift),
         "ace/weight/mean": share(weight),
-        "ace/weight/max": torch.where(wrong > 0, weight, 0).amax() if weight.numel() else wrong.sum(),
+        "ace/weight/max": weight.masked_fill(wrong == 0, 0).amax() if weight.numel() else wrong.sum(),
         "ace/frac_overconfident": share(shift > EXPLORATORY_BAND),
         "ace/frac_exploratory": share(shift.abs() <= EXPLORATORY_BAND),
         "ace/frac_self_correcting": share(shift < -EXPLORATORY_BAND),

@@ -57,4 +57,4 @@ class Layout:
 
     def zero_where_masked(self, values: Tensor) -> Tensor:
         """Row values (R,) in the batch's shape, 0 where masked."""
-        return (values if self.mask is None else torch.where(self.mask, values, 0)).view(self.shape)
+        return (values if self.mask is None else values.masked_fill(~self.mask, 0)).view(self.shape)

@@ -107,8 +107,8 @@ def policy_loss(
         schedule: "single_pass" computes gradients while each chunk's logits exist (6NVH); "two_pass" recomputes the
             logits in backward (8NVH) for the rows that have a gradient; "forward_only" gives no gradient; "auto" takes
             single_pass if the longest rollout fits the workspace or the loss is local to tokens, and two_pass
-            otherwise or if less than 2/3 of the scored rows can have a gradient. The metric `head/single_pass` says
-            which it was.
+            otherwise, if less than 2/3 of the scored rows can have a gradient, or for float16, whose gradients would
+            underflow before a loss scale reached them. The metric `head/single_pass` says which it was.
         workspace_bytes: the most that the logits and their gradient may occupy; None: 2 GiB on an accelerator, 160 MiB
             on CPU.
         backend: "auto", "triton" or "torch"; see `rlvr_ops.explain_backend`.
@@ -243,6 +243,10 @@ class _HeadCall(NamedTuple):
             on and self.bias is not None and self.bias.requires_grad,
         )
 
+    def is_half(self) -> bool:
+        """Whether a gradient may be float16, which has to meet the loss scale before it is rounded: in backward."""
+        return torch.float16 in (self.dtype, self.hidden.dtype, self.weight.dtype)
+
     def whole_rows(self) -> int:
         """How many rows fit the workspace with all their logits."""
         return whole_row_tile(
@@ -261,7 +265,7 @@ def _choose_schedule(
         raise ValueError(_too_long(call, layout))
     if schedule == "single_pass":
         return schedule
-    if not any(call.needs()) or not fits:
+    if not any(call.needs()) or not fits or call.is_half():
         return "two_pass"
     if alive is None or torch.compiler.is_compiling():
         return "single_pass"
@@ -330,20 +334,20 @@ def _two_pass(call: _HeadCall, layout: Layout, given: Constants, weights: Tensor
 
 
 def _head_metrics(call: _HeadCall, layout: Layout, pulled_back: Tensor, *, single: bool) -> dict[str, Tensor]:
-    rows = pulled_back.new_tensor(float(layout.rows))
+    rows = pulled_back.new_full((), float(layout.rows))  # new_tensor would wait for the device
     scored = rows if call.scored is None else call.scored.sum().to(rows.dtype)
     return {
         "head/rows": rows,
         "head/rows_scored": scored,
         "head/rows_pulled_back": pulled_back,
-        "head/single_pass": rows.new_tensor(float(single)),
+        "head/single_pass": rows.new_full((), float(single)),
     }
 
 
 def _present(logp: Tensor, scored: Tensor | None, layout: Layout) -> Tensor:
     """Log-probabilities in the batch's shape: 0 where masked, NaN where a row counts and was not scored."""
     if scored is not None and scored is not layout.mask:
-        logp = torch.where(scored, logp, float("nan"))
+        logp = logp.masked_fill(~scored, float("nan"))
     return layout.zero_where_masked(logp)
 
 

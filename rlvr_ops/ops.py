@@ -23,6 +23,8 @@ from rlvr_kernels.weigh import STATISTICS
 from rlvr_kernels.weigh import weigh as weigh_rows
 from torch import Tensor
 
+SCALED_ROWS = 4096  # a CPU widens what it scales: this many rows of it at a time
+
 
 def encode(spec: PolicySpec | Head) -> str:
     """The text of a spec, its numbers in hexadecimal: exact, and of the few forms of them that torch.compile can trace."""
@@ -267,7 +269,7 @@ def single_pass(
         logp, entropy = _spread(done.logp, index, hidden), _spread(done.entropy, index, hidden)
         d_hidden, d_weight, d_bias = done.gradients
         d_bias = None if d_bias is None or bias is None else d_bias.to(bias.dtype)
-        pulled_back = logp.new_tensor(float(done.pulled_back))
+        pulled_back = logp.new_full((), float(done.pulled_back))
         gradients = _or_empty(d_hidden, hidden), _or_empty(d_weight, hidden), _or_empty(d_bias, hidden)
         return weighed.losses.sum(), logp, entropy, weighed.statistics, pulled_back, *gradients
 
@@ -313,10 +315,13 @@ def _backward_single_pass(ctx, d_loss, *others):
 
 def _scaled(grad: Tensor, upstream: Tensor) -> Tensor:
     """grad * upstream, on the device; in place if the graph goes away after this backward, so that no second d_weight exists."""
+    factor = upstream.reshape(1)  # 0-d, it would be rounded to grad's dtype: a loss scale of 65536 is inf in float16
     tracing = torch.compiler.is_compiling() or type(grad) is not Tensor
     if tracing or torch._C._autograd._get_current_graph_task_keep_graph():
-        return grad * upstream.to(grad.dtype)
-    return grad.mul_(upstream.to(grad.dtype))
+        return (grad * factor).to(grad.dtype)
+    for piece in grad.split(SCALED_ROWS):
+        piece.mul_(factor)
+    return grad
 
 
 single_pass.register_autograd(_backward_single_pass, setup_context=_save_single_pass)

@@ -59,7 +59,7 @@ def token_logps(
     arguments.check_head(hidden_states, lm_head_weight, lm_head_bias)
     arguments.check_ids(completion_ids, hidden_states)
     rows = completion_ids.reshape(-1) if completion_ids.ndim == 1 else completion_ids
-    bounds = torch.tensor([0, rows.shape[0]], device=rows.device) if rows.ndim == 1 else None
+    bounds = torch.arange(2, device=rows.device) * rows.shape[0] if rows.ndim == 1 else None
     layout = arguments.make_layout("completion_ids", rows, completion_mask, bounds)
     if validate or (completion_ids.device.type == "cpu" and not torch.compiler.is_compiling()):
         arguments.check_vocabulary(completion_ids, layout, lm_head_weight.shape[0])
@@ -68,7 +68,7 @@ def token_logps(
         arguments.check_finite("lm_head_weight", lm_head_weight)
     dtype = ops.compute_dtype(hidden_states, lm_head_weight)
     _check_zero_workspace(
-        workspace_bytes, with_entropy or with_self_certainty or with_top1, hidden_states, lm_head_weight
+        workspace_bytes, with_entropy or with_self_certainty or with_top1, hidden_states, lm_head_weight, lm_head_bias
     )
     device = hidden_states.device
     logp, lse, entropy, mean, top1 = ops.score(
@@ -86,7 +86,7 @@ def token_logps(
     )
 
 
-def _check_zero_workspace(workspace_bytes: int | None, statistics: bool, hidden: Tensor, weight: Tensor) -> None:
+def _check_zero_workspace(workspace_bytes: int | None, statistics: bool, *head: Tensor | None) -> None:
     if workspace_bytes != 0:
         return
     if statistics:
@@ -94,7 +94,7 @@ def _check_zero_workspace(workspace_bytes: int | None, statistics: bool, hidden:
             "workspace_bytes=0 gives log-probabilities alone: "
             "drop with_entropy, with_self_certainty and with_top1, or give a workspace"
         )
-    if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in head):
         raise ValueError(
             "workspace_bytes=0 is forward only: call under torch.no_grad(), or give a workspace for the gradient"
         )

@@ -5,6 +5,7 @@
 A tile in memory always holds the raw h W^T. Every kernel transforms what it loads, so that nothing is written twice.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -20,22 +21,22 @@ class Head:
     """How the lm_head's output becomes logits, apart from the tensors: see the module's docstring.
 
     Raises:
-        ValueError: softcap is not positive, or logit_scale is zero.
+        ValueError: softcap is not positive, logit_scale is zero, or one of them is not finite.
     """
 
     logit_scale: float = 1.0
     softcap: float | None = None
 
     def __post_init__(self) -> None:
-        if self.softcap is not None and not self.softcap > 0:
-            raise ValueError(f"softcap must be > 0 or None, got {self.softcap}")
-        if not self.logit_scale or self.logit_scale != self.logit_scale:
-            raise ValueError(f"logit_scale must be a number other than 0, got {self.logit_scale}")
+        if self.softcap is not None and not 0 < self.softcap < math.inf:
+            raise ValueError(f"softcap must be > 0 and finite, or None, got {self.softcap}")
+        if not self.logit_scale or not math.isfinite(self.logit_scale):
+            raise ValueError(f"logit_scale must be a finite number other than 0, got {self.logit_scale}")
 
     def kernel_arguments(self) -> dict[str, float | bool]:
         """The Triton kernels' arguments for this head."""
-        cap = self.softcap or 1.0
-        return {"logit_scale": self.logit_scale, "softcap": cap, "HAS_SOFTCAP": self.softcap is not None}
+        cap = float(self.softcap or 1.0)
+        return {"logit_scale": float(self.logit_scale), "softcap": cap, "HAS_SOFTCAP": self.softcap is not None}
 
     def logits(
         self, raw: torch.Tensor, bias: torch.Tensor | None, inv_temperature: torch.Tensor, *, overwrite: bool = False

@@ -73,13 +73,13 @@ def _k3(gap: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def kernel_arguments(spec: PolicySpec) -> dict[str, float | bool | str]:
-    """The Triton kernels' arguments for a spec."""
+    """The Triton kernels' arguments for a spec. An int would be compiled for, as a type or, if 1, as a constant of its own."""
     return {
-        "epsilon_low": spec.epsilon_low,
-        "epsilon_high": spec.epsilon_high,
-        "delta": float("inf") if spec.delta is None else spec.delta,
-        "beta": spec.beta,
-        "alpha": spec.alpha,
+        "epsilon_low": float(spec.epsilon_low),
+        "epsilon_high": float(spec.epsilon_high),
+        "delta": float("inf" if spec.delta is None else spec.delta),
+        "beta": float(spec.beta),
+        "alpha": float(spec.alpha),
         "SHAPE": spec.shape,
         "KL": spec.kl_estimator,
     }
@@ -130,6 +130,6 @@ def token_terms_kernel(
     kl = logp * 0.0
     if HAS_REF:
         kl, slope = kl_and_slope(ref - logp, KL)
-        loss += beta * kl
-        coef += beta * slope
+        loss += tl.where(beta > 0, beta * kl, 0.0)  # 0 * inf, where the policy has all but ruled a token out, is 0 here
+        coef += tl.where(beta > 0, beta * slope, 0.0)
     return loss, coef, kl, clipped_low, clipped_high

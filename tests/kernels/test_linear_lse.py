@@ -286,7 +286,7 @@ def bad(name, value):
             r"temperature must be a number or have shape \(N,\) = \(37,\), got \(3,\)",
         ),
         (bad("temperature", lambda t: 0.0), "temperature must be > 0, got 0.0"),
-        (bad("softcap", lambda t: -1.0), "softcap must be > 0 or None, got -1.0"),
+        (bad("softcap", lambda t: -1.0), "softcap must be > 0 and finite, or None, got -1.0"),
     ],
 )
 def test_arguments_that_do_not_fit_are_named(change, message):

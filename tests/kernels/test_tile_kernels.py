@@ -155,6 +155,18 @@ def test_weigh_kernel_agrees_with_its_twin_in_float64(spec, has_old, masked):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_a_divergence_that_overflows_does_not_reach_a_loss_without_it(backend):
+    """exp(ref - logp) is infinite in float32 for a token that the policy has all but ruled out."""
+    logp, ref = torch.tensor([-95.0, -1.0]), torch.tensor([-1.0, -1.0])
+    advantages, weights = torch.tensor([1.0, -1.0]), torch.tensor([0.5])
+    found = weigh(
+        logp, logp, ref, advantages, None, torch.tensor([0, 2]), weights, PolicySpec(alpha=1.0), backend=backend
+    )
+    torch.testing.assert_close(found.losses, torch.tensor([-0.5, 0.5]), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(found.coef, torch.tensor([-0.5, 0.5]), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("spec", SPECS[::3], ids=str)
 @pytest.mark.parametrize("has_old", [True, False])

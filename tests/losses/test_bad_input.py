@@ -217,6 +217,7 @@ HYPER = [
     ({"kl_estimator": "k4"}, "kl_estimator must be one of 'k1', 'k2', 'k3', got 'k4'"),
     ({"loss_type": "bnpo", "num_items_in_batch": 5}, "num_items_in_batch does not go with loss_type='bnpo'"),
     ({"num_items_in_batch": 0}, "num_items_in_batch must be > 0, the rollouts of the global batch, got 0"),
+    ({"num_items_in_batch": torch.ones(4)}, r"num_items_in_batch must be one number, got a tensor of shape \(4,\)"),
     ({"loss_type": "dr_grpo", "max_completion_length": 0}, "max_completion_length must be > 0, got 0"),
 ]
 
@@ -233,8 +234,10 @@ def test_a_bad_hyper_parameter_is_named(changes, message):
     [
         ({"temperature": 0.0}, r"temperature must be > 0 and finite, got 0\.0"),
         ({"temperature": torch.tensor([1.0, 1.0, 0.0, 1.0])}, r"temperature must be > 0, got 0\.0"),
-        ({"softcap": 0.0}, r"softcap must be > 0 or None, got 0\.0"),
-        ({"logit_scale": 0.0}, r"logit_scale must be a number other than 0, got 0\.0"),
+        ({"softcap": 0.0}, r"softcap must be > 0 and finite, or None, got 0\.0"),
+        ({"softcap": float("inf")}, "softcap must be > 0 and finite, or None, got inf"),
+        ({"logit_scale": 0.0}, r"logit_scale must be a finite number other than 0, got 0\.0"),
+        ({"logit_scale": float("inf")}, "logit_scale must be a finite number other than 0, got inf"),
         ({"schedule": "one_pass"}, "schedule must be one of .*, got 'one_pass'; did you mean"),
         ({"backend": "cuda"}, "backend must be one of .*, got 'cuda'"),
         ({"workspace_bytes": 0, "with_entropy": True}, "workspace_bytes must be at least 4"),

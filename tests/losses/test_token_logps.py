@@ -43,6 +43,7 @@ def test_every_score_is_the_reference(head, packed, dtype, columns):
         assert value.dtype == dtype
         assert_same(value, getattr(truth, name), TOLERANCE[dtype], name)
         assert not bool(value[~batch.mask].any())
+    assert got.top1.dtype == torch.bool
     assert torch.equal(got.top1, truth.top1)
     if head == "plain":
         assert 0 < int(got.top1.sum()) < int(batch.mask.sum())
