@@ -30,7 +30,7 @@ class Head:
     def __post_init__(self) -> None:
         if self.softcap is not None and not 0 < self.softcap < math.inf:
             raise ValueError(f"softcap must be > 0 and finite, or None, got {self.softcap}")
-        if not self.logit_scale or not math.isfinite(self.logit_scale):
+        if not -math.inf < self.logit_scale < math.inf or self.logit_scale == 0:  # torch.compile traces no isfinite
             raise ValueError(f"logit_scale must be a finite number other than 0, got {self.logit_scale}")
 
     def kernel_arguments(self) -> dict[str, float | bool]:
