@@ -3,6 +3,7 @@
 python -m benchmarks.chart [DEVICE_FOLDER]
 """
 
+import math
 import sys
 from pathlib import Path
 
@@ -10,7 +11,12 @@ from benchmarks.report import RESULTS, Result, load, markdown, provenance
 
 DOCS = Path(__file__).parents[1] / "docs"
 BEGIN, END = "<!-- results: written by python -m benchmarks.chart -->", "<!-- end of results -->"
-COLOURS = {"rlvr_ops": "#1b6ca8", "eager, cross_entropy": "#b0b0b0", "eager, logsumexp": "#d4d4d4"}
+COLOURS = {
+    "rlvr_ops": "#1b6ca8",
+    "eager, cross_entropy": "#a8a8a8",
+    "eager, logsumexp": "#c4c4c4",
+    "eager, cross_entropy on active rows": "#dedede",
+}
 
 
 def draw(results: list[Result], path: Path) -> None:
@@ -30,13 +36,13 @@ def draw(results: list[Result], path: Path) -> None:
     ]:
         for i, (name, colour) in enumerate(COLOURS.items()):
             heights = [_value(result, name, key) / unit for result in shown]
-            places = [group + 0.27 * (i - 1) for group in range(len(shown))]
-            bars = axes.bar(places, heights, 0.25, color=colour, label=name)
-            axes.bar_label(bars, fmt="%.2f", fontsize=8)
+            places = [group + 0.22 * (i - 1) for group in range(len(shown))]
+            bars = axes.bar(places, heights, 0.2, color=colour, label=name)
+            axes.bar_label(bars, ["" if math.isnan(height) else f"{height:.2f}" for height in heights], fontsize=8)
         axes.set_xticks(range(len(shown)), [_rows(result) for result in shown])
         axes.set_ylabel(label)
         axes.spines[["top", "right"]].set_visible(False)
-    time.legend(frameon=False, fontsize=8)
+    figure.legend(*time.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     case = shown[0]["case"]
     figure.suptitle(
         f"ace_loss forward + backward, N={case['rows']} H={case['hidden']} V={case['vocabulary']} {case['dtype']}\n"
@@ -47,7 +53,8 @@ def draw(results: list[Result], path: Path) -> None:
 
 
 def _value(result: Result, system: str, key: str) -> float:
-    return float(next(row[key] for row in result["systems"] if row["system"] == system))
+    """The measured value, or not a number for a system that this case does not have."""
+    return float(next((row[key] for row in result["systems"] if row["system"] == system), math.nan))
 
 
 def _rows(result: Result) -> str:
