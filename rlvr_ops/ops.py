@@ -225,6 +225,12 @@ def _(logp, old, ref, advantages, mask, cu_seqlens, rollout_weight, spec, backen
     )
 
 
+def _refuse_a_second_derivative() -> None:
+    """Raise under create_graph=True: these gradients are constants, and a derivative of theirs would be wrong in silence."""
+    if torch.is_grad_enabled():
+        raise RuntimeError("the losses can be differentiated once: create_graph=True is not supported")
+
+
 def _save_weigh(ctx, inputs, output):
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1], output[2])
@@ -232,6 +238,7 @@ def _save_weigh(ctx, inputs, output):
 
 
 def _backward_weigh(ctx, d_losses, d_coef, d_statistics):
+    _refuse_a_second_derivative()
     (coef,) = ctx.saved_tensors
     return (None if d_losses is None else d_losses * coef, *[None] * 8)
 
@@ -306,6 +313,7 @@ def _save_single_pass(ctx, inputs, output):
 
 
 def _backward_single_pass(ctx, d_loss, *others):
+    _refuse_a_second_derivative()
     grads: list[Tensor | None] = [None] * 20
     if d_loss is not None:
         scaled = [_scaled(grad, d_loss) for grad in ctx.saved_tensors]

@@ -78,6 +78,15 @@ def test_a_second_backward_gives_the_same_gradients_again(schedule):
 
 
 @both
+def test_a_second_derivative_is_refused_rather_than_wrong(schedule):
+    batch = make_batch(SMALL, 17, 5)
+    hidden, weight, _ = batch.leaves()
+    out = rlvr_ops.policy_loss(hidden, weight, batch.ids, batch.advantages, **arguments(batch, schedule=schedule))
+    with pytest.raises(RuntimeError, match="the losses can be differentiated once: create_graph=True"):
+        torch.autograd.grad(out.loss, hidden, create_graph=True)
+
+
+@both
 @pytest.mark.parametrize("wanted", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 0, 1), (0, 1, 1), (0, 0, 0)])
 def test_only_the_gradients_that_are_wanted_are_computed_and_they_are_the_same(schedule, wanted):
     batch = make_batch(SMALL, 17, 5)

@@ -6,74 +6,26 @@ from dataclasses import replace
 
 import pytest
 import torch
-from loss_cases import NAN, SMALL, TOLERANCE, assert_same, head_arguments, make_batch, pack, run
+from loss_cases import (
+    HEADS,
+    LOSS_TYPES,
+    METHODS,
+    NAN,
+    SMALL,
+    TOLERANCE,
+    assert_all_same,
+    assert_same,
+    loss_arguments,
+    make_batch,
+    pack,
+    run,
+)  # fmt: skip
 
 import rlvr_ops
 from rlvr_ops import reference
 
 SCHEDULES = ("single_pass", "two_pass", "auto")
-LOSS_TYPES = ("grpo", "dapo", "dr_grpo", "bnpo")
-HEADS = {
-    "plain": {},
-    "bias": {"lm_head_bias": True},
-    "softcap": {"softcap": 3.0, "logit_scale": 0.7},
-    "temperature": {"temperature": 0.6},
-    "temperatures": {"temperature": True},
-    "everything": {"lm_head_bias": True, "softcap": 4.0, "logit_scale": 1.3, "temperature": True},
-}
-METHODS = {
-    "plain": {"old": True},
-    "on-policy": {},
-    "delta-kl": {"old": True, "delta": 1.5, "beta": 0.1, "ref": True},
-    "clip-higher-k1": {
-        "old": True, "epsilon_low": 0.1, "epsilon_high": 0.28, "beta": 0.05, "kl_estimator": "k1", "ref": True,
-    },
-    "ace": {"old": True, "ref": True, "alpha": 1.0},
-    "ace-on-policy": {"ref": True, "alpha": 0.5},
-    "ace-on-policy-old-k2": {"ref": True, "alpha": 1.0, "confidence": "old", "beta": 0.02, "kl_estimator": "k2"},
-    "ace-old": {"old": True, "ref": True, "alpha": 1.0, "confidence": "old"},
-    "ace-sum-relu-kl": {
-        "old": True, "ref": True, "alpha": 0.3, "confidence_reduction": "sum", "shape": "relu", "beta": 0.1,
-    },
-    "ace-old-sum-delta": {
-        "old": True, "ref": True, "alpha": 0.3, "confidence": "old", "confidence_reduction": "sum", "delta": 1.4,
-    },
-}  # fmt: skip
-COUNTS = {"grpo": 9, "dapo": 400, "dr_grpo": 9}
 LONGEST_ROLLOUT, VOCABULARY = 70, 507
-
-
-def loss_arguments(batch, method, loss_type, head, *, global_count=False):
-    kwargs = {**method, **head_arguments(batch, head), "loss_type": loss_type}
-    if kwargs.pop("old", False):
-        kwargs["old_per_token_logps"] = batch.old
-    if kwargs.pop("ref", False):
-        kwargs["ref_per_token_logps"] = batch.ref
-    if kwargs.pop("lm_head_bias", None) is not None:
-        kwargs["use_bias"] = True
-    if loss_type == "dr_grpo":
-        kwargs["max_completion_length"] = 80
-    if global_count and loss_type in COUNTS:
-        kwargs["num_items_in_batch"] = COUNTS[loss_type]
-    return kwargs
-
-
-def assert_all_same(got, truth, dtype, label):
-    (out, grads), (true_out, true_grads) = got, truth
-    tolerance = TOLERANCE[dtype]
-    assert out.loss.ndim == 0
-    assert_same(out.loss, true_out.loss, tolerance, f"{label} loss")
-    for name, grad, true_grad in zip(("d_hidden", "d_weight", "d_bias"), grads, true_grads, strict=True):
-        assert (grad is None) == (true_grad is None), f"{label} {name}"
-        if grad is not None:
-            assert_same(grad, true_grad, tolerance, f"{label} {name}")
-    for name, value in true_out.metrics.items():
-        got_value = out.metrics[name]
-        assert got_value.ndim == 0, f"{label} {name}"
-        assert not got_value.requires_grad, f"{label} {name}"
-        assert got_value.item() == pytest.approx(value.item(), rel=10 * tolerance, abs=10 * tolerance), (
-            f"{label} {name}"
-        )
 
 
 @pytest.mark.parametrize("head", HEADS)

@@ -4,8 +4,17 @@ import random
 
 import pytest
 import torch
-from loss_cases import assert_same, make_batch, pack, run
-from test_parity import HEADS, LOSS_TYPES, METHODS, assert_all_same, loss_arguments
+from loss_cases import (
+    HEADS,
+    LOSS_TYPES,
+    METHODS,
+    assert_all_same,
+    assert_same,
+    loss_arguments,
+    make_batch,
+    pack,
+    run,
+)  # fmt: skip
 
 import rlvr_ops
 from rlvr_ops import reference
