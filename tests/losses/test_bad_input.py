@@ -69,6 +69,10 @@ SHAPES = {
         {"lm_head_weight": torch.zeros(H, V)},
         "lm_head_weight must have shape (V, H) with H = 5 like hidden_states, got (5, 17)",
     ),
+    "a vocabulary of nothing": (
+        {"lm_head_weight": torch.zeros(0, H)},
+        "lm_head_weight must have a row for each of V > 0",
+    ),
     "a weight of rank 1": ({"lm_head_weight": torch.zeros(H)}, "lm_head_weight must have shape (V, H)"),
     "a bias of another size": (
         {"lm_head_bias": torch.zeros(V + 1)},
@@ -362,3 +366,16 @@ def test_token_logps_names_its_arguments():
         rlvr_ops.token_logps(hidden.requires_grad_(), weight, ids, workspace_bytes=0)
     with pytest.raises(ValueError, match="workspace_bytes=0 gives log-probabilities alone"):
         rlvr_ops.token_logps(hidden, weight, ids, workspace_bytes=0, with_entropy=True)
+
+
+def test_a_sharded_head_is_refused_with_the_way_out():
+    class Sharded(torch.Tensor):
+        def full_tensor(self):
+            raise AssertionError("nobody asked for a collective")
+
+    weight = torch.randn(V, H).as_subclass(Sharded)
+    with pytest.raises(
+        TypeError,
+        match=r"lm_head_weight must be a whole tensor, got a sharded DTensor: pass lm_head_weight\.full_tensor",
+    ):
+        rlvr_ops.ace_loss(**good(lm_head_weight=weight))

@@ -127,3 +127,13 @@ def test_the_module_is_ace_loss():
     assert "alpha=0.5" in repr(module)
     with pytest.raises(ValueError, match="alpha must be >= 0"):
         rlvr_ops.ACELoss(alpha=-1.0)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_temperature_per_rollout_is_the_reference(schedule, packed):
+    batch = make_batch(SMALL, 17, 5)
+    batch = pack(batch) if packed else batch
+    given = {"ref_per_token_logps": batch.ref, "alpha": 1.0, "temperature": torch.tensor([0.5, 1.0, 1.5, 2.0]).double()}
+    truth = run(reference.reference_policy_loss, batch, **given)
+    assert_all_same(run(rlvr_ops.policy_loss, batch, schedule=schedule, **given), truth, torch.float64, schedule)
