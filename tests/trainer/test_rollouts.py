@@ -108,3 +108,12 @@ def test_the_score_itself_can_be_the_reward(untrained, small, digits, monkeypatc
     monkeypatch.setattr(task, "score", lambda problems, texts: [0.25 + 0.5 * (i % 2) for i in range(len(texts))])
     assert collect(untrained, task, 0, small())[0].rewards.unique().tolist() == [0.0]
     assert collect(untrained, task, 0, small("task.reward=score"))[0].rewards.unique().tolist() == [0.25, 0.75]
+
+
+def test_sampling_gives_the_threads_back(untrained, small, monkeypatch):
+    seen = []
+    own = untrained.sampler.generate
+    monkeypatch.setattr(untrained.sampler, "generate", lambda **k: (seen.append(torch.get_num_threads()), own(**k))[1])
+    sample(untrained, [Problem("a", "x")], small("rollout.threads=2"), 2, 1.0)
+    assert seen == [2]
+    assert torch.get_num_threads() == 1

@@ -55,6 +55,7 @@ class RolloutConfig:
     max_new_tokens: int = 20
     temperature: float = 1.0
     batch_size: int = 128  # completions generated at once
+    threads: int = 0  # CPU threads while sampling, whose small operations gain little from more; 0 = as run.threads
 
 
 @dataclass

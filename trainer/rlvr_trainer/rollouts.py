@@ -4,6 +4,8 @@ Prompts are padded on the left and completions on the right, so the completion i
 """
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 
 import torch
@@ -80,20 +82,32 @@ def sample(policy: Policy, problems: list[Problem], config: Config, group_size: 
     for ids, mask in zip(
         prompt_ids.split(config.rollout.batch_size), prompt_mask.split(config.rollout.batch_size), strict=True
     ):
-        output = policy.sampler.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            do_sample=True,
-            temperature=temperature,
-            top_k=0,
-            top_p=1.0,
-            max_new_tokens=length,
-        )
+        with cpu_threads(config.rollout.threads):
+            output = policy.sampler.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                do_sample=True,
+                temperature=temperature,
+                top_k=0,
+                top_p=1.0,
+                max_new_tokens=length,
+            )
         new = output[:, ids.shape[1] :]
         pieces.append(torch.nn.functional.pad(new, (0, length - new.shape[1]), value=policy.tokenizer.pad_token_id))
     return _lay_out(
         policy, prompt_ids, prompt_mask, torch.cat(pieces), [p for p in problems for _ in range(group_size)]
     )
+
+
+@contextmanager
+def cpu_threads(count: int) -> Iterator[None]:
+    """Compute on `count` CPU threads for a while; 0 changes nothing."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _lay_out(
