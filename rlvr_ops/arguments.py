@@ -28,9 +28,16 @@ def check_head(hidden_states: Tensor, lm_head_weight: Tensor, lm_head_bias: Tens
             f"hidden_states must have shape (B, T, H), or (N, H) with cu_seqlens, got {_shape(hidden_states)}"
         )
     check_tensor("lm_head_weight", lm_head_weight, hidden_states.device)
+    if hasattr(lm_head_weight, "full_tensor"):
+        raise TypeError(
+            "lm_head_weight must be a whole tensor, got a sharded DTensor: pass lm_head_weight.full_tensor(), "
+            "or call the loss where FSDP has unsharded the head"
+        )
     if lm_head_weight.ndim != 2 or lm_head_weight.shape[1] != hidden_states.shape[-1]:
         wanted = f"(V, H) with H = {hidden_states.shape[-1]} like hidden_states"
         raise ValueError(f"lm_head_weight must have shape {wanted}, got {_shape(lm_head_weight)}")
+    if not lm_head_weight.shape[0]:
+        raise ValueError(f"lm_head_weight must have a row for each of V > 0 tokens, got {_shape(lm_head_weight)}")
     if lm_head_bias is not None:
         check_tensor("lm_head_bias", lm_head_bias, hidden_states.device)
         if lm_head_bias.shape != lm_head_weight.shape[:1]:
