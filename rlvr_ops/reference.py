@@ -207,7 +207,7 @@ def reference_policy_loss_from_logps(
         adv = weighted if alpha > 0 else adv
 
     high = epsilon_low if epsilon_high is None else epsilon_high
-    ratio = torch.exp(logp - old)
+    ratio = torch.exp((logp - old).where(adv != 0, 0.0))  # an overflow must not make NaN of an advantage of 0
     clipped = ratio.clamp(1 - epsilon_low, 1 + high)
     bounded = ratio if delta is None else ratio.clamp(max=delta)
     per_token = -torch.min(bounded * adv, clipped * adv)

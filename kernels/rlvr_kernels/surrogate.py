@@ -43,7 +43,8 @@ def token_terms(
     """The PyTorch twin of `token_terms_kernel`; `weight` is what wrong tokens' advantages are multiplied by, (n,)."""
     if weight is not None:
         advantage = torch.where(advantage < 0, advantage * weight, advantage)
-    ratio = torch.ones_like(logp) if old is None else (logp - old).exp()
+    # Without an advantage the ratio counts for nothing, and where exp overflows 0 * inf must not say otherwise.
+    ratio = torch.ones_like(logp) if old is None else (logp - old).masked_fill(advantage == 0, 0).exp()
     clipped_low = (ratio < 1 - spec.epsilon_low) & (advantage < 0)
     clipped_high = (ratio > 1 + spec.epsilon_high) & (advantage > 0)
     capped = ratio if spec.delta is None else ratio.clamp(max=spec.delta)
@@ -119,7 +120,7 @@ def token_terms_kernel(
     advantage = tl.where(advantage < 0, advantage * weight, advantage)
     ratio = logp * 0.0 + 1.0
     if HAS_OLD:
-        ratio = tl.exp(logp - old)
+        ratio = tl.exp(tl.where(advantage == 0, 0.0, logp - old))  # 0 * inf would be NaN
     clipped_low = (ratio < 1.0 - epsilon_low) & (advantage < 0)
     clipped_high = (ratio > 1.0 + epsilon_high) & (advantage > 0)
     capped = tl.minimum(ratio, delta)

@@ -77,6 +77,22 @@ def test_the_clip_takes_the_pessimistic_side(loss_and_coef, ratio, advantage, ex
     assert got == [about([coef])]
 
 
+@pytest.mark.parametrize("off", [1e4, -1e4])
+def test_a_token_without_advantage_is_zero_whatever_its_ratio(loss_and_coef, off):
+    """exp(1e4) is inf, and 0 x inf must not be NaN. The second token: KL alone, slope 0.25 (1 - exp(ref - logp)) / 2."""
+    loss, coef, _ = loss_and_coef([[-1.0, LN2 - 3.0]], [0.0], old_per_token_logps=[[-1.0 - off, -3.0]])
+    assert (loss, coef) == (0.0, [[0.0, 0.0]])
+    loss, coef, _ = loss_and_coef(
+        [[-1.0, LN2 - 3.0]],
+        [0.0],
+        old_per_token_logps=[[-1.0 - off, -3.0]],
+        ref_per_token_logps=[[-1.0, -3.0]],
+        beta=0.25,
+    )
+    assert loss == about(0.25 * (0.5 + LN2 - 1) / 2)
+    assert coef == [about([0.0, 0.25 * 0.5 / 2])]
+
+
 def test_clip_higher_leaves_room_above_only(loss_and_coef):
     ratios = [[log(1.25), log(1.3), log(0.75)]]
     # A = 1: min(1.25, 1.25), min(1.3, 1.28), min(0.75, 0.8) -> -(1.25 + 1.28 + 0.75) / 3
