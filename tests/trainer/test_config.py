@@ -56,6 +56,7 @@ def test_yaml_numbers_become_what_the_key_wants():
         ("rollout.group_size=1", r"rollout\.group_size must be at least 2, got 1"),
         ("rollout.temperature=0", r"rollout\.temperature must be greater than 0, got 0\.0"),
         ("optim.learning_rate=.nan", r"optim\.learning_rate must be greater than 0, got nan"),
+        ("algorithm.delta=1.1", r"algorithm\.delta must be above 1 \+ epsilon_high = 1\.2, got 1\.1"),
         ("algorithm.alpha=-1", r"algorithm\.alpha must not be negative, got -1"),
         ("algorithm.overlong_fraction=1", r"algorithm\.overlong_fraction must be in \[0, 1\), got 1\.0"),
     ],

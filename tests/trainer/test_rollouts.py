@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from rlvr_trainer.parsing import ConfigError
 from rlvr_trainer.policies import load_policy
 from rlvr_trainer.rollouts import _lay_out, collect, sample
 from rlvr_trainer.tasks import Problem
@@ -53,7 +54,7 @@ def test_sampling_in_smaller_batches_gives_as_many_rollouts(untrained, small):
 
 
 def test_a_prompt_beyond_the_models_positions_is_refused(untrained, small):
-    with pytest.raises(ValueError, match=r"a prompt of 1030 tokens and rollout\.max_new_tokens = 5 exceed.*1024"):
+    with pytest.raises(ConfigError, match=r"a prompt of 1030 tokens and rollout\.max_new_tokens = 5 exceed.*1024"):
         sample(untrained, [Problem("1" * 1030, "x")], small(), 2, 1.0)
 
 

@@ -168,6 +168,9 @@ class Config:
             raise ConfigError(f"rollout.group_size must be at least 2, got {self.rollout.group_size}: one has no peers")
         if not 0 <= self.algorithm.overlong_fraction < 1:
             raise ConfigError(f"algorithm.overlong_fraction must be in [0, 1), got {self.algorithm.overlong_fraction}")
+        upper = 1 + (self.algorithm.epsilon_high or self.algorithm.epsilon_low)
+        if self.algorithm.delta is not None and not self.algorithm.delta > upper:
+            raise ConfigError(f"algorithm.delta must be above 1 + epsilon_high = {upper}, got {self.algorithm.delta}")
         if len(self.optim.betas) != 2:
             raise ConfigError(f"optim.betas must hold two numbers, got {self.optim.betas}")
 

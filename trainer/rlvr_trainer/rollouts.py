@@ -14,6 +14,7 @@ from torch import Tensor
 import rlvr_ops
 from rlvr_ops.advantages import informative_groups, overlong_penalty
 from rlvr_trainer.config import Config
+from rlvr_trainer.parsing import ConfigError
 from rlvr_trainer.policies import Policy
 from rlvr_trainer.tasks import Problem, Task
 
@@ -64,7 +65,7 @@ def sample(policy: Policy, problems: list[Problem], config: Config, group_size: 
     """`group_size` completions of every problem, by the policy's sampler at `temperature`, nothing truncated.
 
     Raises:
-        ValueError: prompt and completion together are longer than the model's positions.
+        ConfigError: prompt and completion together are longer than the model's positions.
     """
     length = config.rollout.max_new_tokens
     texts = policy.texts([problem.prompt for problem in problems])
@@ -74,7 +75,7 @@ def sample(policy: Policy, problems: list[Problem], config: Config, group_size: 
     prompt_mask = encoded.attention_mask.to(policy.device).repeat_interleave(group_size, 0)
     limit = getattr(policy.model.config, "max_position_embeddings", None)
     if limit and prompt_ids.shape[1] + length > limit:
-        raise ValueError(
+        raise ConfigError(
             f"a prompt of {prompt_ids.shape[1]} tokens and rollout.max_new_tokens = {length} exceed"
             f" the model's {limit} positions: shorten one of them."
         )
