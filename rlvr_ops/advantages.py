@@ -79,6 +79,8 @@ def overlong_penalty(lengths: Tensor, *, max_length: int, cache: int) -> Tensor:
     """
     if not 0 <= cache <= max_length:
         raise ValueError(f"cache must lie between 0 and max_length = {max_length}, got {cache}.")
+    if not isinstance(lengths, Tensor):
+        raise TypeError(f"lengths must be a torch.Tensor, got {type(lengths).__name__}.")
     if lengths.numel() and bool((lengths < 0).any()):
         raise ValueError(f"lengths must not be negative, got {lengths.min().item()}.")
     dtype = lengths.dtype if lengths.is_floating_point() else torch.float32
@@ -89,6 +91,10 @@ def overlong_penalty(lengths: Tensor, *, max_length: int, cache: int) -> Tensor:
 
 
 def _check_rewards(rewards: Tensor, group_size: int, name: str = "rewards") -> None:
+    if not isinstance(rewards, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(rewards).__name__}.")
+    if not isinstance(group_size, int):
+        raise TypeError(f"group_size must be a whole number, got {group_size!r}.")
     if group_size < 1:
         raise ValueError(f"group_size must be 1 or more, got {group_size}.")
     if rewards.ndim != 1:

@@ -44,6 +44,8 @@ def _check_count(count: float | Tensor | None, loss_type: str) -> float | Tensor
         raise ValueError(
             "num_items_in_batch does not go with loss_type='bnpo', which divides by the tokens at hand: use loss_type='dapo'"
         )
+    if not isinstance(count, Tensor | int | float):
+        raise TypeError(f"num_items_in_batch must be a number or a tensor, got {count!r}")
     if not isinstance(count, Tensor) and not count > 0:
         unit = "active tokens" if loss_type == "dapo" else "rollouts"
         raise ValueError(f"num_items_in_batch must be > 0, the {unit} of the global batch, got {count}")

@@ -170,6 +170,8 @@ def inverse_temperature(
         if device.type == "cpu" and not torch.compiler.is_compiling() and bool((spread <= 0).any()):
             raise ValueError(f"temperature must be > 0, got {float(spread.min())}")
         return 1 / spread
+    if not isinstance(temperature, int | float):
+        raise TypeError(f"temperature must be a number or a tensor, got {temperature!r}")
     if not 0 < temperature < float("inf"):
         raise ValueError(f"temperature must be > 0 and finite, got {temperature}")
     return torch.full((layout.rows,), 1 / temperature, device=device, dtype=dtype)

@@ -2,9 +2,13 @@
 
 from typing import Any
 
+from rlvr_kernels.backend import BACKENDS
+from rlvr_kernels.logits import Head
+from rlvr_kernels.spec import choose
 from torch import Tensor, nn
 
-from rlvr_ops.losses import LossOutput, make_spec
+from rlvr_ops.aggregation import LOSS_TYPES
+from rlvr_ops.losses import SCHEDULES, LossOutput, make_spec
 from rlvr_ops.presets import ace_loss
 
 
@@ -46,6 +50,15 @@ class ACELoss(nn.Module):
     ):
         super().__init__()
         make_spec(alpha, confidence, confidence_reduction, shape, epsilon_low, epsilon_high, delta, beta, kl_estimator)
+        Head(logit_scale, softcap)
+        for name, given, known in (
+            ("loss_type", loss_type, LOSS_TYPES),
+            ("schedule", schedule, SCHEDULES),
+            ("backend", backend, BACKENDS),
+        ):
+            choose(name, given, known)
+        if not 0 < temperature < float("inf"):
+            raise ValueError(f"temperature must be > 0 and finite, got {temperature}")
         self.hyperparameters: dict[str, Any] = {
             "alpha": alpha, "confidence": confidence, "confidence_reduction": confidence_reduction, "shape": shape,
             "loss_type": loss_type, "epsilon_low": epsilon_low, "epsilon_high": epsilon_high, "delta": delta, "beta": beta,

@@ -1,5 +1,6 @@
 """The named losses: `policy_loss` and `policy_loss_from_logps` with some keywords fixed and others given another default."""
 
+import difflib
 import functools
 import inspect
 from collections.abc import Callable
@@ -28,7 +29,9 @@ def _preset(
     def loss(*args: P.args, **kwargs: P.kwargs) -> LossOutput:
         for keyword in kwargs:
             if keyword not in known:
-                raise TypeError(f"{name}() has no argument {keyword!r}: {_refusal(keyword, without, base.__name__)}")
+                raise TypeError(
+                    f"{name}() has no argument {keyword!r}: {_refusal(keyword, known, without, base.__name__)}"
+                )
         return base(*args, **{**defaults, **kwargs})
 
     loss.__name__ = loss.__qualname__ = name
@@ -37,8 +40,11 @@ def _preset(
     return loss
 
 
-def _refusal(keyword: str, without: tuple[str, ...], base: str) -> str:
-    return f"this loss fixes it, {base} takes it" if keyword in without else f"{base} has none either"
+def _refusal(keyword: str, known: set[str], without: tuple[str, ...], base: str) -> str:
+    if keyword in without:
+        return f"this loss fixes it, {base} takes it"
+    near = difflib.get_close_matches(keyword, known - set(without), n=1, cutoff=0.6)
+    return f"did you mean {near[0]!r}?" if near else f"{base} has none either"
 
 
 _ACE_SUMMARY = """ACE: a clipped surrogate whose wrong rollouts are penalised the more, the likelier the policy has

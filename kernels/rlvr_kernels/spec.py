@@ -42,6 +42,9 @@ class PolicySpec:
     confidence_reduction: str = "mean"
 
     def __post_init__(self) -> None:
+        for name in ("epsilon_low", "epsilon_high", "delta", "alpha", "beta"):
+            if not isinstance(getattr(self, name), int | float) and (name, self.delta) != ("delta", None):
+                raise TypeError(f"{name} must be a number, got {getattr(self, name)!r}")
         for name in ("epsilon_low", "epsilon_high"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be > 0 and finite, got {getattr(self, name)}")

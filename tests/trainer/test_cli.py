@@ -99,3 +99,14 @@ def test_an_interrupted_start_saves_nothing_and_says_so(monkeypatch, capsys):
     monkeypatch.setattr("rlvr_trainer.loop.train", lambda *a, **k: interrupt())
     assert main(["train"]) == 130
     assert "interrupted, nothing was saved" in capsys.readouterr().err
+
+
+def test_overrides_may_follow_an_option(tmp_path, capsys):
+    assert main(["train", "demo-tiny", "--out", str(tmp_path / "run"), "run.stepz=1"]) == 2
+    assert "run.stepz" in capsys.readouterr().err
+
+
+def test_a_run_that_did_not_finish_has_no_model_to_evaluate(tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text("policy: {name: tiny}")
+    assert main(["eval", str(tmp_path)]) == 2
+    assert "holds no model: the run did not finish; continue it with" in capsys.readouterr().err

@@ -92,3 +92,10 @@ def test_an_empty_file_is_all_defaults(tmp_path):
 def test_a_file_that_does_not_exist_is_named_with_the_shipped_ones():
     with pytest.raises(ConfigError, match=r"no configuration 'nowhere\.yaml'.*demo-tiny"):
         load("nowhere.yaml")
+
+
+def test_another_algorithm_on_a_resolved_configuration_brings_its_own_settings(tmp_path):
+    resolved = tmp_path / "config.yaml"
+    resolved.write_text(load(None, ["algorithm.name=ace-dapo", "algorithm.epsilon_low=0.1"]).to_yaml())
+    changed = load(resolved, ["algorithm.name=grpo"]).algorithm
+    assert changed == load(None, ["algorithm.name=grpo", "algorithm.epsilon_low=0.1"]).algorithm

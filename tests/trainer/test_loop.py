@@ -219,3 +219,18 @@ def test_a_mean_over_nothing_is_left_out():
     metrics = StepMetrics()
     metrics.add({"ace/shift/mean": torch.tensor(0.0), "kl": torch.tensor(0.5)}, tokens=4, wrong=0)
     assert metrics.result() == {"kl": 0.5}
+
+
+def test_a_folder_of_other_things_is_left_alone(small, tmp_path):
+    precious = tmp_path / "run" / "checkpoints" / "precious.txt"
+    precious.parent.mkdir(parents=True)
+    precious.write_text("x")
+    with pytest.raises(
+        ConfigError, match=r"is not empty and holds no run \(checkpoints, ...\): choose another run.out"
+    ):
+        loop.train(small("run.steps=1"), overwrite=True)
+    assert precious.read_text() == "x"
+
+
+def test_a_policy_made_on_the_spot_begins_without_a_gradient(untrained):
+    assert all(parameter.grad is None for parameter in untrained.model.parameters())

@@ -153,3 +153,10 @@ def test_an_instruction_follows_every_prompt(tmp_path):
     config = write_lines(tmp_path / "problems.jsonl", [{"prompt": "1+1", "answer": "2"}])
     assert read_problems(tmp_path / "problems.jsonl", " Think.")[0].prompt == "1+1 Think."
     assert config.instruction == ""
+
+
+def test_a_file_that_is_not_utf8_is_named_with_the_line(tmp_path):
+    file = tmp_path / "problems.jsonl"
+    file.write_bytes(b'{"prompt": "1+1", "answer": "2"}\n{"prompt": "\xff", "answer": "2"}\n')
+    with pytest.raises(ConfigError, match=r"problems.jsonl: line 2 is not UTF-8"):
+        read_problems(file)

@@ -37,3 +37,19 @@ def test_no_pairs_start_no_process():
 def test_a_reference_nobody_can_read_raises_in_the_worker():
     with pytest.raises(ValueError, match="cannot read the reference answer ''"):
         judge("", "2")
+
+
+@pytest.mark.parametrize(
+    ("answer", "right", "wrong"),
+    [
+        (r"\sqrt{2}", r"\sqrt{2}", r"\sqrt{3}"),
+        ("(1,2)", "(1, 2)", "(2,1)"),
+        ("x^2+1", "1+x^2", "x^2-1"),
+        ("A", "A", "B"),
+        ("Paris", "Paris", "London"),
+        ("7", "the answer is 7.", "the answer is 8."),
+    ],
+)
+def test_bare_answers_are_read_like_boxed_ones(answer, right, wrong):
+    assert judge(answer, right) == 1.0
+    assert judge(answer, wrong) == 0.0

@@ -53,7 +53,10 @@ def latest(run: Path) -> Path:
     """
     found = list_checkpoints(run)
     if not found:
-        raise ConfigError(f"cannot resume: {run} holds no checkpoint (looked for {run}/checkpoints/step-*/{STATE})")
+        raise ConfigError(
+            f"cannot resume: {run} holds no checkpoint (looked for {run}/checkpoints/step-*/{STATE}): "
+            "a run that ends by itself leaves one if run.checkpoint_every is set"
+        )
     return found[-1]
 
 

@@ -9,7 +9,10 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from rlvr_trainer.config import Config, load, shipped
+try:
+    from rlvr_trainer.config import Config, load, shipped
+except ModuleNotFoundError as error:
+    raise SystemExit(f"rlvr-ops needs {error.name}: pip install 'rlvr-ops[train]'") from error
 from rlvr_trainer.parsing import ConfigError, nearest
 
 DEMOS = {"smollm2-135m": "demo-smollm2-135m", "tiny": "demo-tiny"}
@@ -17,7 +20,7 @@ DEMOS = {"smollm2-135m": "demo-smollm2-135m", "tiny": "demo-tiny"}
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; 0 if it went well, 2 for settings that cannot be used, 130 if it was interrupted."""
-    parsed = _parser().parse_args(arguments)
+    parsed = _parse(arguments)
     _be_quiet_if_no_terminal()
     try:
         code: int = parsed.command(parsed)
@@ -28,6 +31,18 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nrlvr-ops: interrupted, nothing was saved", file=sys.stderr)
         return 130
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    """Overrides may stand anywhere, behind an option too."""
+    parser = _parser()
+    parsed, rest = parser.parse_known_args(arguments)
+    overrides = [text for text in rest if "=" in text and not text.startswith("-")]
+    if len(overrides) < len(rest) or (overrides and not hasattr(parsed, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if overrides:
+        parsed.overrides = [*parsed.overrides, *overrides]
+    return parsed
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -56,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser("demo", help="a small language model gets better at sums, in minutes, on a CPU")
     demo.add_argument("--model", default="smollm2-135m", help=f"one of: {', '.join(DEMOS)}")
     demo.add_argument("--seed", type=int, default=0)
-    demo.add_argument("--out", help="the run folder, emptied first if it holds an earlier demo")
+    demo.add_argument("--out", help="the run folder; a run that is there already is overwritten")
     demo.add_argument("overrides", nargs="*", metavar="section.key=value")
     demo.set_defaults(command=_demo)
     return parser
@@ -88,8 +103,11 @@ def _evaluate(parsed: argparse.Namespace) -> int:
     run = Path(parsed.run)
     overrides = list(parsed.overrides)
     if (run / "config.yaml").is_file():
-        if (run / "model").is_dir():
-            overrides = [f"policy.name={run / 'model'}", *overrides]
+        if not (run / "model").is_dir():
+            raise ConfigError(
+                f"{run} holds no model: the run did not finish; continue it with rlvr-ops train --resume {run}"
+            )
+        overrides = [f"policy.name={run / 'model'}", *overrides]
         config = load(run / "config.yaml", overrides)
     else:
         config = load(parsed.run, overrides)

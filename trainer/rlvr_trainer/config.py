@@ -145,6 +145,8 @@ class Config:
             "task.verifier_timeout": self.task.verifier_timeout,
             "task.verifier_processes": self.task.verifier_processes,
             "algorithm.epsilon_low": self.algorithm.epsilon_low,
+            "algorithm.epsilon_high": 1 if self.algorithm.epsilon_high is None else self.algorithm.epsilon_high,
+            "run.keep_checkpoints": self.run.keep_checkpoints,
         }
         for key, value in positive.items():
             if not value > 0:
@@ -160,6 +162,9 @@ class Config:
             "run.seed": self.run.seed,
             "run.checkpoint_every": self.run.checkpoint_every,
             "run.table_every": self.run.table_every,
+            "run.threads": self.run.threads,
+            "rollout.threads": self.rollout.threads,
+            "evaluation.seed": self.evaluation.seed,
         }
         for key, value in not_negative.items():
             if not value >= 0:
@@ -171,8 +176,15 @@ class Config:
         upper = 1 + (self.algorithm.epsilon_high or self.algorithm.epsilon_low)
         if self.algorithm.delta is not None and not self.algorithm.delta > upper:
             raise ConfigError(f"algorithm.delta must be above 1 + epsilon_high = {upper}, got {self.algorithm.delta}")
-        if len(self.optim.betas) != 2:
-            raise ConfigError(f"optim.betas must hold two numbers, got {self.optim.betas}")
+        if self.algorithm.epsilon_low > 1:
+            raise ConfigError(f"algorithm.epsilon_low must be at most 1, got {self.algorithm.epsilon_low}")
+        if len(self.optim.betas) != 2 or not all(0 <= beta < 1 for beta in self.optim.betas):
+            raise ConfigError(f"optim.betas must hold two numbers in [0, 1), got {self.optim.betas}")
+        if not 0 <= self.policy.warm_start_noise <= 1:
+            raise ConfigError(f"policy.warm_start_noise must be in [0, 1], got {self.policy.warm_start_noise}")
+        for key, seed in (("run.seed", self.run.seed), ("evaluation.seed", self.evaluation.seed)):
+            if seed >= 2**63:
+                raise ConfigError(f"{key} must be below 2**63, got {seed}")
 
     def to_yaml(self) -> str:
         """Every key with its value, presets resolved: reading it back gives an equal `Config`."""
@@ -225,8 +237,18 @@ def load(source: str | Path | None = None, overrides: list[str] | None = None) -
             node = node[part]
             if not isinstance(node, dict):
                 raise ConfigError(f"{key}: {part} is not a section")
-        node[parts[-1]] = _parse_value(text, key)
+        value = _parse_value(text, key)
+        if key == "algorithm.name":
+            tree["algorithm"] = _without_preset(node)
+            node = tree["algorithm"]
+        node[parts[-1]] = value
     return from_tree(tree)
+
+
+def _without_preset(algorithm: dict[str, Any]) -> dict[str, Any]:
+    """The keys that say something else than their preset, so that another preset can take its place."""
+    preset = {**asdict(AlgorithmConfig()), **PRESETS.get(algorithm.get("name", AlgorithmConfig.name), {})}
+    return {key: value for key, value in algorithm.items() if key == "name" or preset.get(key) != value}
 
 
 def _parse_yaml(text: str, where: str) -> dict[str, Any]:

@@ -20,15 +20,19 @@ def claim_folder(run: Path, *, resume: bool, overwrite: bool) -> Path:
     """Make sure that `run` may be written to, and give the folder of its initial policy.
 
     Raises:
-        ConfigError: nothing to resume from, or a run that neither `resume` nor `overwrite` speaks of.
+        ConfigError: nothing to resume from, a run that neither `resume` nor `overwrite` speaks of, or a folder with
+            other things in it.
     """
     if resume:
         checkpoints.latest(run)
-    elif (run / METRICS).exists() and not overwrite:
+        return run / INITIAL_POLICY
+    foreign = [path.name for path in run.iterdir() if path.name != INITIAL_POLICY] if run.is_dir() else []
+    if foreign and not (run / "config.yaml").is_file():
+        raise ConfigError(f"{run} is not empty and holds no run ({foreign[0]}, ...): choose another run.out")
+    if (run / METRICS).exists() and not overwrite:
         raise ConfigError(f"{run} holds a run already: continue it with --resume {run}, or choose another run.out")
-    else:
-        shutil.rmtree(run / INITIAL_POLICY, ignore_errors=True)
-        shutil.rmtree(run / "checkpoints", ignore_errors=True)
+    shutil.rmtree(run / INITIAL_POLICY, ignore_errors=True)
+    shutil.rmtree(run / "checkpoints", ignore_errors=True)
     return run / INITIAL_POLICY
 
 

@@ -207,7 +207,12 @@ def read_problems(path: Path, instruction: str = "") -> list[Problem]:
     if not path.is_file():
         raise ConfigError(f"task.name: no file {str(path)!r}")
     problems, wrong = [], []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        number = path.read_bytes()[: error.start].count(b"\n") + 1
+        raise ConfigError(f"{path}: line {number} is not UTF-8: {error.reason}") from error
+    for number, line in enumerate(text.splitlines(), start=1):
         if not line.strip():
             continue
         try:

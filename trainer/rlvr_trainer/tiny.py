@@ -78,6 +78,7 @@ def warm_start(model: Any, tokenizer: Any, task: Task, *, steps: int, noise: flo
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
+    optimizer.zero_grad(set_to_none=True)  # or it would be added to the first gradient of the training proper
     return float(loss.detach())
 
 

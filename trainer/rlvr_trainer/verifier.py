@@ -9,6 +9,7 @@ import multiprocessing
 import multiprocessing.pool
 from collections.abc import Sequence
 
+LONGEST_BARE_ANSWER = 200  # characters
 START_UP_SECONDS = 120.0  # importing sympy on a busy machine
 
 
@@ -23,19 +24,29 @@ def _start_worker() -> None:
 
 
 def judge(answer: str, completion: str) -> float:
-    """1.0 if `completion` states `answer` in any equivalent mathematical form, else 0.0.
+    """1.0 if `completion` is `answer`, or states it in any equivalent mathematical form, else 0.0.
+
+    A completion of one short line is also read as if it stood in a \\boxed{}, like the answer: bare LaTeX, pairs and words.
 
     Raises:
         ValueError: `answer` itself is nothing that math-verify can read.
     """
     from math_verify import parse, verify
 
-    wrapped = answer if "$" in answer or "\\boxed" in answer else f"\\boxed{{{answer}}}"
-    gold = parse(wrapped, parsing_timeout=None, raise_on_error=True)
+    if completion.strip() == answer.strip():
+        return 1.0
+    gold = parse(_boxed(answer), parsing_timeout=None, raise_on_error=True)
     if not gold:
         raise ValueError(f"math-verify cannot read the reference answer {answer!r}")
-    given = parse(completion, parsing_timeout=None, raise_on_error=True)
-    return float(verify(gold, given, timeout_seconds=None, raise_on_error=True))
+    stated = completion.strip()
+    readings = {stated, _boxed(stated) if len(stated) <= LONGEST_BARE_ANSWER and "\n" not in stated else stated}
+    given = [parse(reading, parsing_timeout=None, raise_on_error=True) for reading in readings]
+    return float(any(verify(gold, one, timeout_seconds=None, raise_on_error=True) for one in given))
+
+
+def _boxed(text: str) -> str:
+    """LaTeX that math-verify takes as an answer."""
+    return text if "$" in text or "\\boxed" in text else f"\\boxed{{{text}}}"
 
 
 class MathVerifier:
