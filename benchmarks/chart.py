@@ -64,7 +64,7 @@ def _rows(result: Result) -> str:
 
 def tables(results: list[Result]) -> str:
     """What stands between the markers in docs/benchmarks.md."""
-    return f"{BEGIN}\n{provenance(results[0])}\n\n{markdown(results)}\n{END}"
+    return f"{BEGIN}\n{provenance(results)}\n\n{markdown(results)}\n{END}"
 
 
 def rewrite(page: str, results: list[Result]) -> str:

@@ -15,4 +15,4 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
             terminalreporter.write_line(line)
     if results:
         terminalreporter.write_line("")
-        terminalreporter.write_line(provenance(results[-1]))
+        terminalreporter.write_line(provenance(results))

@@ -88,7 +88,8 @@ def caption(result: Result) -> str:
     shape = f"(N, H, V) = ({case['rows']}, {case['hidden']}, {case['vocabulary']})"
     kind = "peaked logits" if case["peaked"] else "random logits"
     active = f"{case['active_rows']} of {case['rows']} rows in rollouts with an advantage"
-    return f"{case['loss']}_loss forward and backward, {shape}, {case['dtype']}, {kind}, {active}"
+    load = f"load average {result['load_average']:.1f}"
+    return f"{case['loss']}_loss forward and backward, {shape}, {case['dtype']}, {kind}, {active}; {load}"
 
 
 def table(result: Result) -> list[str]:
@@ -112,13 +113,14 @@ def markdown(results: Iterable[Result]) -> str:
     return "\n\n".join("\n".join([f"**{caption(result)}**", "", *table(result)]) for result in results)
 
 
-def provenance(result: Result) -> str:
-    """Device, versions and command."""
-    packages = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-    return f"{result['device']}; {packages}; `{result['command']}`"
+def provenance(results: list[Result]) -> str:
+    """Device, versions and commands."""
+    packages = ", ".join(f"{name} {version}" for name, version in results[0]["versions"].items())
+    commands = ", ".join(sorted({f"`{result['command']}`" for result in results}))
+    return f"{results[0]['device']}; {packages}; {commands}"
 
 
 if __name__ == "__main__":
     for chosen in [Path(sys.argv[1])] if len(sys.argv) > 1 else sorted(RESULTS.iterdir()):
         stored = load(chosen)
-        print(f"{provenance(stored[0])}{os.linesep}{os.linesep}{markdown(stored)}")
+        print(f"{provenance(stored)}{os.linesep}{os.linesep}{markdown(stored)}")

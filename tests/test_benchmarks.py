@@ -66,7 +66,15 @@ def test_rewriting_the_page_twice_changes_nothing():
     row = {"system": "rlvr_ops", "median_ms": 1.0, "p20_ms": 1.0, "p80_ms": 1.0, "runs": 3, "ratio_to_eager": 0.5}
     row |= {"peak_bytes": 1000, "error": 0.0}
     case = TINY[0].describe()
-    result = {"case": case, "systems": [row], "absent": {}, "device": "d", "versions": {"torch": "1"}, "command": "c"}
+    result = {
+        "case": case,
+        "systems": [row],
+        "absent": {},
+        "device": "d",
+        "versions": {"torch": "1"},
+        "command": "c",
+        "load_average": 0.5,
+    }
     once = rewrite(f"before\n{BEGIN}\nold\n{END}\nafter\n", [result])
     assert "old" not in once
     assert once.startswith("before")
