@@ -1,11 +1,12 @@
 """What the head allocates and how many rows it multiplies, measured."""
 
 import pytest
-import rlvr_ops
 import torch
 from rlvr_kernels import tile
 from rlvr_kernels.tile import TileShape, vocabulary_tile
 from torch.profiler import ProfilerActivity, profile
+
+import rlvr_ops
 
 B, T, H, V = 8, 32, 24, 2003
 WORKSPACE = 64 * V * 4  # 64 whole rows, a quarter of the batch
@@ -51,7 +52,9 @@ def test_nothing_larger_than_the_workspace_and_the_gradients_is_ever_allocated(s
 def test_scoring_stays_inside_its_workspace():
     hidden, weight, ids, *_ = make_batch()
     with torch.no_grad():
-        sizes = allocations(lambda: rlvr_ops.token_logps(hidden, weight, ids, with_entropy=True, workspace_bytes=50_000))
+        sizes = allocations(
+            lambda: rlvr_ops.token_logps(hidden, weight, ids, with_entropy=True, workspace_bytes=50_000)
+        )
     assert max(sizes) <= 50_000
 
 
@@ -93,7 +96,14 @@ def test_masked_rows_and_rollouts_without_advantage_are_never_multiplied(schedul
     mask[:, 20:] = 0
     counter = RowCounter(monkeypatch)
     out = rlvr_ops.ace_loss(
-        hidden, weight, ids, advantages, ref_per_token_logps=ref, old_per_token_logps=None, completion_mask=mask, schedule=schedule
+        hidden,
+        weight,
+        ids,
+        advantages,
+        ref_per_token_logps=ref,
+        old_per_token_logps=None,
+        completion_mask=mask,
+        schedule=schedule,
     )
     out.loss.backward()
     active = 5 * 20
@@ -115,7 +125,14 @@ def test_clipped_tokens_never_reach_the_backward_matmuls(schedule, confidence, m
     old[advantages < 0, 20:] += 1.0  # ratio 1/e: clipped where A < 0
     counter = RowCounter(monkeypatch)
     out = rlvr_ops.ace_loss(
-        hidden, weight, ids, advantages, ref_per_token_logps=logp, old_per_token_logps=old, schedule=schedule, confidence=confidence
+        hidden,
+        weight,
+        ids,
+        advantages,
+        ref_per_token_logps=logp,
+        old_per_token_logps=old,
+        schedule=schedule,
+        confidence=confidence,
     )
     out.loss.backward()
     expected = B * T - 4 * 10 - 4 * 12
