@@ -127,9 +127,10 @@ def check_finite(name: str, values: Tensor, group_size: int | None = None, group
     if bool(finite.all()):
         return
     worst = int((~finite).nonzero()[0])
-    group = (
-        None if group_size is None and group_ids is None else worst // group_size if group_size else group_ids[worst]
-    )
-    where = f"rollout {worst}" if group is None else f"rollout {worst} (group {int(group)})"
+    where = f"rollout {worst}"
+    if group_size is not None:
+        where += f" (group {worst // group_size})"
+    elif group_ids is not None:
+        where += f" (group {int(group_ids[worst])})"
     hint = ": did its verifier fail?" if name == "rewards" else "."
     raise ValueError(f"{name} must be finite, got {values[worst].item()} for {where}{hint}")
