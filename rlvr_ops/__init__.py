@@ -2,9 +2,11 @@
 
 from rlvr_kernels.backend import explain_backend
 
-from rlvr_ops.advantages import group_advantages, informative_groups, overlong_penalty
+from rlvr_ops.advantages import easy_but_brittle, group_advantages, informative_groups, overlong_penalty
+from rlvr_ops.arm import arm_advantages
 from rlvr_ops.evaluation import bootstrap_interval, paired_bootstrap_interval, pass_at_k
 from rlvr_ops.from_logps import policy_loss_from_logps
+from rlvr_ops.gradient_norms import squared_gradient_norms
 from rlvr_ops.losses import LossOutput, policy_loss
 from rlvr_ops.module import ACELoss
 from rlvr_ops.presets import (
@@ -29,11 +31,13 @@ __all__ = [
     "ace_advantages",
     "ace_loss",
     "ace_loss_from_logps",
+    "arm_advantages",
     "bootstrap_interval",
     "dapo_loss",
     "dapo_loss_from_logps",
     "dr_grpo_loss",
     "dr_grpo_loss_from_logps",
+    "easy_but_brittle",
     "explain_backend",
     "group_advantages",
     "grpo_loss",
@@ -44,5 +48,6 @@ __all__ = [
     "pass_at_k",
     "policy_loss",
     "policy_loss_from_logps",
+    "squared_gradient_norms",
     "token_logps",
 ]
