@@ -10,9 +10,9 @@ PYTEST := $(BIN)/python -m pytest -q
 PARALLEL := -n auto --dist worksteal
 READY := .venv/.ready
 
-.PHONY: test demo bench docs lint types test-cpu test-interpret test-compile test-gpu setup clean
+.PHONY: test demo bench docs lint types test-cpu test-parity test-interpret test-compile test-gpu setup clean
 
-test: lint types test-cpu test-interpret test-compile test-gpu
+test: lint types test-cpu test-parity test-interpret test-compile test-gpu
 
 demo: $(READY)
 	$(BIN)/rlvr-ops demo --model $(MODEL) --seed $(SEED) --out runs/demo-$(MODEL)-$(SEED)
@@ -32,7 +32,10 @@ types: $(READY)
 	$(BIN)/mypy
 
 test-cpu: $(READY)
-	$(PYTEST) $(PARALLEL) -m "not interpret and not compile and not gpu"
+	$(PYTEST) $(PARALLEL) -m "not interpret and not compile and not gpu and not parity"
+
+test-parity: $(READY)
+	$(PYTEST) -m parity tests/parity
 
 test-interpret: $(READY)
 	TRITON_INTERPRET=1 $(PYTEST) $(PARALLEL) -m interpret
