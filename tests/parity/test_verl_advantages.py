@@ -1,0 +1,123 @@
+"""Advantages against verl's own functions, on the same rewards, groups and lengths."""
+
+import numpy as np
+import pytest
+import torch
+
+from rlvr_ops import group_advantages, squared_gradient_norms
+
+core_algos = pytest.importorskip("verl.trainer.ppo.core_algos")
+pytestmark = pytest.mark.parity
+
+B, T = 11, 9
+IDS = torch.tensor([3, 8, 3, 5, 8, 3, 5, 8, 8, 3, 3])  # groups of 5, 2 and 4, mixed
+LENGTHS = torch.tensor([9, 2, 5, 1, 7, 3, 9, 4, 6, 8, 2])
+MASK = (torch.arange(T) < LENGTHS[:, None]).float()
+BINARY = torch.tensor([1.0, 0, 0, 1, 0, 1, 1, 0, 0, 0, 1])  # group 5 is all right
+SHAPED = torch.tensor([0.3, -1.2, 0.0, 2.5, 0.9, 0.9, -0.4, 1.0, 0.1, 0.3, -2.0])
+AS_TEXT = np.array([f"prompt-{int(i)}" for i in IDS], dtype=object)
+
+both = pytest.mark.parametrize("rewards", [BINARY, SHAPED], ids=["binary", "shaped"])
+
+
+def at_the_last_token(rewards, lengths=LENGTHS, width=T):
+    return torch.zeros(len(rewards), width).scatter(1, lengths[:, None] - 1, rewards[:, None])
+
+
+def per_rollout(advantages, mask=MASK):
+    """verl's one advantage per rollout, from its (B, T) where the mask is 1 and 0 elsewhere."""
+    assert torch.equal(advantages, advantages[:, :1] * mask)
+    return advantages[:, 0]
+
+
+def check(got, expected):
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+
+
+@both
+@pytest.mark.parametrize("function", ["compute_grpo_outcome_advantage", "compute_grpo_vectorized_outcome_advantage"])
+def test_grpo(rewards, function):
+    theirs, _ = getattr(core_algos, function)(at_the_last_token(rewards), MASK, AS_TEXT)
+    check(group_advantages(rewards, group_ids=IDS, eps=1e-6), per_rollout(theirs))
+
+
+@both
+def test_dr_grpo_is_grpo_not_divided(rewards):
+    theirs, _ = core_algos.compute_grpo_outcome_advantage(
+        at_the_last_token(rewards), MASK, AS_TEXT, norm_adv_by_std_in_grpo=False
+    )
+    check(group_advantages(rewards, group_ids=IDS, estimator="dr_grpo"), per_rollout(theirs))
+
+
+@both
+@pytest.mark.parametrize("function", ["compute_rloo_outcome_advantage", "compute_rloo_vectorized_outcome_advantage"])
+def test_rloo(rewards, function):
+    theirs, _ = getattr(core_algos, function)(at_the_last_token(rewards), MASK, AS_TEXT)
+    check(group_advantages(rewards, group_ids=IDS, estimator="rloo"), per_rollout(theirs))
+
+
+@both
+def test_opo(rewards):
+    theirs, _ = core_algos.compute_opo_outcome_advantage(at_the_last_token(rewards), MASK, AS_TEXT)
+    check(group_advantages(rewards, group_ids=IDS, estimator="opo", lengths=LENGTHS), per_rollout(theirs))
+
+
+@both
+def test_reinforce_plus_plus_whitens_over_tokens(rewards):
+    config = core_algos.AlgoConfig(gamma=1.0)
+    theirs, _ = core_algos.compute_reinforce_plus_plus_outcome_advantage(
+        at_the_last_token(rewards), MASK, config=config
+    )
+    ours = group_advantages(rewards, group_ids=IDS, estimator="reinforce_plus_plus", lengths=LENGTHS)
+    check(ours, per_rollout(theirs))
+
+
+@both
+def test_reinforce_plus_plus_over_rollouts_is_verls_where_all_have_one_token(rewards):
+    one = torch.ones(B, 1)
+    config = core_algos.AlgoConfig(gamma=1.0)
+    theirs, _ = core_algos.compute_reinforce_plus_plus_outcome_advantage(rewards[:, None], one, config=config)
+    check(group_advantages(rewards, group_ids=IDS, estimator="reinforce_plus_plus"), per_rollout(theirs, one))
+
+
+@both
+def test_oblr_is_the_optimal_token_baseline_at_the_last_token_of_equally_long_rollouts(rewards):
+    generator = torch.Generator().manual_seed(0)
+    probabilities = torch.rand(B, T, 13, generator=generator).softmax(-1)
+    logps, squares = probabilities[..., 0].log(), probabilities.square().sum(-1)
+    full, lengths = torch.ones(B, T), torch.full((B,), T)
+    theirs, _ = core_algos.compute_optimal_token_baseline_advantage(
+        at_the_last_token(rewards, lengths), full, AS_TEXT, logps, squares
+    )
+    weights = squared_gradient_norms(logps, squares)
+    ours = group_advantages(rewards, group_ids=IDS, estimator="oblr", squared_gradient_norms=weights)
+    check(ours, theirs[:, -1])
+
+
+def test_verl_rewards_a_group_of_one_where_we_have_nothing_to_compare():
+    reward, mask, index = torch.tensor([[2.0]]), torch.ones(1, 1), np.array(["alone"], dtype=object)
+    one = torch.tensor([2.0])
+    lengths = torch.ones(1, dtype=torch.long)
+
+    def verl(name):
+        return float(getattr(core_algos, f"compute_{name}_outcome_advantage")(reward, mask, index)[0])
+
+    assert verl("grpo") == pytest.approx(2 / (1 + 1e-6))  # its mean is taken as 0 and its deviation as 1
+    assert verl("rloo") == 2.0
+    assert verl("opo") == 2.0
+    assert verl("rloo_vectorized") == 0.0  # and its two versions of one estimator differ
+    assert float(group_advantages(one, 1, eps=1e-6)) == 0.0
+    assert float(group_advantages(one, 1, "opo", lengths=lengths)) == 0.0
+    with pytest.raises(ValueError, match="group_size must be 2 or more, got 1"):
+        group_advantages(one, 1, "rloo")
+
+
+def test_verl_whitens_rounding_where_all_rewards_are_equal():
+    rewards = torch.full((B,), 0.1)
+    config = core_algos.AlgoConfig(gamma=1.0)
+    theirs, _ = core_algos.compute_reinforce_plus_plus_outcome_advantage(
+        at_the_last_token(rewards), MASK, config=config
+    )
+    assert theirs.abs().max() < 1e-2  # up to 1e4 times the rounding of the mean
+    ours = group_advantages(rewards, group_ids=IDS, estimator="reinforce_plus_plus", lengths=LENGTHS)
+    assert torch.equal(ours, torch.zeros(B))
