@@ -65,10 +65,11 @@ def group_advantages(
                       negative_group_weight, 0.25 unless given (arXiv 2510.08696, section 5.1). Equation 14 there writes
                       the sum with the plain probability, which underflows; p is used here.
 
-    A group whose rewards are all equal teaches nothing to those that subtract a baseline: they give exactly 0, whatever
-    rounding does to its mean. So does a group of one, but `rloo` has nobody to compare it with and refuses. Weights
-    that are 0 throughout a group count as equal. What an estimator does not use is refused, `eps` excepted. Computed
-    in float64 and a constant to any gradient; the result has the dtype of floating `rewards`, else float32.
+    Where there is nothing to compare, all but `psr`, `nsr` and `w_reinforce` give exactly 0, whatever rounding does to a
+    mean: equal rewards in a group (for `lens` calibrated ones; in a pair for `paired`; in the batch for
+    `reinforce_plus_plus`). So does a group of one, but `rloo` refuses it. Weights that are 0 throughout a group count
+    alike. What an estimator does not use is refused, `eps` excepted. Computed in float64 and a constant to any
+    gradient; the result has the dtype of floating `rewards`, else float32.
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what is wanted; for a NaN or inf reward its rollout.

@@ -112,12 +112,9 @@ def test_verl_rewards_a_group_of_one_where_we_have_nothing_to_compare():
         group_advantages(one, 1, "rloo")
 
 
-def test_verl_whitens_rounding_where_all_rewards_are_equal():
-    rewards = torch.full((B,), 0.1)
-    config = core_algos.AlgoConfig(gamma=1.0)
-    theirs, _ = core_algos.compute_reinforce_plus_plus_outcome_advantage(
-        at_the_last_token(rewards), MASK, config=config
-    )
-    assert theirs.abs().max() < 1e-2  # up to 1e4 times the rounding of the mean
-    ours = group_advantages(rewards, group_ids=IDS, estimator="reinforce_plus_plus", lengths=LENGTHS)
-    assert torch.equal(ours, torch.zeros(B))
+def test_verl_divides_the_rounding_of_a_mean_by_eps_where_all_rewards_are_equal():
+    rewards = torch.full((7,), 0.1)  # the float32 mean of seven times 0.1 is not 0.1
+    index = np.array(["one"] * 7, dtype=object)
+    theirs, _ = core_algos.compute_grpo_outcome_advantage(rewards[:, None], torch.ones(7, 1), index)
+    assert theirs.abs().min() > 1e-3
+    assert torch.equal(group_advantages(rewards, 7, eps=1e-6), torch.zeros(7))
