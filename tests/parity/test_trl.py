@@ -1,0 +1,234 @@
+"""TRL's `GRPOTrainer._compute_loss`, the installed method itself, against `policy_loss_from_logps`."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import trl_peer
+from parity_cases import LONGEST, TOLERANCE, aggregate, assert_parity, differentiate, make_batch, ours, plus
+
+from rlvr_ops import surrogates
+
+pytestmark = pytest.mark.parity
+
+CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
+WEIGHTED = ("cispo", "sapo", "vespo")
+AGGREGATION = {
+    "cispo": "dapo",
+    "vespo": "dapo",
+    "sapo": "grpo",
+}  # TRL's loss types that choose it along with a surrogate
+KL = {
+    "no-kl": {},
+    "kl": {"beta": 0.1, "use_bias_correction_kl": False},  # TRL's default is True
+    "corrected-kl": {"beta": 0.1, "use_bias_correction_kl": True},
+}
+OLD = pytest.mark.parametrize("old", [False, True], ids=["on-policy", "off-policy"])
+
+
+def trl_loss(batch, loss_type, **config):
+    """TRL's loss with numbers that every branch of the batch is on either side of."""
+    numbers = {"epsilon": 0.2, "epsilon_high": 1.5 if loss_type == "cispo" else 0.28, "max_completion_length": LONGEST}
+    taus = {"sapo_temperature_pos": 1.0, "sapo_temperature_neg": 1.25}
+    return trl_peer.compute_loss(batch, loss_type=loss_type, **numbers | taus | config)
+
+
+def our_loss(batch, loss_type, **config):
+    """The same in our names."""
+    numbers = {
+        "cispo": {"surrogate": surrogates.cispo(ratio_max=1.5)},
+        "sapo": {"surrogate": surrogates.sapo(tau_positive=1.0, tau_negative=1.25)},
+        "vespo": {"surrogate": "vespo"},
+    }.get(loss_type, {"epsilon_low": 0.2, "epsilon_high": 0.28})
+    config |= {"ref": True} if config.get("beta") else {}
+    config |= {"max_completion_length": LONGEST} if loss_type == "dr_grpo" else {}
+    return ours(batch, loss_type=AGGREGATION.get(loss_type, loss_type), **numbers, **config)
+
+
+@OLD
+@pytest.mark.parametrize("kl", KL)
+@pytest.mark.parametrize("delta", [None, 4.0], ids=["no-delta", "delta"])
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("loss_type", CLIPPED)
+def test_a_clipped_loss_is_trls(loss_type, level, delta, kl, old):
+    for dtype in TOLERANCE:
+        batch = make_batch(dtype=dtype)
+        config = {"importance_sampling_level": level, "delta": delta, "old": old} | KL[kl]
+        theirs = trl_loss(batch, loss_type, **config)
+        if level == "sequence" and kl == "corrected-kl":
+            theirs = plus(theirs, by_the_rollouts_ratio(batch, loss_type, old), -0.1)
+        assert_parity(our_loss(batch, loss_type, **config), theirs)
+
+
+@OLD
+@pytest.mark.parametrize("kl", KL)
+@pytest.mark.parametrize(
+    ("loss_type", "level"), [(name, "token") for name in WEIGHTED] + [("cispo", "sequence"), ("sapo", "sequence")]
+)
+def test_a_weighted_loss_is_trls(loss_type, level, kl, old):
+    for dtype in TOLERANCE:
+        batch = make_batch(dtype=dtype)
+        config = {"importance_sampling_level": level, "old": old} | KL[kl]
+        theirs = trl_loss(batch, loss_type, **config)
+        if level == "sequence" and kl == "corrected-kl":
+            theirs = plus(theirs, by_the_rollouts_ratio(batch, loss_type, old), -0.1)
+        assert_parity(our_loss(batch, loss_type, **config), theirs)
+
+
+def by_the_rollouts_ratio(batch, loss_type, old):
+    """What TRL's corrected KL has more at level "sequence": (s - rho) k3, s the rollout's ratio, rho the token's."""
+
+    def difference(logps, entropies):
+        log_ratio = logps - (batch.old if old else logps.detach())
+        log_s = torch.where(batch.mask, log_ratio, 0).sum(dim=1, keepdim=True) / batch.tokens[:, None].clamp(min=1)
+        gap = batch.ref - logps
+        k3 = gap.exp() - gap - 1
+        return aggregate((log_s.exp() - log_ratio.exp()) * k3, batch.mask, AGGREGATION.get(loss_type, loss_type))
+
+    return differentiate(difference, batch)
+
+
+def test_trl_ignores_the_level_for_vespo_and_we_refuse_it():
+    batch = make_batch()
+    theirs = trl_loss(batch, "vespo", importance_sampling_level="sequence", old=True)
+    assert_parity(our_loss(batch, "vespo", old=True), theirs)
+    with pytest.raises(ValueError, match="does not go with surrogate vespo"):
+        our_loss(batch, "vespo", importance_sampling_level="sequence", old=True)
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("loss_type", CLIPPED + WEIGHTED)
+def test_an_empty_rollout_counts_as_trl_counts_it(loss_type, level):
+    if (loss_type, level) == ("vespo", "sequence"):
+        level = "token"
+    batch = make_batch((7, 5, 0, 4, 6, 3))
+    config = {"importance_sampling_level": level, "old": True} | KL["kl"]
+    assert_parity(our_loss(batch, loss_type, **config), trl_loss(batch, loss_type, **config))
+
+
+@pytest.mark.parametrize("loss_type", CLIPPED + WEIGHTED)
+def test_advantages_per_token_are_trls(loss_type):
+    batch = make_batch()
+    batch = replace(batch, advantages=batch.advantages[:, None] * torch.linspace(1.5, -0.7, batch.mask.shape[1]))
+    assert_parity(our_loss(batch, loss_type, old=True), trl_loss(batch, loss_type, old=True))
+
+
+# --- what the loss is divided by -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loss_type", ["dapo", "cispo", "vespo"])
+def test_trls_token_count_over_an_accumulation_window_is_num_items_in_batch(loss_type):
+    # 300 tokens were generated at once for 8 steps, of which 4 make one update: 150 tokens an update.
+    batch = make_batch()
+    window = {"num_items": 300, "accumulation": 4, "steps_per_generation": 8}
+    assert_parity(our_loss(batch, loss_type, num_items_in_batch=150), trl_loss(batch, loss_type, **window))
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "dr_grpo", "luspo", "sapo"])
+def test_trls_accumulation_is_a_count_of_rollouts(loss_type):
+    batch = make_batch()
+    theirs = trl_loss(batch, loss_type, accumulation=4)
+    assert_parity(our_loss(batch, loss_type, num_items_in_batch=4 * 6), theirs)
+
+
+def test_trls_bnpo_divides_by_the_steps_and_ours_leaves_that_to_the_trainer():
+    batch = make_batch()
+    theirs = trl_loss(batch, "bnpo", accumulation=4)
+    assert_parity(type(theirs)(*(x / 4 for x in our_loss(batch, "bnpo"))), theirs)
+
+
+def test_in_evaluation_trl_divides_by_the_batch_alone():
+    batch = make_batch()
+    for loss_type in ("grpo", "dapo"):
+        theirs = trl_loss(batch, loss_type, accumulation=4, training=False)
+        assert_parity(our_loss(batch, loss_type), theirs)
+
+
+# --- entropy ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kl", ["no-kl", "kl"])
+@pytest.mark.parametrize("quantile", [0.2, 0.5, 0.8])
+@pytest.mark.parametrize("loss_type", CLIPPED + WEIGHTED)
+def test_the_tokens_of_highest_entropy_are_trls(loss_type, quantile, kl):
+    batch = make_batch()
+    config = {"top_entropy_quantile": quantile, "old": True} | KL[kl]
+    assert_parity(our_loss(batch, loss_type, **config), trl_loss(batch, loss_type, **config))
+
+
+@pytest.mark.parametrize("quantile", [1.0, 0.5])
+@pytest.mark.parametrize("loss_type", CLIPPED + WEIGHTED)
+def test_the_entropy_bonus_is_aggregated_like_the_loss_and_trls_is_a_mean_over_tokens(loss_type, quantile):
+    batch = make_batch()
+    config = {"entropy_coef": 0.3, "top_entropy_quantile": quantile, "old": True}
+    threshold = batch.entropies[batch.mask].quantile(1 - quantile)
+    kept = batch.mask & (batch.entropies >= threshold)
+
+    def mean_less_aggregate(logps, entropies):
+        bonus = torch.where(kept, entropies, 0)
+        return bonus.sum() / kept.sum() - aggregate(bonus, batch.mask, AGGREGATION.get(loss_type, loss_type))
+
+    difference = differentiate(mean_less_aggregate, batch)
+    assert_parity(our_loss(batch, loss_type, **config), plus(trl_loss(batch, loss_type, **config), difference, 0.3))
+
+
+# --- stale rollouts and the sampler's own log-probabilities ----------------------------------------------------------
+
+
+@OLD
+@pytest.mark.parametrize("sampled", [False, True], ids=["from-old", "from-sampling"])
+@pytest.mark.parametrize("loss_type", CLIPPED + WEIGHTED)
+def test_the_off_policy_mask_is_trls(loss_type, sampled, old):
+    batch = make_batch()
+    batch.sampling[1, 2] = float("nan")
+    config = {"off_policy_mask_threshold": 0.05, "old": old} | KL["kl"]
+    sampling = {"sampling_per_token_logps": batch.sampling} if sampled else None
+    theirs = trl_loss(batch, loss_type, sampling=sampling, **config)
+    unmasked = trl_loss(batch, loss_type, old=old, **KL["kl"])
+    assert (sampled or old) != bool(torch.equal(theirs.d_logps, unmasked.d_logps)), "the mask should drop a rollout"
+    assert_parity(our_loss(batch, loss_type, sampling=sampled, **config), theirs)
+
+
+MODES = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
+
+
+@pytest.mark.parametrize("kl", KL)
+@pytest.mark.parametrize("low", [None, 0.85], ids=["no-least", "least"])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("loss_type", CLIPPED + WEIGHTED)
+def test_the_sampling_correction_is_trls(loss_type, mode, low, kl):
+    if loss_type == "vespo" and mode.startswith("sequence"):
+        with pytest.raises(ValueError, match="does not go with surrogate vespo"):
+            our_loss(make_batch(), loss_type, old=True, sampling=True, sampling_correction=mode)
+        return
+    batch = make_batch(dtype=torch.float32)
+    batch.sampling[0, 2] = float("nan")
+    names = {"mode": mode, "clip_max": 1.2, "clip_min": low}
+    correction = {f"vllm_importance_sampling_{name}": value for name, value in names.items()}
+    given = trl_peer.sampling_inputs(batch, **correction)
+    theirs = trl_loss(batch, loss_type, old=True, sampling=given, use_vllm=True, **correction, **KL[kl])
+    config = {"sampling_correction": mode, "sampling_clip_max": 1.2, "sampling_clip_min": low} | KL[kl]
+    assert_parity(our_loss(batch, loss_type, old=True, sampling=True, **config), theirs)
+
+
+# --- numbers out of range --------------------------------------------------------------------------------------------
+
+
+def test_vespos_clamps_in_trl_show_only_where_one_token_is_e20_times_off():
+    batch = make_batch()
+    batch.old[0, :3] = batch.logps[0, :3] - torch.tensor([9.0, 12.0, -20.0])  # the product is e once more
+    batch.old[1] = batch.logps[1] + 60.0  # the product is 0: TRL stops at 1e-8
+    batch.old[3] = batch.logps[3] - 19.0  # and overflows
+    assert_parity(our_loss(batch, "vespo", old=True), trl_loss(batch, "vespo", old=True))
+    batch.old[0, :2] = batch.logps[0, :2] - torch.tensor([21.0, -21.0])
+    assert_parity(our_loss(batch, "vespo", old=True), trl_loss(batch, "vespo", old=True))
+    batch.old[0, :2] = batch.logps[0, :2] - torch.tensor([22.0, -20.0])  # TRL takes 20 for the 22
+    clamped = replace(batch, old=torch.maximum(batch.old, batch.logps - 20))
+    assert_parity(our_loss(clamped, "vespo", old=True), trl_loss(batch, "vespo", old=True))
+
+
+def test_a_ratio_beyond_float32_is_not_clamped_by_either():
+    batch = make_batch(dtype=torch.float32)
+    batch.old[0, 0] = batch.logps[0, 0] - 80.0  # A > 0: clipped
+    batch.old[1, 1] = batch.logps[1, 1] + 80.0  # A < 0: clipped from below
+    assert_parity(our_loss(batch, "grpo", old=True, delta=4.0), trl_loss(batch, "grpo", old=True, delta=4.0))
