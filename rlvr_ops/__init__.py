@@ -4,6 +4,8 @@ from rlvr_kernels.backend import explain_backend
 
 from rlvr_ops.advantages import easy_but_brittle, group_advantages, informative_groups, overlong_penalty
 from rlvr_ops.arm import arm_advantages
+from rlvr_ops.calibration import ReliabilityBins, auroc, brier_score, expected_calibration_error, reliability_bins
+from rlvr_ops.confidence import mean_self_certainty, mean_token_probability, stated_confidence, stated_confidences
 from rlvr_ops.evaluation import bootstrap_interval, paired_bootstrap_interval, pass_at_k
 from rlvr_ops.from_logps import policy_loss_from_logps
 from rlvr_ops.gradient_norms import squared_gradient_norms
@@ -19,35 +21,56 @@ from rlvr_ops.presets import (
     grpo_loss,
     grpo_loss_from_logps,
 )
+from rlvr_ops.rewards import PPOCRewards, crew_reward, ppo_c_reward, prompt4trust_reward, rlcr_reward, trust_grpo_reward
 from rlvr_ops.scores import TokenScores, token_logps
+from rlvr_ops.tokenised_brier import tokenised_brier_loss
+from rlvr_ops.voting import BordaVote, borda_vote
 from rlvr_ops.weighting import ace_advantages
 
 __version__ = "0.1.0"
 
 __all__ = [
     "ACELoss",
+    "BordaVote",
     "LossOutput",
+    "PPOCRewards",
+    "ReliabilityBins",
     "TokenScores",
     "ace_advantages",
     "ace_loss",
     "ace_loss_from_logps",
     "arm_advantages",
+    "auroc",
     "bootstrap_interval",
+    "borda_vote",
+    "brier_score",
+    "crew_reward",
     "dapo_loss",
     "dapo_loss_from_logps",
     "dr_grpo_loss",
     "dr_grpo_loss_from_logps",
     "easy_but_brittle",
+    "expected_calibration_error",
     "explain_backend",
     "group_advantages",
     "grpo_loss",
     "grpo_loss_from_logps",
     "informative_groups",
+    "mean_self_certainty",
+    "mean_token_probability",
     "overlong_penalty",
     "paired_bootstrap_interval",
     "pass_at_k",
     "policy_loss",
     "policy_loss_from_logps",
+    "ppo_c_reward",
+    "prompt4trust_reward",
+    "reliability_bins",
+    "rlcr_reward",
     "squared_gradient_norms",
+    "stated_confidence",
+    "stated_confidences",
     "token_logps",
+    "tokenised_brier_loss",
+    "trust_grpo_reward",
 ]
