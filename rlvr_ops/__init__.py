@@ -2,26 +2,47 @@
 
 from rlvr_kernels.backend import explain_backend
 
+from rlvr_ops import surrogates
 from rlvr_ops.advantages import easy_but_brittle, group_advantages, informative_groups, overlong_penalty
 from rlvr_ops.arm import arm_advantages
 from rlvr_ops.calibration import ReliabilityBins, auroc, brier_score, expected_calibration_error, reliability_bins
 from rlvr_ops.confidence import mean_self_certainty, mean_token_probability, stated_confidence, stated_confidences
+from rlvr_ops.custom import SurrogateRows
 from rlvr_ops.evaluation import bootstrap_interval, paired_bootstrap_interval, pass_at_k
 from rlvr_ops.from_logps import policy_loss_from_logps
 from rlvr_ops.gradient_norms import squared_gradient_norms
-from rlvr_ops.losses import LossOutput, policy_loss
+from rlvr_ops.losses import policy_loss
 from rlvr_ops.module import ACELoss
 from rlvr_ops.presets import (
     ace_loss,
     ace_loss_from_logps,
+    bnpo_loss,
+    bnpo_loss_from_logps,
+    cispo_loss,
+    cispo_loss_from_logps,
     dapo_loss,
     dapo_loss_from_logps,
+    dispo_loss,
+    dispo_loss_from_logps,
     dr_grpo_loss,
     dr_grpo_loss_from_logps,
+    gmpo_loss,
+    gmpo_loss_from_logps,
     grpo_loss,
     grpo_loss_from_logps,
+    gspo_loss,
+    gspo_loss_from_logps,
+    luspo_loss,
+    luspo_loss_from_logps,
+    reinforce_loss,
+    reinforce_loss_from_logps,
+    sapo_loss,
+    sapo_loss_from_logps,
+    vespo_loss,
+    vespo_loss_from_logps,
 )
 from rlvr_ops.rewards import PPOCRewards, crew_reward, ppo_c_reward, prompt4trust_reward, rlcr_reward, trust_grpo_reward
+from rlvr_ops.schedules import LossOutput
 from rlvr_ops.scores import TokenScores, token_logps
 from rlvr_ops.tokenised_brier import tokenised_brier_loss
 from rlvr_ops.voting import BordaVote, borda_vote
@@ -35,27 +56,40 @@ __all__ = [
     "LossOutput",
     "PPOCRewards",
     "ReliabilityBins",
+    "SurrogateRows",
     "TokenScores",
     "ace_advantages",
     "ace_loss",
     "ace_loss_from_logps",
     "arm_advantages",
     "auroc",
+    "bnpo_loss",
+    "bnpo_loss_from_logps",
     "bootstrap_interval",
     "borda_vote",
     "brier_score",
+    "cispo_loss",
+    "cispo_loss_from_logps",
     "crew_reward",
     "dapo_loss",
     "dapo_loss_from_logps",
+    "dispo_loss",
+    "dispo_loss_from_logps",
     "dr_grpo_loss",
     "dr_grpo_loss_from_logps",
     "easy_but_brittle",
     "expected_calibration_error",
     "explain_backend",
+    "gmpo_loss",
+    "gmpo_loss_from_logps",
     "group_advantages",
     "grpo_loss",
     "grpo_loss_from_logps",
+    "gspo_loss",
+    "gspo_loss_from_logps",
     "informative_groups",
+    "luspo_loss",
+    "luspo_loss_from_logps",
     "mean_self_certainty",
     "mean_token_probability",
     "overlong_penalty",
@@ -65,12 +99,19 @@ __all__ = [
     "policy_loss_from_logps",
     "ppo_c_reward",
     "prompt4trust_reward",
+    "reinforce_loss",
+    "reinforce_loss_from_logps",
     "reliability_bins",
     "rlcr_reward",
+    "sapo_loss",
+    "sapo_loss_from_logps",
     "squared_gradient_norms",
     "stated_confidence",
     "stated_confidences",
+    "surrogates",
     "token_logps",
     "tokenised_brier_loss",
     "trust_grpo_reward",
+    "vespo_loss",
+    "vespo_loss_from_logps",
 ]

@@ -1,10 +1,12 @@
 """From per-token losses to one number: L = sum_i w_i sum_t loss_it, w_i the weight of rollout i's tokens.
 
-    grpo     mean over rollouts of the mean over tokens            w_i = 1 / (rollouts * T_i)
-    dapo     mean over the tokens of the global batch              w_i = 1 / tokens
-    bnpo     mean over the tokens of the batch at hand             w_i = 1 / tokens here
-    dr_grpo  sum over tokens by a constant length                  w_i = 1 / (rollouts * max_completion_length)
+    grpo     seq-mean-token-mean      mean over rollouts of the mean over tokens    w_i = 1 / (rollouts * T_i)
+    dapo     token-mean               mean over the tokens of the global batch      w_i = 1 / tokens
+    bnpo                              mean over the tokens of the batch at hand     w_i = 1 / tokens here
+    dr_grpo  seq-mean-token-sum-norm  sum over tokens by a constant length          w_i = 1 / (rollouts * max_completion_length)
+    luspo    seq-mean-token-sum       mean over rollouts of the sum over tokens     w_i = 1 / rollouts
 
+The second column is what verl calls them; either name does.
 Under gradient accumulation or data parallelism the count is the global one, passed in: never averaged per micro-batch.
 """
 
@@ -14,7 +16,13 @@ from torch import Tensor
 
 from rlvr_ops.layout import Layout
 
-LOSS_TYPES = ("grpo", "dapo", "dr_grpo", "bnpo")
+LOSS_TYPES = ("grpo", "dapo", "dr_grpo", "bnpo", "luspo")
+VERL_NAMES = {
+    "seq-mean-token-mean": "grpo",
+    "token-mean": "dapo",
+    "seq-mean-token-sum-norm": "dr_grpo",
+    "seq-mean-token-sum": "luspo",
+}
 
 
 def rollout_weights(
@@ -25,16 +33,26 @@ def rollout_weights(
     dtype: torch.dtype,
 ) -> Tensor:
     """w (B,). Rollouts without a token that counts get 0 where the formula would divide by it."""
-    choose("loss_type", loss_type, LOSS_TYPES)
+    loss_type = canonical(loss_type)
     tokens = layout.tokens().to(dtype)
     count = _check_count(num_items_in_batch, loss_type)
     if loss_type == "dr_grpo":
         longest = _constant_length(max_completion_length, layout)
         return torch.ones_like(tokens) / ((max(layout.rollouts, 1) if count is None else count) * longest)
-    if loss_type == "grpo":
-        share = (tokens > 0) / tokens.clamp(min=1)
+    if loss_type in ("grpo", "luspo"):
+        share = (tokens > 0) / tokens.clamp(min=1) if loss_type == "grpo" else torch.ones_like(tokens)
         return share / (max(layout.rollouts, 1) if count is None else count)
     return torch.ones_like(tokens) / (tokens.sum().clamp(min=1) if count is None else count)
+
+
+def canonical(loss_type: str) -> str:
+    """The name in LOSS_TYPES, from it or from verl's.
+
+    Raises:
+        ValueError: neither.
+    """
+    choose("loss_type", loss_type, (*LOSS_TYPES, *VERL_NAMES))
+    return VERL_NAMES.get(loss_type, loss_type)
 
 
 def _check_count(count: float | Tensor | None, loss_type: str) -> float | Tensor | None:

@@ -85,6 +85,12 @@ def check_finite(name: str, values: Tensor | None, layout: Layout | None = None)
         raise ValueError(f"{name} must be finite, got {float(values[where])} at {where}")
 
 
+def check_all_finite(layout: Layout | None, **values: Tensor | None) -> None:
+    """`check_finite` of several arguments by their names."""
+    for name, value in values.items():
+        check_finite(name, value, layout)
+
+
 def _position(row: int, layout: Layout) -> tuple[int, ...]:
     return (row,) if layout.packed else divmod(row, layout.shape[1])
 

@@ -7,48 +7,20 @@
 Everything is flat here: R rows of B rollouts. Specs travel as text, which an op's schema can carry.
 """
 
-from dataclasses import asdict
-from functools import lru_cache
-from typing import Any
-
 import torch
-from rlvr_kernels.logits import Head, accumulator_dtype
+from rlvr_kernels.logits import accumulator_dtype
 from rlvr_kernels.pull_back import Needs
 from rlvr_kernels.pull_back import pull_back as pull_back_rows
 from rlvr_kernels.score import score as score_rows
-from rlvr_kernels.single_pass import Rows
+from rlvr_kernels.single_pass import Rows, Weigher
 from rlvr_kernels.single_pass import single_pass as single_pass_rows
-from rlvr_kernels.spec import PolicySpec
 from rlvr_kernels.weigh import STATISTICS
 from rlvr_kernels.weigh import weigh as weigh_rows
 from torch import Tensor
 
+from rlvr_ops.spec_text import decode_head, decode_policy
+
 SCALED_ROWS = 4096  # a CPU widens what it scales: this many rows of it at a time
-
-
-def encode(spec: PolicySpec | Head) -> str:
-    """The text of a spec, its numbers in hexadecimal: exact, and of the few forms of them that torch.compile can trace."""
-    pairs = [f"{name}={_text(value)}" for name, value in asdict(spec).items() if value is not None]
-    return ",".join(pairs)
-
-
-def _text(value: float | str) -> str:
-    return value if isinstance(value, str) else float(value).hex()
-
-
-def _decode(text: str) -> dict[str, Any]:
-    pairs = (pair.split("=") for pair in text.split(","))
-    return {name: float.fromhex(value) if "0x" in value else value for name, value in pairs}
-
-
-@lru_cache(maxsize=256)
-def _policy(text: str) -> PolicySpec:
-    return PolicySpec(**_decode(text))
-
-
-@lru_cache(maxsize=256)
-def _head(text: str) -> Head:
-    return Head(**_decode(text))
 
 
 def _no_autocast(tensor: Tensor) -> torch.autocast:
@@ -93,7 +65,7 @@ def score(
         rows = _rows_of(scored)
         out = score_rows(
             _chosen(hidden, rows).to(dtype), weight.to(dtype), _chosen(ids, rows), _chosen(inv_temperature, rows), bias=bias,
-            head=_head(head), entropy=entropy, mean=mean, top1=top1, workspace_bytes=workspace_bytes, backend=backend,
+            head=decode_head(head), entropy=entropy, mean=mean, top1=top1, workspace_bytes=workspace_bytes, backend=backend,
         )  # fmt: skip
         logp, lse, *others = (_spread(x, rows, hidden) for x in out)
         return logp, lse, others[0], others[1], others[2]
@@ -162,8 +134,8 @@ def pull_back(
         found = pull_back_rows(
             _chosen(hidden, rows).to(dtype), weight.to(dtype), _chosen(ids, rows), _chosen(inv_temperature, rows),
             _chosen(lse, rows), _chosen(coef, rows).contiguous(), entropy=None if entropy_coef is None else _chosen(entropy, rows),
-            entropy_coef=None if entropy_coef is None else _chosen(entropy_coef, rows).contiguous(), bias=bias, head=_head(head),
-            needs=needs, weight_dtype=weight.dtype, workspace_bytes=workspace_bytes, backend=backend,
+            entropy_coef=None if entropy_coef is None else _chosen(entropy_coef, rows).contiguous(), bias=bias,
+            head=decode_head(head), needs=needs, weight_dtype=weight.dtype, workspace_bytes=workspace_bytes, backend=backend,
         )  # fmt: skip
         d_hidden = None if found.hidden is None else found.hidden.to(hidden.dtype)
         d_bias = None if found.bias is None or bias is None else found.bias.to(bias.dtype)
@@ -208,16 +180,19 @@ def _fake_gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None, *needs:
 @torch.library.custom_op("rlvr_ops::weigh", mutates_args=())
 def weigh(
     logp: Tensor, old: Tensor | None, ref: Tensor | None, advantages: Tensor, mask: Tensor | None, cu_seqlens: Tensor,
-    rollout_weight: Tensor, spec: str, backend: str,
+    rollout_weight: Tensor, behaviour: Tensor | None, spec: str, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(losses (R,), coef (R,), statistics (B, 8)); see `rlvr_kernels.weigh`."""
+    """(losses (R,), coef (R,), statistics (B, 9)); see `rlvr_kernels.weigh`."""
     return tuple(
-        weigh_rows(logp.contiguous(), old, ref, advantages, mask, cu_seqlens, rollout_weight, _policy(spec), backend)
-    )  # type: ignore[return-value]
+        weigh_rows(
+            logp.contiguous(), old, ref, advantages, mask, cu_seqlens, rollout_weight, decode_policy(spec), backend,
+            behaviour=behaviour,
+        )
+    )  # type: ignore[return-value]  # fmt: skip
 
 
 @weigh.register_fake
-def _(logp, old, ref, advantages, mask, cu_seqlens, rollout_weight, spec, backend):
+def _(logp, old, ref, advantages, mask, cu_seqlens, rollout_weight, behaviour, spec, backend):
     return (
         logp.new_empty(logp.shape),
         logp.new_empty(logp.shape),
@@ -240,7 +215,7 @@ def _save_weigh(ctx, inputs, output):
 def _backward_weigh(ctx, d_losses, d_coef, d_statistics):
     _refuse_a_second_derivative()
     (coef,) = ctx.saved_tensors
-    return (None if d_losses is None else d_losses * coef, *[None] * 8)
+    return (None if d_losses is None else d_losses * coef, *[None] * 9)
 
 
 weigh.register_autograd(_backward_weigh, setup_context=_save_weigh)
@@ -249,55 +224,66 @@ weigh.register_autograd(_backward_weigh, setup_context=_save_weigh)
 @torch.library.custom_op("rlvr_ops::single_pass", mutates_args=())
 def single_pass(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, scored: Tensor | None, inv_temperature: Tensor,
-    old: Tensor | None, ref: Tensor | None, advantages: Tensor, cu_seqlens: Tensor, rollout_weight: Tensor, spec: str, head: str,
-    dtype: torch.dtype, need_hidden: bool, need_weight: bool, need_bias: bool, with_entropy: bool, workspace_bytes: int,
-    backend: str,
+    old: Tensor | None, ref: Tensor | None, behaviour: Tensor | None, advantages: Tensor, cu_seqlens: Tensor,
+    rollout_weight: Tensor, spec: str, head: str, dtype: torch.dtype, need_hidden: bool, need_weight: bool, need_bias: bool,
+    with_entropy: bool, entropy_coef: float, workspace_bytes: int, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(loss, logp (R,), entropy (R,), statistics (B, 8), rows pulled back, d_hidden, d_weight, d_bias)."""
+    """(loss, logp (R,), entropy (R,), statistics (B, 9), rows pulled back, d_hidden, d_weight, d_bias)."""
+    return run_single_pass(
+        hidden, weight, bias, ids, scored, inv_temperature, old, ref, behaviour, advantages, cu_seqlens, rollout_weight, spec,
+        head, dtype, need_hidden, need_weight, need_bias, with_entropy, entropy_coef, workspace_bytes, backend, weigh_rows,
+    )  # fmt: skip
+
+
+def run_single_pass(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, scored: Tensor | None, inv_temperature: Tensor,
+    old: Tensor | None, ref: Tensor | None, behaviour: Tensor | None, advantages: Tensor, cu_seqlens: Tensor,
+    rollout_weight: Tensor, spec: str, head: str, dtype: torch.dtype, need_hidden: bool, need_weight: bool, need_bias: bool,
+    with_entropy: bool, entropy_coef: float, workspace_bytes: int, backend: str, weigher: Weigher,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """What the op computes, with any weigher."""
+    policy = decode_policy(spec)
     with _no_autocast(hidden):
         index = _rows_of(scored)
-        rows = _compact(index, ids, inv_temperature, old, ref, advantages, cu_seqlens, rollout_weight)
+        rows = _compact(index, ids, inv_temperature, old, ref, behaviour, advantages, cu_seqlens, rollout_weight)
         done = single_pass_rows(
-            hidden, weight.to(dtype), rows, _policy(spec), bias=bias, head=_head(head),
-            needs=Needs(need_hidden, need_weight, need_bias), weight_dtype=weight.dtype,
-            with_entropy=with_entropy, workspace_bytes=workspace_bytes, backend=backend,
+            hidden, weight.to(dtype), rows, policy, bias=bias, head=decode_head(head),
+            needs=Needs(need_hidden, need_weight, need_bias), weight_dtype=weight.dtype, with_entropy=with_entropy,
+            entropy_coef=entropy_coef, workspace_bytes=workspace_bytes, backend=backend, weigher=weigher,
         )  # fmt: skip
-        weighed = weigh_rows(
-            done.logp,
-            rows.old,
-            rows.ref,
-            rows.advantages,
-            None,
-            rows.cu_seqlens,
-            rollout_weight,
-            _policy(spec),
-            backend,
-        )
+        weighed = weigher(
+            done.logp, rows.old, rows.ref, rows.advantages, None, rows.cu_seqlens, rollout_weight, policy, backend,
+            behaviour=rows.behaviour,
+        )  # fmt: skip
+        loss = weighed.losses.sum()
+        if entropy_coef and done.entropy is not None:
+            rollout = torch.repeat_interleave(rows.cu_seqlens.diff(), output_size=done.entropy.shape[0])
+            loss = loss - entropy_coef * (done.entropy * rollout_weight[rollout]).sum()
         logp, entropy = _spread(done.logp, index, hidden), _spread(done.entropy, index, hidden)
         d_hidden, d_weight, d_bias = done.gradients
         d_bias = None if d_bias is None or bias is None else d_bias.to(bias.dtype)
         pulled_back = logp.new_full((), float(done.pulled_back))
         gradients = _or_empty(d_hidden, hidden), _or_empty(d_weight, hidden), _or_empty(d_bias, hidden)
-        return weighed.losses.sum(), logp, entropy, weighed.statistics, pulled_back, *gradients
+        return loss, logp, entropy, weighed.statistics, pulled_back, *gradients
 
 
 def _compact(
-    index: Tensor | None, ids: Tensor, inv_temperature: Tensor, old: Tensor | None, ref: Tensor | None, advantages: Tensor,
-    cu_seqlens: Tensor, rollout_weight: Tensor,
+    index: Tensor | None, ids: Tensor, inv_temperature: Tensor, old: Tensor | None, ref: Tensor | None,
+    behaviour: Tensor | None, advantages: Tensor, cu_seqlens: Tensor, rollout_weight: Tensor,
 ) -> Rows:  # fmt: skip
     """The rows to do, with the boundaries that remain when the others are gone."""
     if index is not None:
         cu_seqlens = torch.searchsorted(index, cu_seqlens)
     return Rows(
         index, _chosen(ids, index), _chosen(inv_temperature, index), _chosen(advantages, index), _maybe_chosen(old, index),
-        _maybe_chosen(ref, index), cu_seqlens, cu_seqlens.diff().tolist(), rollout_weight,
+        _maybe_chosen(ref, index), _maybe_chosen(behaviour, index), cu_seqlens, cu_seqlens.diff().tolist(), rollout_weight,
     )  # fmt: skip
 
 
 @single_pass.register_fake
 def _(
-    hidden, weight, bias, ids, scored, inv_temperature, old, ref, advantages, cu_seqlens, rollout_weight, spec, head, dtype,
-    need_hidden, need_weight, need_bias, with_entropy, workspace_bytes, backend,
+    hidden, weight, bias, ids, scored, inv_temperature, old, ref, behaviour, advantages, cu_seqlens, rollout_weight, spec, head,
+    dtype, need_hidden, need_weight, need_bias, with_entropy, entropy_coef, workspace_bytes, backend,
 ):  # fmt: skip
     row = inv_temperature.new_empty(hidden.shape[0])
     statistics = row.new_empty(rollout_weight.shape[0], len(STATISTICS))
@@ -306,15 +292,17 @@ def _(
     return row.new_empty(()), row, entropy, statistics, row.new_empty(()), *gradients
 
 
-def _save_single_pass(ctx, inputs, output):
+def save_single_pass(ctx, inputs, output):
+    """Keep the gradients that the forward pass made."""
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*output[5:])
 
 
-def _backward_single_pass(ctx, d_loss, *others):
+def backward_single_pass(ctx, d_loss, *others):
+    """Those gradients times the upstream one, and None for what is constant."""
     _refuse_a_second_derivative()
-    grads: list[Tensor | None] = [None] * 20
+    grads: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
     if d_loss is not None:
         scaled = [_scaled(grad, d_loss) for grad in ctx.saved_tensors]
         grads[:3] = [grad if need else None for grad, need in zip(scaled, ctx.needs_input_grad[:3], strict=True)]
@@ -332,7 +320,7 @@ def _scaled(grad: Tensor, upstream: Tensor) -> Tensor:
     return grad
 
 
-single_pass.register_autograd(_backward_single_pass, setup_context=_save_single_pass)
+single_pass.register_autograd(backward_single_pass, setup_context=save_single_pass)
 
 
 def compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:

@@ -6,12 +6,28 @@ the inputs: give float64 for the truth. It is slow and needs (rows, V) of memory
 
 from __future__ import annotations
 
-import itertools
 from typing import NamedTuple
 
 import torch
+from rlvr_kernels.spec import Surrogate
 from torch import Tensor
-from torch.nn.functional import softplus
+
+from rlvr_ops.reference_terms import (
+    ace_metrics,
+    active_rows,
+    aggregate,
+    asymmetric,
+    kl_penalty,
+    masked,
+    per_row,
+    sampling_weights,
+    slices,
+    spread,
+    stale,
+    surrogate_losses,
+    top_entropy_rows,
+)
+from rlvr_ops.surrogates import resolve
 
 __all__ = [
     "ReferenceLoss",
@@ -62,7 +78,7 @@ def reference_token_logps(
     lse - mean(z) - log V (arXiv 2502.18581); top-1 is whether no token has a larger logit than the target.
     """
     shape = completion_ids.shape
-    active = _active_rows(completion_ids, completion_mask)
+    active = active_rows(completion_ids, completion_mask)
     dtype = torch.promote_types(hidden_states.dtype, lm_head_weight.dtype)
     h = hidden_states.reshape(-1, hidden_states.shape[-1])[active].to(dtype)
     ids = completion_ids.reshape(-1)[active].long()
@@ -73,7 +89,7 @@ def reference_token_logps(
     z = logit_scale * z
     if softcap is not None:
         z = softcap * torch.tanh(z / softcap)
-    z = z / (_per_row(temperature, shape)[active, None].to(dtype) if isinstance(temperature, Tensor) else temperature)
+    z = z / (per_row(temperature, shape)[active, None].to(dtype) if isinstance(temperature, Tensor) else temperature)
 
     log_p = z.log_softmax(dim=-1)
     target = ids[:, None]
@@ -100,18 +116,28 @@ def reference_policy_loss(
     *,
     ref_per_token_logps: Tensor | None = None,
     old_per_token_logps: Tensor | None = None,
+    sampling_per_token_logps: Tensor | None = None,
     completion_mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    surrogate: str | Surrogate = "ppo_clip",
+    importance_sampling_level: str = "token",
+    epsilon_low: float = 0.2,
+    epsilon_high: float | None = None,
+    delta: float | None = None,
     alpha: float = 0.0,
     confidence: str = "current",
     confidence_reduction: str = "mean",
     shape: str = "softplus",
     loss_type: str = "grpo",
-    epsilon_low: float = 0.2,
-    epsilon_high: float | None = None,
-    delta: float | None = None,
     beta: float = 0.0,
     kl_estimator: str = "k3",
+    use_bias_correction_kl: bool = False,
+    entropy_coef: float = 0.0,
+    top_entropy_quantile: float = 1.0,
+    off_policy_mask_threshold: float | None = None,
+    sampling_correction: str | None = None,
+    sampling_clip_max: float = 3.0,
+    sampling_clip_min: float | None = None,
     temperature: float | Tensor = 1.0,
     lm_head_bias: Tensor | None = None,
     softcap: float | None = None,
@@ -122,7 +148,7 @@ def reference_policy_loss(
 ) -> ReferenceLoss:
     """The loss of `rlvr_ops.policy_loss` from hidden states and full logits; the same keywords mean the same."""
     if isinstance(temperature, Tensor):
-        temperature = _spread(temperature, _rollouts(completion_ids.shape, cu_seqlens)).reshape(completion_ids.shape)
+        temperature = spread(temperature, slices(completion_ids.shape, cu_seqlens)).reshape(completion_ids.shape)
     scores = reference_token_logps(
         hidden_states,
         lm_head_weight,
@@ -132,32 +158,39 @@ def reference_policy_loss(
         lm_head_bias=lm_head_bias,
         softcap=softcap,
         logit_scale=logit_scale,
-        with_entropy=with_entropy,
+        with_entropy=with_entropy or entropy_coef > 0 or top_entropy_quantile < 1,
     )
-    out = reference_policy_loss_from_logps(
+    return reference_policy_loss_from_logps(
         scores.logps,
         advantages,
         completion_mask=completion_mask,
         cu_seqlens=cu_seqlens,
         old_per_token_logps=old_per_token_logps,
         ref_per_token_logps=ref_per_token_logps,
+        sampling_per_token_logps=sampling_per_token_logps,
+        per_token_entropies=scores.entropy,
+        surrogate=surrogate,
+        importance_sampling_level=importance_sampling_level,
+        epsilon_low=epsilon_low,
+        epsilon_high=epsilon_high,
+        delta=delta,
         alpha=alpha,
         confidence=confidence,
         confidence_reduction=confidence_reduction,
         shape=shape,
         loss_type=loss_type,
-        epsilon_low=epsilon_low,
-        epsilon_high=epsilon_high,
-        delta=delta,
         beta=beta,
         kl_estimator=kl_estimator,
+        use_bias_correction_kl=use_bias_correction_kl,
+        entropy_coef=entropy_coef,
+        top_entropy_quantile=top_entropy_quantile,
+        off_policy_mask_threshold=off_policy_mask_threshold,
+        sampling_correction=sampling_correction,
+        sampling_clip_max=sampling_clip_max,
+        sampling_clip_min=sampling_clip_min,
         num_items_in_batch=num_items_in_batch,
         max_completion_length=max_completion_length,
     )
-    if scores.entropy is not None:
-        tokens = _active_rows(completion_ids, completion_mask).sum().clamp(min=1)
-        out.metrics["entropy"] = scores.entropy.detach().sum() / tokens
-    return out
 
 
 def reference_policy_loss_from_logps(
@@ -168,65 +201,100 @@ def reference_policy_loss_from_logps(
     cu_seqlens: Tensor | None = None,
     old_per_token_logps: Tensor | None = None,
     ref_per_token_logps: Tensor | None = None,
+    sampling_per_token_logps: Tensor | None = None,
+    per_token_entropies: Tensor | None = None,
+    surrogate: str | Surrogate = "ppo_clip",
+    importance_sampling_level: str = "token",
+    epsilon_low: float = 0.2,
+    epsilon_high: float | None = None,
+    delta: float | None = None,
     alpha: float = 0.0,
     confidence: str = "current",
     confidence_reduction: str = "mean",
     shape: str = "softplus",
     loss_type: str = "grpo",
-    epsilon_low: float = 0.2,
-    epsilon_high: float | None = None,
-    delta: float | None = None,
     beta: float = 0.0,
     kl_estimator: str = "k3",
+    use_bias_correction_kl: bool = False,
+    entropy_coef: float = 0.0,
+    top_entropy_quantile: float = 1.0,
+    off_policy_mask_threshold: float | None = None,
+    sampling_correction: str | None = None,
+    sampling_clip_max: float = 3.0,
+    sampling_clip_min: float | None = None,
     num_items_in_batch: float | Tensor | None = None,
     max_completion_length: int | None = None,
 ) -> ReferenceLoss:
-    """The loss of `rlvr_ops.policy_loss_from_logps`, rollout by rollout; differentiable in `per_token_logps`.
+    """The loss of `rlvr_ops.policy_loss_from_logps`, rollout by rollout; differentiable in log-probabilities and entropies.
 
-    Per token  -min(min(rho, delta) A, clip(rho, 1 - epsilon_low, 1 + epsilon_high) A) + beta KL, with
-    rho = exp(logp - old); without `old_per_token_logps` the policy is on policy: rho is 1 and its gradient flows.
-    ACE (arXiv 2602.21420) multiplies the negative advantages of rollout i by 1 + alpha softplus(c_i).
+    Without `old_per_token_logps` the policy is on policy: rho is 1 and its gradient flows. ACE (arXiv 2602.21420)
+    multiplies the negative advantages of rollout i by 1 + alpha softplus(c_i).
     """
     layout = per_token_logps.shape
-    active = _active_rows(per_token_logps, completion_mask)
-    rollouts = _rollouts(layout, cu_seqlens)
+    active = active_rows(per_token_logps, completion_mask)
+    rollouts = slices(layout, cu_seqlens)
+    numbers = resolve(surrogate, epsilon_low, epsilon_high, delta)
     # Masked before any exp: a NaN or inf in padding would otherwise come back as a NaN gradient.
     logp = per_token_logps.reshape(-1).where(active, 0.0)
-    old = logp.detach() if old_per_token_logps is None else _masked(old_per_token_logps, active)
-    ref = None if ref_per_token_logps is None else _masked(ref_per_token_logps, active)
+    old = logp.detach() if old_per_token_logps is None else masked(old_per_token_logps, active)
+    ref = None if ref_per_token_logps is None else masked(ref_per_token_logps, active)
+    sampling = None if sampling_per_token_logps is None else masked(sampling_per_token_logps, active)
     if ref is None and (alpha > 0 or beta > 0):
         raise ValueError("ref_per_token_logps is needed when alpha or beta is above 0, got None.")
-    adv = _spread(advantages, rollouts).where(active, 0.0)
+    adv = spread(advantages, rollouts).where(active, 0.0)
     adv = adv.to(torch.promote_types(adv.dtype, logp.dtype))
+    drifted = old  # what the surrogate's ratio is taken against
+    if sampling_correction is not None:
+        assert sampling is not None
+        found = sampling_weights(
+            sampling_correction, sampling_clip_min, sampling_clip_max, old, sampling, active, rollouts
+        )
+        if numbers.form == "vespo":
+            drifted = old - found.clamp(min=1e-8).log()
+        elif numbers.form == "gmpo" and sampling_correction.startswith("token"):
+            for rows in rollouts:
+                adv[rows] = adv[rows] * torch.exp((found[rows][active[rows]] + 1e-10).log().mean())
+        else:
+            adv = adv * found
     base = adv
     if ref is not None:
         believed = logp.detach() if confidence == "current" else old
-        weighted, shifts, weights = _asymmetric(
+        weighted, shifts, weights = asymmetric(
             adv, believed - ref, active, rollouts, alpha, confidence_reduction, shape
         )
         adv = weighted if alpha > 0 else adv
+    if off_policy_mask_threshold is not None:
+        behaviour = old if sampling is None else sampling
+        dropped = stale(logp, behaviour, off_policy_mask_threshold, active, rollouts)
+        for i, rows in enumerate(rollouts):
+            adv[rows] = torch.where((adv[rows] < 0) & dropped[i], 0.0, adv[rows])
+    chosen = active
+    if top_entropy_quantile < 1:
+        assert per_token_entropies is not None
+        chosen = top_entropy_rows(per_token_entropies.detach().reshape(-1), active, top_entropy_quantile)
+        adv = adv.where(chosen, 0.0)
 
-    high = epsilon_low if epsilon_high is None else epsilon_high
-    ratio = torch.exp((logp - old).where(adv != 0, 0.0))  # an overflow must not make NaN of an advantage of 0
-    clipped = ratio.clamp(1 - epsilon_low, 1 + high)
-    bounded = ratio if delta is None else ratio.clamp(max=delta)
-    per_token = -torch.min(bounded * adv, clipped * adv)
+    per_token, low, high = surrogate_losses(numbers, importance_sampling_level, logp, drifted, adv, active, rollouts)
     if ref is not None:
-        kl = _kl(logp - ref, kl_estimator)
+        kl = kl_penalty(logp, ref, kl_estimator, torch.exp(logp - old) if use_bias_correction_kl else None)
         per_token = per_token + beta * kl if beta > 0 else per_token
-    loss = _aggregate(per_token, active, rollouts, loss_type, num_items_in_batch, max_completion_length, layout)
+    if entropy_coef > 0:
+        assert per_token_entropies is not None
+        per_token = per_token - entropy_coef * per_token_entropies.reshape(-1).where(chosen, 0.0)
+    loss = aggregate(per_token, active, rollouts, loss_type, num_items_in_batch, max_completion_length, layout)
 
-    tokens = active.sum().clamp(min=1).to(ratio.dtype)
-    low_clipped = active & (ratio < 1 - epsilon_low) & (base < 0)
-    high_clipped = active & (ratio > 1 + high) & (base > 0)
+    tokens = active.sum().clamp(min=1).to(logp.dtype)
+    low, high = (x & active for x in (low, high))
     metrics = {
-        "clip_ratio/low_mean": low_clipped.sum() / tokens,
-        "clip_ratio/high_mean": high_clipped.sum() / tokens,
-        "clip_ratio/region_mean": (low_clipped | high_clipped).sum() / tokens,
+        "clip_ratio/low_mean": low.sum() / tokens,
+        "clip_ratio/high_mean": high.sum() / tokens,
+        "clip_ratio/region_mean": (low | high).sum() / tokens,
     }
     if ref is not None:
         metrics["kl"] = kl.detach().where(active, 0.0).sum() / tokens
-        metrics.update(_ace_metrics(base, shifts, weights, rollouts))
+        metrics.update(ace_metrics(base, shifts, weights, rollouts))
+    if per_token_entropies is not None:
+        metrics["entropy"] = masked(per_token_entropies, active).sum() / tokens
     return ReferenceLoss(loss, metrics, logp.reshape(layout))
 
 
@@ -242,109 +310,11 @@ def reference_ace_advantages(
     shape: str = "softplus",
 ) -> Tensor:
     """Advantages with every negative one multiplied by 1 + alpha softplus(c_i); the others and the shape untouched."""
-    active = _active_rows(per_token_logps, completion_mask)
-    rollouts = _rollouts(per_token_logps.shape, cu_seqlens)
-    shift_rows = _masked(per_token_logps, active) - _masked(ref_per_token_logps, active)
-    rows = _spread(advantages, rollouts)
-    per_row, _, weights = _asymmetric(rows, shift_rows, active, rollouts, alpha, confidence_reduction, shape)
+    active = active_rows(per_token_logps, completion_mask)
+    rollouts = slices(per_token_logps.shape, cu_seqlens)
+    shift_rows = masked(per_token_logps, active) - masked(ref_per_token_logps, active)
+    rows = spread(advantages, rollouts)
+    per_row, _, weights = asymmetric(rows, shift_rows, active, rollouts, alpha, confidence_reduction, shape)
     if advantages.ndim == 1 and len(advantages) == len(rollouts):
         return torch.where(advantages < 0, advantages * weights, advantages)
     return per_row.reshape(advantages.shape)
-
-
-def _asymmetric(
-    adv: Tensor, shift_rows: Tensor, active: Tensor, rollouts: list[slice], alpha: float, reduction: str, shape: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Re-weighted advantages per row; the confidence shift and the weight 1 + alpha f(shift) per rollout."""
-    adv = adv.clone()
-    shifts = adv.new_zeros(len(rollouts))
-    weights = adv.new_ones(len(rollouts))
-    for i, rows in enumerate(rollouts):
-        shift = shift_rows[rows][active[rows]].sum()
-        if reduction == "mean":
-            shift = shift / active[rows].sum().clamp(min=1)
-        shifts[i] = shift
-        weights[i] = 1 + alpha * (softplus(shift) if shape == "softplus" else shift.relu())
-        adv[rows] = torch.where(adv[rows] < 0, adv[rows] * weights[i], adv[rows])
-    return adv, shifts, weights
-
-
-def _kl(log_ratio: Tensor, estimator: str) -> Tensor:
-    """Estimate KL(policy || ref) per token from log_ratio = logp - ref (Schulman's k1, k2, k3)."""
-    if estimator == "k1":
-        return log_ratio
-    if estimator == "k2":
-        return log_ratio**2 / 2
-    return torch.expm1(-log_ratio) + log_ratio
-
-
-def _aggregate(
-    per_token: Tensor,
-    active: Tensor,
-    rollouts: list[slice],
-    loss_type: str,
-    num_items: float | Tensor | None,
-    max_completion_length: int | None,
-    layout: torch.Size,
-) -> Tensor:
-    """Sum the active tokens' losses over the denominator of `loss_type`; 0, still attached, if there is none."""
-    if loss_type == "bnpo" and num_items is not None:
-        raise ValueError("num_items_in_batch has no meaning for bnpo: its denominator is local by definition.")
-    total = per_token[:0].sum()
-    for rows in rollouts:
-        mine = per_token[rows].where(active[rows], 0.0)
-        total = total + (mine.sum() / active[rows].sum().clamp(min=1) if loss_type == "grpo" else mine.sum())
-    if loss_type in ("dapo", "bnpo"):
-        return total / (num_items if num_items is not None else active.sum().clamp(min=1))
-    count = num_items if num_items is not None else max(len(rollouts), 1)
-    if loss_type == "grpo":
-        return total / count
-    length = max_completion_length if max_completion_length is not None else max(layout[1], 1)
-    return total / (count * length)
-
-
-def _ace_metrics(base: Tensor, shifts: Tensor, weights: Tensor, rollouts: list[slice]) -> dict[str, Tensor]:
-    """Describe the wrong rollouts, those with a negative advantage: mean shift, weights, and the three classes."""
-    wrong = torch.stack([(base[rows] < 0).any() for rows in rollouts]) if rollouts else shifts > 0
-    count = wrong.sum().clamp(min=1).to(shifts.dtype)
-    return {
-        "ace/shift/mean": shifts.where(wrong, 0.0).sum() / count,
-        "ace/weight/mean": weights.where(wrong, 0.0).sum() / count,
-        "ace/weight/max": weights.where(wrong, 0.0).amax() if rollouts else weights.sum(),
-        "ace/frac_overconfident": (wrong & (shifts > 0.05)).sum() / count,
-        "ace/frac_exploratory": (wrong & (shifts.abs() <= 0.05)).sum() / count,
-        "ace/frac_self_correcting": (wrong & (shifts < -0.05)).sum() / count,
-    }
-
-
-def _active_rows(like: Tensor, completion_mask: Tensor | None) -> Tensor:
-    if completion_mask is None:
-        return torch.ones(like.numel(), dtype=torch.bool, device=like.device)
-    return completion_mask.reshape(-1) != 0
-
-
-def _rollouts(layout: torch.Size, cu_seqlens: Tensor | None) -> list[slice]:
-    if cu_seqlens is None:
-        n_rollouts, length = layout
-        return [slice(i * length, (i + 1) * length) for i in range(n_rollouts)]
-    ends = cu_seqlens.tolist()
-    return [slice(a, b) for a, b in itertools.pairwise(ends)]
-
-
-def _per_row(values: Tensor, layout: torch.Size) -> Tensor:
-    """(B,), (B, T) or (N,) values as one per row."""
-    if values.shape == layout:
-        return values.reshape(-1)
-    return values[:, None].expand(layout).reshape(-1)
-
-
-def _spread(values: Tensor, rollouts: list[slice]) -> Tensor:
-    """One value per row from one per rollout or one per row; where there are as many rows as rollouts, per rollout."""
-    if values.shape != (len(rollouts),):
-        return values.reshape(-1)
-    pieces = [values[i].expand(rows.stop - rows.start) for i, rows in enumerate(rollouts)]
-    return torch.cat(pieces) if pieces else values.new_zeros(0)
-
-
-def _masked(values: Tensor, active: Tensor) -> Tensor:
-    return values.detach().reshape(-1).where(active, 0.0)

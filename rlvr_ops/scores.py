@@ -9,6 +9,7 @@ from rlvr_kernels.tile import default_workspace_bytes
 from torch import Tensor
 
 from rlvr_ops import arguments, ops
+from rlvr_ops.spec_text import encode
 
 
 class TokenScores(NamedTuple):
@@ -73,7 +74,7 @@ def token_logps(
     device = hidden_states.device
     logp, lse, entropy, mean, top1 = ops.score(
         hidden_states.reshape(-1, hidden_states.shape[-1]), lm_head_weight, lm_head_bias, completion_ids.reshape(-1), layout.mask,
-        arguments.inverse_temperature(temperature, layout, device, accumulator_dtype(dtype)), ops.encode(head), dtype,
+        arguments.inverse_temperature(temperature, layout, device, accumulator_dtype(dtype)), encode(head), dtype,
         with_entropy, with_self_certainty, with_top1,
         default_workspace_bytes(device) if workspace_bytes is None else workspace_bytes, backend,
     )  # fmt: skip

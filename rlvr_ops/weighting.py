@@ -2,10 +2,11 @@
 
 import torch
 from rlvr_kernels.logits import accumulator_dtype
+from rlvr_kernels.spec import PolicySpec
 from torch import Tensor
 
 from rlvr_ops import arguments, ops
-from rlvr_ops.losses import make_spec
+from rlvr_ops.spec_text import encode
 
 
 def ace_advantages(
@@ -32,7 +33,7 @@ def ace_advantages(
     >>> ace_advantages(torch.tensor([1.0, -1.0]), ref, ref)
     tensor([ 1.0000, -1.6931])
     """
-    spec = make_spec(alpha, "current", confidence_reduction, shape, 0.2, None, None, 0.0, "k3")
+    spec = PolicySpec(alpha=alpha, confidence_reduction=confidence_reduction, shape=shape)
     arguments.check_tensor("per_token_logps", per_token_logps)
     arguments.check_tensor("ref_per_token_logps", ref_per_token_logps)
     layout = arguments.make_layout("per_token_logps", per_token_logps, completion_mask, cu_seqlens)
@@ -42,7 +43,7 @@ def ace_advantages(
     rows = arguments.per_rollout_or_token("advantages", advantages, layout, device, dtype)
     ones = torch.ones(layout.rollouts, dtype=dtype, device=device)
     _losses, _coef, statistics = ops.weigh(
-        logp, None, ref, rows, layout.mask, layout.cu_seqlens, ones, ops.encode(spec), "auto"
+        logp, None, ref, rows, layout.mask, layout.cu_seqlens, ones, None, encode(spec), "auto"
     )
     weight = statistics[:, ops.STATISTICS.index("weight")]
     if advantages.shape != (layout.rollouts,):

@@ -16,7 +16,7 @@ from rlvr_kernels.backend import use_triton
 from rlvr_kernels.dlogits import store
 from rlvr_kernels.logits import Head, chain, load_logits, row_blocks
 from rlvr_kernels.spec import PolicySpec
-from rlvr_kernels.surrogate import (
+from rlvr_kernels.token_terms import (
     asymmetric_weight,
     asymmetric_weight_kernel,
     kernel_arguments,
@@ -88,8 +88,9 @@ def _weigh_rows(
     if deferred:
         return torch.zeros_like(logp), torch.ones_like(logp)
     weight = None if rows.shift is None else asymmetric_weight(rows.shift, spec)
-    terms = token_terms(logp, rows.old, rows.ref, rows.advantage, weight, spec)
-    return terms.loss * rows.scale, terms.coef * rows.scale
+    x = None if rows.old is None else logp - rows.old
+    terms = token_terms(logp, x, x, rows.ref, rows.advantage, weight, spec)
+    return terms.loss * rows.scale, (terms.slope + terms.direct) * rows.scale
 
 
 def _fused_triton(
@@ -115,9 +116,10 @@ def _fused_triton(
 def fused_policy_kernel(
     tile_ptr, out_ptr, bias_ptr, ids_ptr, inv_temperature_ptr, advantage_ptr, scale_ptr, old_ptr, ref_ptr, shift_ptr,
     logp_ptr, lse_ptr, loss_ptr, coef_ptr, n_cols, row_stride, out_stride, logit_scale, softcap,
-    epsilon_low, epsilon_high, delta, beta, alpha,
+    positive_a, positive_b, negative_a, negative_b, beta, alpha,
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_OLD: tl.constexpr, HAS_REF: tl.constexpr, HAS_SHIFT: tl.constexpr,
-    DEFERRED: tl.constexpr, SHAPE: tl.constexpr, KL: tl.constexpr, BLOCK: tl.constexpr,
+    DEFERRED: tl.constexpr, FORM: tl.constexpr, SHAPE: tl.constexpr, KL: tl.constexpr, CORRECTED: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program scores, weighs and pulls back one row."""
     row = tl.program_id(0).to(tl.int64)
@@ -146,20 +148,21 @@ def fused_policy_kernel(
     if not DEFERRED:
         advantage = tl.load(advantage_ptr + row)
         scale = tl.load(scale_ptr + row)
-        old = logp
+        log_ratio = logp * 0.0
         ref = logp
         weight = 1.0
         if HAS_OLD:
-            old = tl.load(old_ptr + row)
+            log_ratio = logp - tl.load(old_ptr + row)
         if HAS_REF:
             ref = tl.load(ref_ptr + row)
         if HAS_SHIFT:
             weight = asymmetric_weight_kernel(tl.load(shift_ptr + row), alpha, SHAPE)
-        loss, coef, _kl, _low, _high = token_terms_kernel(
-            logp, old, ref, advantage, weight, epsilon_low, epsilon_high, delta, beta, HAS_OLD, HAS_REF, KL
-        )
+        loss, slope, direct, _kl, _low, _high = token_terms_kernel(
+            logp, log_ratio, log_ratio, ref, advantage, weight, positive_a, positive_b, negative_a, negative_b, beta,
+            FORM, HAS_REF, KL, CORRECTED,
+        )  # fmt: skip
         loss *= scale
-        coef *= scale
+        coef = (slope + direct) * scale
     tl.store(logp_ptr + row, logp)
     tl.store(lse_ptr + row, lse)
     tl.store(loss_ptr + row, loss)

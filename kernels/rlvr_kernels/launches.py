@@ -4,6 +4,7 @@ To add a kernel, add a call. compile_table.py runs these. The shapes are a langu
 compiler is their divisibility and the dtypes.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,12 +15,19 @@ from rlvr_kernels.fused_policy import PolicyRows, fused_policy
 from rlvr_kernels.linear_lse import linear_lse
 from rlvr_kernels.logits import Head
 from rlvr_kernels.lse_fold import RowState, lse_fold
-from rlvr_kernels.spec import PolicySpec
+from rlvr_kernels.spec import PolicySpec, Surrogate
 from rlvr_kernels.weigh import weigh
 
 N, H, V, B, TILE = 8192, 4096, 151936, 64, 32768
-ACE = PolicySpec(alpha=1.0, beta=0.001, delta=4.0)
+ACE = PolicySpec(Surrogate("clip", (0.0, 1.2), (0.8, 4.0)), alpha=1.0, beta=0.001)
 GRPO = PolicySpec()
+GSPO = PolicySpec(
+    importance_sampling_level="sequence", off_policy_mask_threshold=0.5, use_bias_correction_kl=True, beta=0.001
+)
+GMPO = PolicySpec(Surrogate("gmpo", (-math.inf, 0.4), (-0.4, math.inf)), alpha=1.0)
+VESPO = PolicySpec(Surrogate("vespo", (2.0, 3.0), (3.0, 2.0)))
+SAPO = PolicySpec(Surrogate("sapo", (1.0, 0.0), (1.05, 0.0)))
+CISPO = PolicySpec(Surrogate("weight", (0.0, 5.0), (0.0, 5.0)))
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -73,9 +81,15 @@ LAUNCHES: dict[str, Callable[[], Any]] = {
     "dlogits bf16, bias, softcap, entropy": lambda: _dlogits(_bf16, full=True),
     "weigh GRPO on policy": lambda: _weigh(GRPO, full=False),
     "weigh ACE, KL, mask": lambda: _weigh(ACE, full=True),
+    "weigh GSPO, drops, KL": lambda: _weigh(GSPO, full=True),
+    "weigh GMPO": lambda: _weigh(GMPO, full=True),
+    "weigh VESPO": lambda: _weigh(VESPO, full=True),
+    "weigh SAPO": lambda: _weigh(SAPO, full=True),
     "fused_policy fp32 GRPO on policy": lambda: _fused_policy(_fp32, GRPO, full=False),
     "fused_policy fp32 deferred": lambda: _fused_policy(_fp32, GRPO, full=False, deferred=True),
     "fused_policy bf16 ACE, KL, bias, softcap": lambda: _fused_policy(_bf16, ACE, full=True),
+    "fused_policy fp32 CISPO": lambda: _fused_policy(_fp32, CISPO, full=True),
+    "fused_policy fp32 SAPO": lambda: _fused_policy(_fp32, SAPO, full=True),
     "linear_lse bf16": lambda: _linear_lse(_bf16, _bf16),
     "linear_lse bf16, bias": lambda: _linear_lse(_bf16, _bf16, bias=meta(V)),
     "linear_lse bf16, softcap": lambda: _linear_lse(_bf16, _bf16, softcap=30.0),

@@ -3,10 +3,10 @@
 Rows come in chunks that fit the workspace with all their logits. Chunks end at rollout boundaries if the coefficient
 of a row depends on its whole rollout, anywhere otherwise. In a chunk, `fused_policy` does everything in one launch
 where it applies; else lse_fold, weigh and dlogits follow each other. Rows with coefficient 0 are taken out before the
-matmuls.
+matmuls, unless their entropy has a weight in the loss.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -18,9 +18,12 @@ from rlvr_kernels.logits import Head, accumulator_dtype
 from rlvr_kernels.lse_fold import RowState, lse_fold
 from rlvr_kernels.pull_back import Gradients, Needs
 from rlvr_kernels.spec import PolicySpec
-from rlvr_kernels.surrogate import asymmetric_weight
 from rlvr_kernels.tile import Tile, TileShape, accumulate, accumulator, bytes_per_logit, multiply, whole_row_tile
-from rlvr_kernels.weigh import STATISTICS, rollout_of_row, weigh
+from rlvr_kernels.token_terms import asymmetric_weight
+from rlvr_kernels.weigh import STATISTICS, Weighed, rollout_of_row, weigh
+
+Weigher = Callable[..., Weighed]
+"""`rlvr_kernels.weigh.weigh`, or something with its signature."""
 
 COMPACTION_BYTES = 16 << 20  # rows move up in pieces of this size
 
@@ -28,8 +31,8 @@ COMPACTION_BYTES = 16 << 20  # rows move up in pieces of this size
 class Rows(NamedTuple):
     """The n rows to do, in rollout order: `where` (n,) says which of the hidden states, None all of them.
 
-    ids, inv_temperature, advantages, old, ref (n,); cu_seqlens (B + 1,) over the n rows, `lengths` the same on the
-    host; rollout_weight (B,).
+    ids, inv_temperature, advantages, old, ref, behaviour (n,); cu_seqlens (B + 1,) over the n rows, `lengths` the same
+    on the host; rollout_weight (B,).
     """
 
     where: torch.Tensor | None
@@ -38,6 +41,7 @@ class Rows(NamedTuple):
     advantages: torch.Tensor
     old: torch.Tensor | None
     ref: torch.Tensor | None
+    behaviour: torch.Tensor | None
     cu_seqlens: torch.Tensor
     lengths: list[int]
     rollout_weight: torch.Tensor
@@ -59,11 +63,6 @@ class SinglePass(NamedTuple):
     entropy: torch.Tensor | None
     gradients: Gradients
     pulled_back: int
-
-
-def is_token_local(spec: PolicySpec, has_old: bool) -> bool:
-    """Whether a row's coefficient needs no other row's log-probability under the current policy."""
-    return spec.alpha == 0 or (spec.confidence == "old" and has_old)
 
 
 def chunks(lengths: list[int], limit: int, token_local: bool) -> Iterator[Chunk]:
@@ -95,20 +94,27 @@ def single_pass(
     needs: Needs,
     weight_dtype: torch.dtype,
     with_entropy: bool = False,
+    entropy_coef: float = 0.0,
     workspace_bytes: int,
     backend: str = "auto",
+    weigher: Weigher = weigh,
 ) -> SinglePass:
-    """Score, weigh and pull back `rows` of hidden (R, H), which is cast to the dtype of weight (V, H) chunk by chunk."""
+    """Score, weigh and pull back `rows` of hidden (R, H), which is cast to the dtype of weight (V, H) chunk by chunk.
+
+    A `weigher` other than `weigh` sees whole rollouts. entropy_coef times the entropy, aggregated like the loss, is
+    taken off the loss.
+    """
     vocabulary = weight.shape[0]
-    token_local = is_token_local(spec, rows.old is not None)
+    token_local = weigher is weigh and spec.is_token_local(rows.old is not None)
     limit = whole_row_tile(vocabulary, bytes_per_logit(weight.device, weight.dtype), workspace_bytes)
     plan = list(chunks(rows.lengths, limit, token_local))
     largest = max((chunk.stop - chunk.start for chunk in plan), default=0)
     tile = Tile(TileShape(largest, vocabulary), weight.dtype, weight.device)
     fusable = not with_entropy and (token_local or (rows.old is None and not needs.bias))
     step = _Step(
-        weight, bias, head, spec, backend, tile, fused=fusable, deferred=not token_local, with_entropy=with_entropy
-    )
+        weight, bias, head, spec, backend, tile, weigher,
+        fused=fusable, deferred=not token_local, with_entropy=with_entropy, entropy_coef=entropy_coef,
+    )  # fmt: skip
     shift = _known_shift(rows, spec, backend) if token_local and spec.alpha > 0 else None
     if (
         shift is not None and with_entropy
@@ -191,10 +197,11 @@ class _Step:
 
     def __init__(
         self, weight: torch.Tensor, bias: torch.Tensor | None, head: Head, spec: PolicySpec, backend: str, tile: Tile,
-        *, fused: bool, deferred: bool, with_entropy: bool,
+        weigher: Weigher, *, fused: bool, deferred: bool, with_entropy: bool, entropy_coef: float,
     ):  # fmt: skip
         self.weight, self.bias, self.head, self.spec, self.backend, self.tile = weight, bias, head, spec, backend, tile
-        self.fused, self.deferred, self.with_entropy = fused, deferred, with_entropy
+        self.weigher, self.fused, self.deferred = weigher, fused, deferred
+        self.with_entropy, self.entropy_coef = with_entropy, entropy_coef
 
     def run(self, states: torch.Tensor, rows: Rows, chunk: Chunk, shift: torch.Tensor | None) -> _Pulled:
         """Score, weigh and differentiate one chunk of hidden states (n, H)."""
@@ -203,8 +210,9 @@ class _Step:
 
     def _fused(self, logits: torch.Tensor, rows: Rows, chunk: Chunk, shift: torch.Tensor | None) -> _Pulled:
         part = slice(chunk.start, chunk.stop)
-        scale = rows.rollout_weight[rollout_of_row(rows.cu_seqlens, rows.ids.shape[0])[part]]
-        policy = PolicyRows(rows.advantages[part], scale, _cut(rows.old, part), _cut(rows.ref, part), shift)
+        policy = PolicyRows(
+            rows.advantages[part], _scale(rows, part), _cut(rows.old, part), _cut(rows.ref, part), shift
+        )
         gradient = self.tile.gradient(*logits.shape)
         fused = fused_policy(
             logits, rows.ids[part], policy, rows.inv_temperature[part], self.spec,
@@ -221,26 +229,36 @@ class _Step:
         ids, inv_temperature = rows.ids[part], rows.inv_temperature[part]
         state = RowState.empty(logits.shape[0], logits, entropy=self.with_entropy)
         lse_fold(logits, ids, 0, state, inv_temperature, bias=self.bias, head=self.head, backend=self.backend)
-        logp, lse = state.logp(), state.lse()
+        logp, lse, entropy = state.logp(), state.lse(), state.entropy()
         coef = self._coef(logp, rows, chunk)
-        keep = _rows_to_keep(coef)
+        if self.entropy_coef:
+            keep, options = None, {"entropy": entropy, "entropy_coef": -self.entropy_coef * _scale(rows, part)}
+        else:
+            keep, options = _rows_to_keep(coef), {}
         if keep is not None:
             logits = _move_up(logits, keep)
             ids, inv_temperature, lse, coef = ids[keep], inv_temperature[keep], lse[keep], coef[keep]
         gradient = dlogits(
-            logits, ids, 0, lse, coef, inv_temperature,
-            bias=self.bias, head=self.head, out=self.tile.gradient(*logits.shape), backend=self.backend,
+            logits, ids, 0, lse, coef, inv_temperature, bias=self.bias, head=self.head,
+            out=self.tile.gradient(*logits.shape), backend=self.backend, **options,
         )  # fmt: skip
-        return _Pulled(logp, state.entropy(), keep, gradient, None)
+        return _Pulled(logp, entropy, keep, gradient, None)
 
     def _coef(self, logp: torch.Tensor, rows: Rows, chunk: Chunk) -> torch.Tensor:
         """dL/dlogp of a chunk, which either is whole rollouts or needs none of them whole."""
         part = slice(chunk.start, chunk.stop)
         some = slice(chunk.first, chunk.last)
         bounds = rows.cu_seqlens[chunk.first : chunk.last + 1].clamp(chunk.start, chunk.stop) - chunk.start
-        spec = self.spec
-        old, ref, advantages = _cut(rows.old, part), _cut(rows.ref, part), rows.advantages[part]
-        return weigh(logp, old, ref, advantages, None, bounds, rows.rollout_weight[some], spec, self.backend).coef
+        old, ref, behaviour = (_cut(x, part) for x in (rows.old, rows.ref, rows.behaviour))
+        return self.weigher(
+            logp, old, ref, rows.advantages[part], None, bounds, rows.rollout_weight[some], self.spec, self.backend,
+            behaviour=behaviour,
+        ).coef  # fmt: skip
+
+
+def _scale(rows: Rows, part: slice) -> torch.Tensor:
+    """The aggregation's weight (n,) of each row of a chunk."""
+    return rows.rollout_weight[rollout_of_row(rows.cu_seqlens, rows.ids.shape[0])[part]]
 
 
 def _cut(values: torch.Tensor | None, part: slice) -> torch.Tensor | None:

@@ -12,6 +12,8 @@ from rlvr_kernels.lse_fold import RowState, lse_fold
 from rlvr_kernels.spec import PolicySpec
 from rlvr_kernels.weigh import STATISTICS, weigh
 
+from rlvr_ops.surrogates import cispo, cispo_two_sided, dispo, gmpo, ppo_clip, reinforce, sapo, vespo
+
 ROWS, COLS = 5, 203
 HEADS = [Head(), Head(logit_scale=0.5, softcap=4.0)]
 BACKENDS = ["torch", pytest.param("triton", marks=pytest.mark.interpret)]
@@ -117,13 +119,13 @@ def policy_rows(seed=1, rows=ROWS):
 
 SPECS = [
     PolicySpec(
+        ppo_clip(delta=delta),
         alpha=alpha,
         shape=shape,
         confidence=confidence,
         confidence_reduction=reduction,
         beta=beta,
         kl_estimator=kl,
-        delta=delta,
     )
     for alpha, shape, confidence, reduction in [
         (0.0, "softplus", "current", "mean"),
@@ -132,10 +134,21 @@ SPECS = [
     ]
     for beta, kl, delta in [(0.0, "k3", None), (0.1, "k3", 1.4), (0.1, "k2", None), (0.1, "k1", None)]
 ]
+LEVELS = ("token", "sequence", "sequence_token")
+OTHERS = [
+    *(PolicySpec(ppo_clip(0.1, 0.05), level, beta=0.1, use_bias_correction_kl=True) for level in LEVELS),
+    *(PolicySpec(sapo(), level, alpha=0.7) for level in LEVELS),
+    *(PolicySpec(make(), level) for make in (cispo, cispo_two_sided, dispo) for level in LEVELS[:2]),
+    *(PolicySpec(make(), alpha=1.0, beta=0.05) for make in (gmpo, vespo, reinforce)),
+    PolicySpec(ppo_clip(), off_policy_mask_threshold=0.01, beta=0.1, kl_estimator="k1", use_bias_correction_kl=True),
+    PolicySpec(
+        gmpo(0.2, 0.1), off_policy_mask_threshold=0.01, kl_estimator="k2", beta=0.1, use_bias_correction_kl=True
+    ),
+]
 
 
 @pytest.mark.interpret
-@pytest.mark.parametrize("spec", SPECS, ids=str)
+@pytest.mark.parametrize("spec", SPECS + OTHERS, ids=str)
 @pytest.mark.parametrize("has_old", [True, False])
 @pytest.mark.parametrize("masked", [True, False])
 def test_weigh_kernel_agrees_with_its_twin_in_float64(spec, has_old, masked):
@@ -147,9 +160,11 @@ def test_weigh_kernel_agrees_with_its_twin_in_float64(spec, has_old, masked):
         logp, ref = (torch.where(mask, x, float("nan")) for x in (logp, ref))
     old = old if has_old else None
     weights = torch.linspace(0.1, 0.5, 5)
-    found = weigh(logp, old, ref, advantages, mask, cu_seqlens, weights, spec, backend="triton")
+    behaviour = logp + 0.1 * ref  # what sampled, unknown for some tokens
+    behaviour[::7] = float("nan")
+    found = weigh(logp, old, ref, advantages, mask, cu_seqlens, weights, spec, "triton", behaviour=behaviour)
     wide = [None if x is None else x.double() for x in (logp, old, ref, advantages)]
-    expected = weigh(*wide, mask, cu_seqlens, weights.double(), spec, backend="torch")
+    expected = weigh(*wide, mask, cu_seqlens, weights.double(), spec, "torch", behaviour=behaviour.double())
     for name, a, b in zip(found._fields, found, expected, strict=True):
         torch.testing.assert_close(a.double(), b, rtol=2e-5, atol=2e-6, msg=lambda m, name=name: f"{name}: {m}")
 
@@ -168,7 +183,7 @@ def test_a_divergence_that_overflows_does_not_reach_a_loss_without_it(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("head", HEADS)
-@pytest.mark.parametrize("spec", SPECS[::3], ids=str)
+@pytest.mark.parametrize("spec", SPECS[::3] + [spec for spec in OTHERS if spec.is_token_local(True)], ids=str)
 @pytest.mark.parametrize("has_old", [True, False])
 def test_fused_policy_is_the_three_kernels_in_one(backend, head, spec, has_old):
     raw, ids, inv_temperature, bias = make_rows(spread=1.0)

@@ -7,9 +7,10 @@ from rlvr_kernels.logits import Head
 from rlvr_kernels.spec import PolicySpec
 
 import rlvr_ops
-from rlvr_ops import ops
+from rlvr_ops import ops, surrogates
+from rlvr_ops.spec_text import decode_head, decode_policy, encode
 
-HEAD, POLICY = ops.encode(Head(0.9, 3.0)), ops.encode(PolicySpec(alpha=1.0, beta=0.1))
+HEAD, POLICY = encode(Head(0.9, 3.0)), encode(PolicySpec(alpha=1.0, beta=0.1))
 ROOM = 8 * 17 * 6
 
 
@@ -25,11 +26,21 @@ def flat():
     return batch, rows, advantages, weights, hidden, weight, bias, cool
 
 
-@pytest.mark.parametrize("spec", [PolicySpec(), PolicySpec(1e-3, 1 / 3, 2.0, 0.1, "k1", 1, "relu", "old", "sum")])
+SPECS = [
+    PolicySpec(),
+    PolicySpec(surrogates.ppo_clip(1e-3, 1 / 3, 2.0), "sequence", 0.3, 0.1, "k1", True, 1, "relu", "old", "sum"),
+    *(PolicySpec(make()) for make in surrogates.SURROGATES.values()),
+]
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
 def test_a_spec_survives_its_text(spec):
-    assert ops._policy(ops.encode(spec)) == spec
-    assert ops._head(ops.encode(Head(-1e-30, 30))) == Head(-1e-30, 30)
-    assert ops._head(ops.encode(Head())) == Head()
+    assert decode_policy(encode(spec)) == spec
+
+
+@pytest.mark.parametrize("head", [Head(-1e-30, 30), Head()])
+def test_a_head_survives_its_text(head):
+    assert decode_head(encode(head)) == head
 
 
 @pytest.mark.parametrize(("scored", "statistics"), [(True, (False, False, False)), (False, (True, True, True))])
@@ -55,7 +66,8 @@ def test_opcheck_weigh(flat, off_policy):
     batch, _rows, advantages, weights, *_ = flat
     logp = (batch.ref + 0.1).requires_grad_()
     old = batch.old if off_policy else None
-    args = (logp, old, batch.ref, advantages, batch.mask, batch.cu_seqlens, weights, POLICY, "torch")
+    behaviour = None if off_policy else batch.old
+    args = (logp, old, batch.ref, advantages, batch.mask, batch.cu_seqlens, weights, behaviour, POLICY, "torch")
     torch.library.opcheck(ops.weigh, args)
 
 
@@ -64,8 +76,8 @@ def test_opcheck_single_pass(flat, scored, with_entropy):
     batch, _rows, advantages, weights, hidden, weight, bias, cool = flat
     mask = batch.mask if scored else None
     args = (
-        hidden, weight, bias, batch.ids, mask, cool, batch.old, batch.ref, advantages, batch.cu_seqlens, weights,
-        POLICY, HEAD, torch.float64, True, True, True, with_entropy, ROOM, "torch",
+        hidden, weight, bias, batch.ids, mask, cool, batch.old, batch.ref, None, advantages, batch.cu_seqlens, weights,
+        POLICY, HEAD, torch.float64, True, True, True, with_entropy, 0.1 * with_entropy, ROOM, "torch",
     )  # fmt: skip
     # Backward scales the op's own gradient buffers in place, so that no second d_weight exists; the library drops them, but
     # this check of AOT dispatch looks at them afterwards. So it is made without a backward, and for that there is the
@@ -81,6 +93,10 @@ CASES = {
     "two-pass": {"alpha": 1.0, "schedule": "two_pass"},
     "dapo-old": {"alpha": 1.0, "confidence": "old", "loss_type": "dapo", "delta": 2.0},
     "temperatures": {"temperature": True, "softcap": 3.0, "with_entropy": True},
+    "gspo": {"importance_sampling_level": "sequence", "use_bias_correction_kl": True, "beta": 0.1},
+    "vespo": {"surrogate": "vespo", "entropy_coef": 0.1},
+    "off-policy-mask": {"surrogate": surrogates.gmpo(0.3), "off_policy_mask_threshold": 0.05},
+    "top-entropy": {"surrogate": "cispo", "top_entropy_quantile": 0.5},
     "everything-scored": {"score_inactive": True, "loss_type": "dr_grpo", "max_completion_length": 9},
 }
 

@@ -1,0 +1,75 @@
+"""Correcting for the sampler: the engine that sampled a rollout seldom agrees to the last bit with the one that trains.
+
+    w_t = exp(old_t - sampling_t), or the product of those over the rollout
+
+is a constant that multiplies the surrogate (not the KL term). Truncated it is at most clip_max (and at least clip_min);
+masked it is 0 outside them. Source: truncated importance sampling as in TRL and verl; masking as in IcePop 2510.18855.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from rlvr_kernels.spec import choose
+from torch import Tensor
+
+from rlvr_ops.layout import Layout
+
+CORRECTIONS = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
+SMALLEST = 1e-10
+
+
+@dataclass(frozen=True)
+class SamplingCorrection:
+    """Which weights, and their bounds.
+
+    Raises:
+        ValueError: an unknown name, or bounds that hold nothing.
+    """
+
+    kind: str
+    clip_max: float = 3.0
+    clip_min: float | None = None
+
+    def __post_init__(self) -> None:
+        choose("sampling_correction", self.kind, CORRECTIONS)
+        if not 0 < self.clip_max < float("inf"):
+            raise ValueError(f"sampling_clip_max must be > 0 and finite, got {self.clip_max}")
+        if self.clip_min is not None and not 0 <= self.clip_min <= self.clip_max:
+            raise ValueError(
+                f"sampling_clip_min must lie between 0 and sampling_clip_max = {self.clip_max}, got {self.clip_min}"
+            )
+
+    @property
+    def per_rollout(self) -> bool:
+        """Whether a rollout's tokens share one weight."""
+        return self.kind.startswith("sequence")
+
+    def weights(self, old: Tensor, sampling: Tensor, layout: Layout) -> Tensor:
+        """w (R,), from constants (R,). A token whose sampling log-probability is NaN counts as sampled by old."""
+        gap = (old - sampling).nan_to_num(nan=0.0)
+        gap = gap if layout.mask is None else gap.masked_fill(~layout.mask, 0)
+        ratio = (layout.per_rollout(gap)[layout.rollout()] if self.per_rollout else gap).exp()
+        low = 0.0 if self.clip_min is None else self.clip_min
+        if self.kind.endswith("truncate"):
+            return ratio.clamp(low, self.clip_max)
+        return ratio.masked_fill((ratio < low) | (ratio > self.clip_max), 0)
+
+
+def geometric_mean(weights: Tensor, layout: Layout) -> Tensor:
+    """Each rollout's geometric mean of weights (R,), for a surrogate that is one of ratios (GMPO)."""
+    logs = (weights + SMALLEST).log()
+    logs = logs if layout.mask is None else logs.masked_fill(~layout.mask, 0)
+    return (layout.per_rollout(logs) / layout.tokens().clamp(min=1))[layout.rollout()].exp()
+
+
+def sampling_metrics(weights: Tensor, layout: Layout) -> dict[str, Tensor]:
+    """Mean, least and largest weight of the tokens that count."""
+    if not weights.shape[0]:
+        return {}
+    active = torch.ones_like(weights, dtype=torch.bool) if layout.mask is None else layout.mask
+    name = "sampling/importance_sampling_ratio"
+    return {
+        f"{name}/mean": weights.masked_fill(~active, 0).sum() / active.sum().clamp(min=1),
+        f"{name}/min": weights.masked_fill(~active, float("inf")).amin(),
+        f"{name}/max": weights.masked_fill(~active, 0).amax(),
+    }
