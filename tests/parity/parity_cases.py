@@ -8,7 +8,7 @@ from loss_cases import assert_same
 
 import rlvr_ops
 
-TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-8}  # the peers compute some constants in float32 or add 1e-8
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-9}  # verl adds 1e-8 to counts and 1e-10 to weights
 LENGTHS = (7, 5, 1, 4, 6, 3)
 LONGEST = 9  # dr_grpo's constant, longer than any rollout
 
@@ -121,3 +121,16 @@ def aggregate(values: torch.Tensor, mask: torch.Tensor, loss_type: str) -> torch
             return sums.mean() / LONGEST
         case "dapo" | "bnpo":
             return sums.sum() / mask.sum()
+
+
+def by_the_rollouts_ratio(
+    logps: torch.Tensor, old: torch.Tensor | None, ref: torch.Tensor, mask: torch.Tensor, loss_type: str
+) -> torch.Tensor:
+    """What the corrected KL of TRL and Liger has more at level "sequence": (s - rho) k3, aggregated.
+
+    s is the rollout's ratio, rho the token's own, which is the one that this library takes.
+    """
+    log_ratio = torch.where(mask, logps - (logps.detach() if old is None else old), 0)
+    log_s = log_ratio.sum(dim=1, keepdim=True) / mask.sum(dim=1, keepdim=True).clamp(min=1)
+    gap = torch.where(mask, ref - logps, 0)
+    return aggregate((log_s.exp() - log_ratio.exp()) * (gap.exp() - gap - 1), mask, loss_type)

@@ -5,7 +5,17 @@ from dataclasses import replace
 import pytest
 import torch
 import trl_peer
-from parity_cases import LONGEST, TOLERANCE, aggregate, assert_parity, differentiate, make_batch, ours, plus
+from parity_cases import (
+    LONGEST,
+    TOLERANCE,
+    aggregate,
+    assert_parity,
+    by_the_rollouts_ratio,
+    differentiate,
+    make_batch,
+    ours,
+    plus,
+)
 
 from rlvr_ops import surrogates
 
@@ -56,7 +66,7 @@ def test_a_clipped_loss_is_trls(loss_type, level, delta, kl, old):
         config = {"importance_sampling_level": level, "delta": delta, "old": old} | KL[kl]
         theirs = trl_loss(batch, loss_type, **config)
         if level == "sequence" and kl == "corrected-kl":
-            theirs = plus(theirs, by_the_rollouts_ratio(batch, loss_type, old), -0.1)
+            theirs = plus(theirs, more_in_trl(batch, loss_type, old), -0.1)
         assert_parity(our_loss(batch, loss_type, **config), theirs)
 
 
@@ -71,21 +81,14 @@ def test_a_weighted_loss_is_trls(loss_type, level, kl, old):
         config = {"importance_sampling_level": level, "old": old} | KL[kl]
         theirs = trl_loss(batch, loss_type, **config)
         if level == "sequence" and kl == "corrected-kl":
-            theirs = plus(theirs, by_the_rollouts_ratio(batch, loss_type, old), -0.1)
+            theirs = plus(theirs, more_in_trl(batch, loss_type, old), -0.1)
         assert_parity(our_loss(batch, loss_type, **config), theirs)
 
 
-def by_the_rollouts_ratio(batch, loss_type, old):
-    """What TRL's corrected KL has more at level "sequence": (s - rho) k3, s the rollout's ratio, rho the token's."""
-
-    def difference(logps, entropies):
-        log_ratio = logps - (batch.old if old else logps.detach())
-        log_s = torch.where(batch.mask, log_ratio, 0).sum(dim=1, keepdim=True) / batch.tokens[:, None].clamp(min=1)
-        gap = batch.ref - logps
-        k3 = gap.exp() - gap - 1
-        return aggregate((log_s.exp() - log_ratio.exp()) * k3, batch.mask, AGGREGATION.get(loss_type, loss_type))
-
-    return differentiate(difference, batch)
+def more_in_trl(batch, loss_type, old):
+    """`by_the_rollouts_ratio` of a batch, and its gradient."""
+    known, rule = batch.old if old else None, AGGREGATION.get(loss_type, loss_type)
+    return differentiate(lambda logps, _: by_the_rollouts_ratio(logps, known, batch.ref, batch.mask, rule), batch)
 
 
 def test_trl_ignores_the_level_for_vespo_and_we_refuse_it():
@@ -197,17 +200,20 @@ MODES = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("loss_type", CLIPPED + WEIGHTED)
 def test_the_sampling_correction_is_trls(loss_type, mode, low, kl):
-    if loss_type == "vespo" and mode.startswith("sequence"):
-        with pytest.raises(ValueError, match="does not go with surrogate vespo"):
-            our_loss(make_batch(), loss_type, old=True, sampling=True, sampling_correction=mode)
-        return
     batch = make_batch(dtype=torch.float32)
     batch.sampling[0, 2] = float("nan")
-    names = {"mode": mode, "clip_max": 1.2, "clip_min": low}
-    correction = {f"vllm_importance_sampling_{name}": value for name, value in names.items()}
+    config = {"sampling_correction": mode, "sampling_clip_max": 1.2, "sampling_clip_min": low} | KL[kl]
+    if loss_type == "vespo" and (mode.startswith("sequence") or kl == "corrected-kl"):
+        with pytest.raises(ValueError, match="does not go with surrogate vespo"):
+            our_loss(batch, loss_type, old=True, sampling=True, **config)
+        return
+    correction = {
+        "vllm_importance_sampling_mode": mode,
+        "vllm_importance_sampling_clip_max": 1.2,
+        "vllm_importance_sampling_clip_min": low,
+    }
     given = trl_peer.sampling_inputs(batch, **correction)
     theirs = trl_loss(batch, loss_type, old=True, sampling=given, use_vllm=True, **correction, **KL[kl])
-    config = {"sampling_correction": mode, "sampling_clip_max": 1.2, "sampling_clip_min": low} | KL[kl]
     assert_parity(our_loss(batch, loss_type, old=True, sampling=True, **config), theirs)
 
 
@@ -225,6 +231,14 @@ def test_vespos_clamps_in_trl_show_only_where_one_token_is_e20_times_off():
     batch.old[0, :2] = batch.logps[0, :2] - torch.tensor([22.0, -20.0])  # TRL takes 20 for the 22
     clamped = replace(batch, old=torch.maximum(batch.old, batch.logps - 20))
     assert_parity(our_loss(clamped, "vespo", old=True), trl_loss(batch, "vespo", old=True))
+
+
+def test_nan_in_the_padding_spreads_in_trl_and_not_here():
+    batch = make_batch()
+    poisoned = replace(batch, old=batch.old.masked_fill(~batch.mask, float("nan")))
+    with pytest.raises(AssertionError, match="the padding has a gradient"):
+        trl_loss(poisoned, "grpo", old=True)
+    assert_parity(our_loss(poisoned, "grpo", old=True), trl_loss(batch, "grpo", old=True))
 
 
 def test_a_ratio_beyond_float32_is_not_clamped_by_either():
