@@ -1,26 +1,39 @@
-"""Pass@k on the held-out problems, with bootstrap intervals over problems."""
+"""Pass@k on the held-out problems, with bootstrap intervals over problems, and how well confidence tells right from wrong."""
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import rlvr_ops
 from rlvr_ops.evaluation import bootstrap_interval, paired_bootstrap_interval
 from rlvr_trainer.config import Config
 from rlvr_trainer.policies import Policy
 from rlvr_trainer.rollouts import sample
+from rlvr_trainer.scoring import confidences_of
 from rlvr_trainer.tasks import Task
+
+RELIABILITY_BINS = 10
 
 
 @dataclass
 class Evaluation:
-    """How many of `samples` answers were correct per held-out problem; None where the verifier failed on one."""
+    """How many of `samples` answers were correct per held-out problem; None where the verifier failed on one.
+
+    `confidences` and `verdicts` are of every answer, the `samples` of a problem next to each other, and a verdict is None
+    where the verifier failed; both are None in runs from before they were recorded. `stated` of the confidences were
+    written into the answers, the others are mean token probabilities.
+    """
 
     samples: int
     correct: list[int | None]
     verifier_errors: int
     mean_length: float
+    confidences: list[float] | None = None
+    verdicts: list[bool | None] | None = None
+    stated: int = 0
 
     def per_problem(self, k: int) -> list[float]:
         """Pass@k of each problem that could be judged."""
@@ -33,13 +46,34 @@ class Evaluation:
         return sum(values) / len(values), low, high
 
     def metrics(self) -> dict[str, float]:
-        """`eval/pass@k` with `/low` and `/high` for k = 1, 2, 4, ..., samples."""
+        """`eval/pass@k` with `/low` and `/high` for k = 1, 2, 4, ..., samples, and those of `calibration`."""
         found = {"eval/verifier_errors": float(self.verifier_errors), "eval/mean_length": self.mean_length}
         if any(c is not None for c in self.correct):
             for k in powers_of_two(self.samples):
                 mean, low, high = self.pass_at(k)
                 found |= {f"eval/pass@{k}": mean, f"eval/pass@{k}/low": low, f"eval/pass@{k}/high": high}
-        return found
+        return found | self.calibration()
+
+    def judged(self) -> tuple[Tensor, Tensor] | None:
+        """Confidence and verdict of every answer that has both, as `rlvr_ops.calibration` takes them; None without any."""
+        pairs = [(q, y) for q, y in zip(self.confidences or [], self.verdicts or [], strict=True) if y is not None]
+        if not pairs:
+            return None
+        confidences, verdicts = zip(*pairs, strict=True)
+        return torch.tensor(confidences, dtype=torch.float64), torch.tensor(verdicts)
+
+    def calibration(self) -> dict[str, float]:
+        """`eval/brier`, `eval/ece`, `eval/auroc` (left out where all answers are right or all wrong), `eval/frac_stated`."""
+        judged = self.judged()
+        if judged is None or self.confidences is None:
+            return {}
+        found = {
+            "eval/brier": float(rlvr_ops.brier_score(*judged)),
+            "eval/ece": float(rlvr_ops.expected_calibration_error(*judged, bins=RELIABILITY_BINS)),
+            "eval/auroc": float(rlvr_ops.auroc(*judged)),
+            "eval/frac_stated": self.stated / len(self.confidences),
+        }
+        return {name: value for name, value in found.items() if not math.isnan(value)}
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON; `Evaluation(**...)` reads it back."""
@@ -58,13 +92,15 @@ def powers_of_two(n: int) -> list[int]:
 def evaluate(policy: Policy, task: Task, config: Config) -> Evaluation:
     """Sample `evaluation.samples` answers to every held-out problem. The random state of training is left alone.
 
-    A problem on which the verifier fails even once is not counted at all, neither as solved nor as missed.
+    A problem on which the verifier fails even once is not counted at all, neither as solved nor as missed. The answers'
+    confidences cost one forward pass over them in batches of `rollout.batch_size`.
     """
     n = config.evaluation.samples
     devices = [policy.device] if policy.device.type != "cpu" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(config.evaluation.seed)
         rollouts = sample(policy, task.held_out, config, n, config.evaluation.temperature)
+    confidences, stated = confidences_of(policy, rollouts, config.evaluation.temperature, config.rollout.batch_size)
     scores = task.score(rollouts.problems, rollouts.texts)
     groups = [scores[i : i + n] for i in range(0, len(scores), n)]
     return Evaluation(
@@ -72,6 +108,9 @@ def evaluate(policy: Policy, task: Task, config: Config) -> Evaluation:
         correct=[None if None in group else sum(score == 1 for score in group) for group in groups],
         verifier_errors=sum(score is None for score in scores),
         mean_length=float(rollouts.completion_mask.sum(1).float().mean()),
+        confidences=[round(value, 6) for value in confidences],
+        verdicts=[None if score is None else score == 1 for score in scores],
+        stated=stated,
     )
 
 

@@ -24,6 +24,7 @@ from rlvr_trainer.metrics import StepMetrics
 from rlvr_trainer.policies import Policy, load_policy
 from rlvr_trainer.report import summarise
 from rlvr_trainer.rollouts import Batch, Rollouts, collect
+from rlvr_trainer.scoring import hidden_states_of, scores_of
 from rlvr_trainer.session import Clock, asked_to_stop, claim_folder
 from rlvr_trainer.tasks import Task, make_task
 
@@ -155,22 +156,9 @@ def micro_batches(policy: Policy, reference: Policy, batch: Batch, config: Confi
         yield MicroBatch(
             rollouts=rollouts,
             advantages=batch.advantages[rows],
-            ref_per_token_logps=scores_of(reference, rollouts, config),
-            old_per_token_logps=scores_of(policy, rollouts, config) if off_policy else None,
+            ref_per_token_logps=scores_of(reference, rollouts, config.rollout.temperature),
+            old_per_token_logps=scores_of(policy, rollouts, config.rollout.temperature) if off_policy else None,
         )
-
-
-@torch.no_grad()
-def scores_of(policy: Policy, rollouts: Rollouts, config: Config) -> Tensor:
-    """Log-probabilities (B, T) of the completions at the sampling temperature."""
-    with policy.autocast():
-        return rlvr_ops.token_logps(
-            hidden_states=_hidden(policy, rollouts),
-            completion_ids=rollouts.completion_ids,
-            completion_mask=rollouts.completion_mask,
-            temperature=config.rollout.temperature,
-            **policy.head.arguments(),
-        ).logps
 
 
 def loss_of(policy: Policy, part: MicroBatch, config: Config, items: float) -> rlvr_ops.LossOutput:
@@ -178,7 +166,7 @@ def loss_of(policy: Policy, part: MicroBatch, config: Config, items: float) -> r
     algorithm = config.algorithm
     with policy.autocast():
         return rlvr_ops.policy_loss(
-            hidden_states=_hidden(policy, part.rollouts),
+            hidden_states=hidden_states_of(policy, part.rollouts),
             completion_ids=part.rollouts.completion_ids,
             completion_mask=part.rollouts.completion_mask,
             advantages=part.advantages,
@@ -201,11 +189,6 @@ def loss_of(policy: Policy, part: MicroBatch, config: Config, items: float) -> r
             with_entropy=True,
             **policy.head.arguments(),
         )
-
-
-def _hidden(policy: Policy, rollouts: Rollouts) -> Tensor:
-    length = rollouts.completion_ids.shape[1]
-    return policy.hidden_states(rollouts.input_ids, rollouts.attention_mask, length)
 
 
 def _evaluate(policy: Policy, task: Task, config: Config, log: RunLog, step: int) -> None:

@@ -1,12 +1,13 @@
-"""`summary.json` and `report.png`: what a run did, in one sentence and in five curves."""
+"""`summary.json` and `report.png`: what a run did, in one sentence and in six plots."""
 
 import json
 from pathlib import Path
 from typing import Any
 
+import rlvr_ops
 from rlvr_trainer.config import Config
 from rlvr_trainer.console import EVALUATIONS, METRICS, RunLog, read_jsonl
-from rlvr_trainer.evaluation import Evaluation, compare, powers_of_two
+from rlvr_trainer.evaluation import RELIABILITY_BINS, Evaluation, compare, powers_of_two
 from rlvr_trainer.parsing import ConfigError
 
 CURVES = [
@@ -52,22 +53,24 @@ def plot(run: Path) -> Path:
     import matplotlib.pyplot as plt
 
     rows = read_jsonl(run / METRICS)
-    figure, axes = plt.subplots(2, 3, figsize=(13, 7), layout="constrained")
-    for axis, (name, label) in zip(axes.flat, CURVES, strict=False):
+    figure, axes = plt.subplot_mosaic("abcd\nefgg", figsize=(17, 7), layout="constrained")
+    for axis, (name, label) in zip((axes[letter] for letter in "abcd"), CURVES, strict=True):
         points = [(row["step"], row[name]) for row in rows if name in row]
         axis.plot(*zip(*points, strict=True), marker=".") if points else axis.text(0.3, 0.5, "not recorded")
         axis.set(title=label, xlabel="step")
         axis.grid(alpha=0.3)
-    _pass_at_k(axes.flat[4], read_jsonl(run / EVALUATIONS) if (run / EVALUATIONS).is_file() else [])
-    _sentence(axes.flat[5], run)
+    evaluations = read_jsonl(run / EVALUATIONS) if (run / EVALUATIONS).is_file() else []
+    chosen = [evaluations[0], evaluations[-1]] if len(evaluations) > 1 else evaluations
+    _pass_at_k(axes["e"], chosen)
+    _reliability(axes["f"], chosen)
+    _sentence(axes["g"], run)
     path = run / "report.png"
     figure.savefig(path, dpi=110)
     plt.close(figure)
     return path
 
 
-def _pass_at_k(axis: Any, evaluations: list[dict[str, Any]]) -> None:
-    chosen = [evaluations[0], evaluations[-1]] if len(evaluations) > 1 else evaluations
+def _pass_at_k(axis: Any, chosen: list[dict[str, Any]]) -> None:
     for name, row in zip(("before", "after"), chosen, strict=False):
         found = _evaluation(row)
         ks = powers_of_two(found.samples)
@@ -79,6 +82,32 @@ def _pass_at_k(axis: Any, evaluations: list[dict[str, Any]]) -> None:
     axis.grid(alpha=0.3)
     if chosen:
         axis.legend()
+
+
+def _reliability(axis: Any, chosen: list[dict[str, Any]]) -> None:
+    """Accuracy against confidence, a point per bin that is not empty; its area is the bin's share of the answers."""
+    axis.plot((0, 1), (0, 1), color="grey", linestyle=":")
+    title = "held-out reliability"
+    for name, row in zip(("before", "after"), chosen, strict=False):
+        found = _evaluation(row)
+        judged = found.judged()
+        if judged is None:
+            continue
+        counts, confidence, accuracy = rlvr_ops.reliability_bins(*judged, bins=RELIABILITY_BINS)
+        filled = counts > 0
+        (line,) = axis.plot(confidence[filled], accuracy[filled], label=f"{name} (step {row['step']})")
+        axis.scatter(
+            confidence[filled], accuracy[filled], s=300 * counts[filled] / counts.sum(), color=line.get_color()
+        )
+        values = found.calibration()
+        auroc = f"{values['eval/auroc']:.2f}" if "eval/auroc" in values else "undefined"
+        title = f"reliability {name}\nECE {values['eval/ece']:.3f}, Brier {values['eval/brier']:.3f}, AUROC {auroc}"
+    if axis.get_legend_handles_labels()[1]:
+        axis.legend()
+    else:
+        axis.text(0.3, 0.5, "not recorded")
+    axis.set(title=title, xlabel="confidence", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1))
+    axis.grid(alpha=0.3)
 
 
 def _sentence(axis: Any, run: Path) -> None:
