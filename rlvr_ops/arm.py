@@ -83,7 +83,7 @@ def _confidences(name: str, logps: Tensor, mask_name: str, mask: Tensor | None, 
     if bool(values.isnan().any()):
         row, column = (int(i) for i in values.isnan().nonzero()[0])
         raise ValueError(f"{name} must not be NaN where {mask_name} is 1, got NaN at {(row, column)}")
-    kept = (counts.sum(1) * fraction * (1 - 1e-6)).ceil()[:, None]  # 20 % of 5 tokens is 1, however that is rounded
+    kept = (counts.sum(1) * fraction * (1 - 1e-6)).ceil()[:, None]  # 30 % of 50 is 15, though float32's 0.3 is more
     lowest = torch.arange(logps.shape[1], device=logps.device) < kept
     total = values.sort(dim=1).values.masked_fill(~lowest, 0).sum(1)
     return (total / kept[:, 0].clamp(min=1)).exp()

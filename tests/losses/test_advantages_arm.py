@@ -48,6 +48,14 @@ def test_a_share_of_tokens_is_rounded_up():
     check(arm(answers=answers), 1 + 2 * (0.3 - math.sqrt(0.125)), -1 + 2 * (0.3 - 0.6))
 
 
+def test_a_share_that_is_whole_is_not_rounded_up_by_float32():
+    # 30 % of 50 are 15, but 50 times the float32 nearest to 0.3 lies above
+    answers = torch.zeros(2, 50, dtype=torch.float64)
+    answers[:, :16] = torch.linspace(-16, -1, 16, dtype=torch.float64)
+    expected = A + 2 * (0.3 - answers[:, :15].mean(1).exp())
+    torch.testing.assert_close(arm(answers=answers, fraction=0.3), expected)
+
+
 def test_groups_without_a_correct_rollout_are_left_alone():
     advantages = torch.tensor([0.3, -0.1, 1.0, -1.0], dtype=torch.float64)
     got = arm(advantages, ANSWERS.repeat(2, 1), prompt_logps=PROMPTS.repeat(2, 1), correct=torch.tensor([0, 0, 1, 0]))

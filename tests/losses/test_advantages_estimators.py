@@ -152,6 +152,12 @@ def test_reinforce_plus_plus_counts_a_rollout_once_a_token():
     check(got, [1.5 / math.sqrt(1 + 4e-8), -0.5 / math.sqrt(1 + 4e-8)])
 
 
+def test_reinforce_plus_plus_of_a_batch_without_a_token_counts_its_rollouts_alike():
+    r = rewards(3, 1, 1, 3)
+    got = group_advantages(r, 2, "reinforce_plus_plus", lengths=torch.zeros(4, dtype=torch.long))
+    check(got, group_advantages(r, 2, "reinforce_plus_plus").tolist())
+
+
 def test_lens_calibrates_wrong_answers_by_their_confidence():
     # mixed: G / sum(r / p) = 4 / 2 = 2 > 2 max p = 1, so D = 2: -(1/4) (1/4) / (7/4) = -1/28, -(1/4) (1/8) / (15/8) = -1/60
     r, p = rewards(1, 0, 0, 0), rewards(0.5, 0.25, 0.25, 0.125)

@@ -5,6 +5,7 @@ import torch
 from advantage_cases import CENTRED, extras, permuted
 
 from rlvr_ops.advantages import ESTIMATORS, easy_but_brittle, group_advantages, informative_groups
+from rlvr_ops.groups import make_groups
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
@@ -78,6 +79,19 @@ def test_advantages_carry_no_gradient():
 def test_tiny_rewards_are_told_apart():
     got = group_advantages(torch.tensor([1e-30, 0.0]), 2, eps=0.0)
     torch.testing.assert_close(got, torch.tensor([0.5**0.5, -(0.5**0.5)]))
+
+
+def test_group_statistics_are_those_of_each_group():
+    values, ids = torch.tensor([1.0, 4.0, 3.0, -2.0]).double(), torch.tensor([6, 2, 6, 2])
+    groups = make_groups("values", values, None, ids)
+    assert groups.count == 2
+    assert groups.size().tolist() == [2, 2, 2, 2]
+    assert groups.mean(values).tolist() == [2.0, 1.0, 2.0, 1.0]
+    torch.testing.assert_close(groups.std(values), values[[0, 1, 0, 1]].new_tensor([2, 18, 2, 18]).sqrt())
+    assert groups.min_each(values).tolist() == [-2.0, 1.0]
+    assert groups.max(values).tolist() == [3.0, 4.0, 3.0, 4.0]
+    assert groups.weighted_mean(values, torch.tensor([1.0, 0.0, 3.0, 0.0]).double()).tolist() == [2.5, 1.0, 2.5, 1.0]
+    assert make_groups("values", values, 1, None).std(values).tolist() == [0.0] * 4
 
 
 def test_the_groups_must_be_given_once():
