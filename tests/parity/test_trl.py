@@ -17,7 +17,7 @@ from parity_cases import (
     plus,
 )
 
-from rlvr_ops import surrogates
+from rlvr_ops import group_advantages, surrogates
 
 pytestmark = pytest.mark.parity
 
@@ -212,9 +212,32 @@ def test_the_sampling_correction_is_trls(loss_type, mode, low, kl):
         "vllm_importance_sampling_clip_max": 1.2,
         "vllm_importance_sampling_clip_min": low,
     }
-    given = trl_peer.sampling_inputs(batch, **correction)
+    output = trl_peer.generate_and_score(batch, **correction)
+    given = {name: output[name] for name in ("importance_sampling_ratio", "sampling_per_token_logps")}
     theirs = trl_loss(batch, loss_type, old=True, sampling=given, use_vllm=True, **correction, **KL[kl])
     assert_parity(our_loss(batch, loss_type, old=True, sampling=True, **config), theirs)
+
+
+# --- advantages -----------------------------------------------------------------------------------------------------
+
+REWARDS = torch.tensor([1.0, 0.0, 0.0, 0.3, -1.2, 0.3])  # two groups of 3
+
+
+@pytest.mark.parametrize(("scale_rewards", "estimator"), [("group", "grpo"), ("none", "dr_grpo")])
+def test_group_advantages_are_trls(scale_rewards, estimator):
+    theirs = trl_peer.generate_and_score(make_batch(), REWARDS, scale_rewards=scale_rewards)["advantages"]
+    torch.testing.assert_close(group_advantages(REWARDS, 3, estimator), theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_trl_leaves_a_missing_reward_out_of_its_group_and_we_refuse_it():
+    rewards = REWARDS.clone()
+    rewards[1] = float("nan")
+    theirs = trl_peer.generate_and_score(make_batch(), rewards)["advantages"]
+    assert theirs[1] == 0
+    two = group_advantages(torch.tensor([1.0, 0.0]), 2)  # the two rollouts that have one
+    torch.testing.assert_close(theirs[[0, 2]], two, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="rollout 1"):
+        group_advantages(rewards, 3)
 
 
 # --- numbers out of range --------------------------------------------------------------------------------------------

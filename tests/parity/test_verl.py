@@ -110,13 +110,17 @@ def test_verl_divides_by_the_rollouts_that_have_tokens_and_we_by_all(name, mode)
 # --- KL and entropy --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+ESTIMATORS = {"k1": "k1", "kl": "k1", "k2": "k2", "mse": "k2", "k2+": "k2", "k3": "k3", "low_var_kl": "k3"}
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
 @pytest.mark.parametrize("mode", MODES)
-def test_the_kl_term_is_verls(mode, estimator):
+def test_the_kl_term_is_verls(mode, name):
     for dtype in TOLERANCE:
         batch = make_batch(dtype=dtype)
-        theirs = verl_loss(batch, "vanilla", mode, kl_loss_type=estimator, **KL)
-        assert_parity(our_loss(batch, "vanilla", mode, old=True, ref=True, beta=0.1, kl_estimator=estimator), theirs)
+        theirs = verl_loss(batch, "vanilla", mode, kl_loss_type=name, **KL)
+        config = {"beta": 0.1, "kl_estimator": ESTIMATORS[name]}
+        assert_parity(our_loss(batch, "vanilla", mode, old=True, ref=True, **config), theirs)
 
 
 @pytest.mark.parametrize("estimator", ["k1", "k3"])
@@ -185,6 +189,15 @@ def test_the_rollout_correction_is_verls(name, correction):
 
 
 # --- numbers out of range --------------------------------------------------------------------------------------------
+
+
+def test_nan_in_the_padding_reaches_verls_means_over_rollouts_and_not_ours():
+    batch = make_batch()
+    poisoned = replace(batch, old=batch.old.masked_fill(~batch.mask, float("nan")))
+    assert verl_loss(poisoned, "vanilla", "seq-mean-token-mean").loss.isnan()
+    assert_parity(verl_loss(poisoned, "vanilla", "token-mean"), verl_loss(batch, "vanilla", "token-mean"))
+    for mode in MODES:
+        assert_parity(our_loss(poisoned, "vanilla", mode, old=True), verl_loss(batch, "vanilla", mode))
 
 
 @pytest.mark.parametrize("name", ["vanilla", "cispo", "sapo"])

@@ -6,7 +6,6 @@ import torch
 
 from rlvr_ops import group_advantages, squared_gradient_norms
 
-core_algos = pytest.importorskip("verl.trainer.ppo.core_algos")
 pytestmark = pytest.mark.parity
 
 B, T = 11, 9
@@ -18,6 +17,13 @@ SHAPED = torch.tensor([0.3, -1.2, 0.0, 2.5, 0.9, 0.9, -0.4, 1.0, 0.1, 0.3, -2.0]
 AS_TEXT = np.array([f"prompt-{int(i)}" for i in IDS], dtype=object)
 
 both = pytest.mark.parametrize("rewards", [BINARY, SHAPED], ids=["binary", "shaped"])
+
+
+@pytest.fixture(autouse=True, scope="module")
+def verl():
+    """Import verl with the first test: it takes seconds, and every run of other tests collects this file."""
+    global core_algos
+    core_algos = pytest.importorskip("verl.trainer.ppo.core_algos")
 
 
 def at_the_last_token(rewards, lengths=LENGTHS, width=T):

@@ -87,32 +87,26 @@ def compute_loss(batch: Batch, *, old=False, sampling=None, num_items=None, **co
     return differentiate(loss, batch)
 
 
-def sampling_inputs(batch: Batch, **config) -> dict[str, torch.Tensor]:
-    """What `GRPOTrainer._generate_and_score_completions` makes of the sampler's log-probabilities, in float32.
+def generate_and_score(batch: Batch, rewards=None, **config) -> dict[str, torch.Tensor]:
+    """`GRPOTrainer._generate_and_score_completions` of a sampler that made the batch, in float32.
 
     The batch's holes go in as a tool mask, its padding as shorter completions.
     """
     lengths = [int(row.nonzero().max()) + 1 for row in batch.mask]
-    rows = [
-        (sampling[:n].tolist(), mask[:n].long().tolist())
-        for n, sampling, mask in zip(lengths, batch.sampling, batch.mask, strict=True)
-    ]
-    completions = [[1] * n for n in lengths]
-    generated = (
-        [[1]] * len(rows),
-        completions,
-        [mask for _, mask in rows],
-        [""] * len(rows),
-        [s for s, _ in rows],
-        {},
-        None,
-        None,
-    )
-    scored = (batch.old.float(), None, None)
+
+    def ragged(values):
+        return [row[:n].tolist() for row, n in zip(values, lengths, strict=True)]
+
+    count, completions = len(lengths), ragged(torch.ones_like(batch.mask).long())
     worker = trainer(
-        policy=scored, reference=(batch.ref.float(), None, None), generated=generated, rewards=torch.arange(6.0)[:, None],
+        policy=(batch.old.float(), None, None),
+        reference=(batch.ref.float(), None, None),
+        generated=(
+            [[1]] * count, completions, ragged(batch.mask.long()), [""] * count, ragged(batch.sampling.float()), {}, None, None,
+        ),
+        rewards=torch.zeros(count, 1) if rewards is None else rewards[:, None],
         use_vllm=True, **config,
     )  # fmt: skip
-    output = worker._generate_and_score_completions([{"prompt": "1 + 1 ="} for _ in rows])
+    output = worker._generate_and_score_completions([{"prompt": "1 + 1 ="}] * count)
     assert torch.equal(output["completion_mask"] * output["tool_mask"], batch.mask.long())
-    return {name: output[name] for name in ("importance_sampling_ratio", "sampling_per_token_logps")}
+    return output
