@@ -89,7 +89,7 @@ def weigh(
     losses, coef = terms.loss * scale, (slope + terms.direct) * scale
     wrong = (per_rollout(advantages < 0) > 0).to(logp.dtype)
     low, high = (terms.clipped_low, terms.clipped_high) if open_ is None else _outside(log_ratio, advantages, spec)
-    sums = [per_rollout(x) for x in (terms.kl, low, high)]
+    sums = [per_rollout(terms.kl), *(per_rollout(x & (advantages != 0)) for x in (low, high))]
     return Weighed(
         losses, coef, torch.stack([per_rollout(losses), tokens, wrong, shift, weight, *sums, wrong * (1 - kept)], 1)
     )
@@ -247,8 +247,8 @@ def weigh_kernel(
         )  # fmt: skip
         if LEVEL == "geometric":
             a, b = bounds(advantage_ptr, rows, active, positive_a, positive_b, negative_a, negative_b)
-            low = log_ratio < a
-            high = log_ratio > b
+            low = (log_ratio < a) & (advantage != 0)
+            high = (log_ratio > b) & (advantage != 0)
         if SPREADS:
             slope_sum += tl.sum(tl.where(active, slope, 0.0), 0)
             slope = slope * 0.0

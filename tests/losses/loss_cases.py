@@ -5,7 +5,8 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from rlvr_ops.reference import reference_token_logps
+from rlvr_ops import surrogates
+from rlvr_ops.reference import reference_policy_loss, reference_token_logps
 
 RAGGED = (70, 61, 1, 0, 53, 67)  # N = 252 active rows of T = 70, one rollout with nothing in it
 SMALL = (5, 3, 0, 4)
@@ -23,6 +24,7 @@ class Batch:
     mask: torch.Tensor | None
     old: torch.Tensor
     ref: torch.Tensor
+    sampling: torch.Tensor  # NaN for some tokens that count
     bias: torch.Tensor
     temperature: torch.Tensor  # one per token
     cu_seqlens: torch.Tensor | None = None
@@ -68,11 +70,14 @@ def make_batch(lengths=RAGGED, vocabulary=507, hidden_size=123, *, holes=0.1, po
         mask=mask,
         old=normal(b, t) * 0.25,
         ref=normal(b, t) * 0.2 + normal(b, 1) * 0.5,
+        sampling=normal(b, t),
         bias=normal(vocabulary) * 0.3,
         temperature=0.7 + torch.rand(b, t, generator=g, dtype=torch.float64),
     )
     logps = reference_token_logps(batch.hidden, weight, batch.ids, **head_arguments(batch, head)).logps
-    batch = replace(batch, old=logps + batch.old, ref=logps + batch.ref)
+    old = logps + batch.old
+    sampling = (old + 0.1 * batch.sampling).masked_fill(batch.sampling > 1.5, NAN)
+    batch = replace(batch, old=old, ref=logps + batch.ref, sampling=sampling)
     return poisoned(batch) if poison else batch
 
 
@@ -90,8 +95,12 @@ def poisoned(batch):
         hidden=batch.hidden.masked_fill(masked[..., None], NAN),
         ids=batch.ids.masked_fill(masked, -100),
         old=batch.old.masked_fill(masked, NAN),
+        sampling=batch.sampling.masked_fill(masked, NAN),
         ref=batch.ref.masked_fill(masked, NAN),
     )
+
+
+PER_TOKEN = ("hidden", "ids", "old", "ref", "sampling", "mask", "temperature")
 
 
 def pack(batch, *, keep_holes=True):
@@ -99,7 +108,7 @@ def pack(batch, *, keep_holes=True):
     last = batch.mask.long() * torch.arange(1, batch.mask.shape[1] + 1)
     rows = torch.arange(batch.mask.shape[1]) < last.amax(dim=1, keepdim=True) if keep_holes else batch.mask
     lengths = rows.sum(dim=1)
-    tokens = {name: getattr(batch, name)[rows] for name in ("hidden", "ids", "old", "ref", "mask", "temperature")}
+    tokens = {name: getattr(batch, name)[rows] for name in PER_TOKEN}
     if batch.advantages.ndim == 2:
         tokens["advantages"] = batch.advantages[rows]
     return replace(batch, **tokens, cu_seqlens=torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)]))
@@ -136,7 +145,7 @@ def assert_same(actual, truth, tolerance, name="", *, scale=0.0):
     assert worst <= tolerance, f"{name}: relative error {worst:.2e} > {tolerance:.0e}"
 
 
-LOSS_TYPES = ("grpo", "dapo", "dr_grpo", "bnpo")
+LOSS_TYPES = ("grpo", "dapo", "dr_grpo", "bnpo", "luspo")
 HEADS = {
     "plain": {},
     "bias": {"lm_head_bias": True},
@@ -163,7 +172,55 @@ METHODS = {
         "old": True, "ref": True, "alpha": 0.3, "confidence": "old", "confidence_reduction": "sum", "delta": 1.4,
     },
 }  # fmt: skip
-COUNTS = {"grpo": 9, "dapo": 400, "dr_grpo": 9}
+SURROGATES = {
+    "gspo-kl": {
+        "old": True, "ref": True, "importance_sampling_level": "sequence", "epsilon_low": 0.02, "epsilon_high": 0.03,
+        "beta": 0.1, "use_bias_correction_kl": True,
+    },
+    "gspo-token-ace": {
+        "old": True, "ref": True, "importance_sampling_level": "sequence_token", "epsilon_low": 0.02, "alpha": 1.0,
+    },
+    "gspo-on-policy": {"importance_sampling_level": "sequence"},
+    "cispo-ace": {"old": True, "ref": True, "surrogate": surrogates.cispo(1.1), "alpha": 0.5},
+    "cispo-two-sided-sequence": {
+        "old": True, "surrogate": surrogates.cispo_two_sided(0.03, 0.02), "importance_sampling_level": "sequence",
+    },
+    "dispo-ace": {
+        "old": True, "ref": True, "surrogate": surrogates.dispo((0.2, 0.3), (0.1, 0.4)), "alpha": 1.0, "confidence": "old",
+    },
+    "sapo-ace": {"old": True, "ref": True, "surrogate": "sapo", "alpha": 1.0},
+    "sapo-sequence-kl": {
+        "old": True, "ref": True, "surrogate": surrogates.sapo(2.0, 3.0), "importance_sampling_level": "sequence",
+        "beta": 0.1, "kl_estimator": "k1", "use_bias_correction_kl": True,
+    },
+    "gmpo-ace": {"old": True, "ref": True, "surrogate": surrogates.gmpo(0.2, 0.1), "alpha": 1.0},
+    "vespo-ace": {"old": True, "ref": True, "surrogate": "vespo", "alpha": 1.0, "shape": "relu"},
+    "reinforce-entropy": {"surrogate": "reinforce", "entropy_coef": 0.1},
+    "entropy-kl": {
+        "old": True, "ref": True, "entropy_coef": 0.2, "beta": 0.1, "kl_estimator": "k2", "use_bias_correction_kl": True,
+    },
+    "ace-old-entropy": {"old": True, "ref": True, "entropy_coef": 0.2, "alpha": 1.0, "confidence": "old"},
+    "off-policy-mask": {"old": True, "off_policy_mask_threshold": 0.01},
+    "off-policy-mask-of-the-sampler": {
+        "old": True, "ref": True, "sampling": True, "off_policy_mask_threshold": 0.01, "alpha": 1.0, "beta": 0.1,
+    },
+    "token-truncate": {"old": True, "sampling": True, "sampling_correction": "token_truncate", "sampling_clip_max": 1.1},
+    "token-mask": {
+        "old": True, "sampling": True, "sampling_correction": "token_mask", "sampling_clip_max": 1.1, "sampling_clip_min": 0.9,
+    },
+    "sequence-truncate-ace": {
+        "old": True, "ref": True, "sampling": True, "sampling_correction": "sequence_truncate", "alpha": 1.0,
+    },
+    "sequence-mask-gspo": {
+        "old": True, "sampling": True, "sampling_correction": "sequence_mask", "importance_sampling_level": "sequence",
+    },
+    "token-truncate-gmpo": {"old": True, "sampling": True, "sampling_correction": "token_truncate", "surrogate": "gmpo"},
+    "token-mask-vespo": {
+        "old": True, "sampling": True, "sampling_correction": "token_mask", "sampling_clip_max": 1.2, "surrogate": "vespo",
+    },
+}  # fmt: skip
+EVERY_METHOD = {**METHODS, **SURROGATES}
+COUNTS = {"grpo": 9, "dapo": 400, "dr_grpo": 9, "luspo": 9}
 
 
 def loss_arguments(batch, method, loss_type, head, *, global_count=False):
@@ -172,6 +229,8 @@ def loss_arguments(batch, method, loss_type, head, *, global_count=False):
         kwargs["old_per_token_logps"] = batch.old
     if kwargs.pop("ref", False):
         kwargs["ref_per_token_logps"] = batch.ref
+    if kwargs.pop("sampling", False):
+        kwargs["sampling_per_token_logps"] = batch.sampling
     if kwargs.pop("lm_head_bias", None) is not None:
         kwargs["use_bias"] = True
     if loss_type == "dr_grpo":
@@ -181,11 +240,20 @@ def loss_arguments(batch, method, loss_type, head, *, global_count=False):
     return kwargs
 
 
-def assert_all_same(got, truth, dtype, label):
+def size_of_terms(batch, **arguments):
+    """What the terms of a loss add up to when they do not cancel: the scale that its rounding errors have."""
+    apart = replace(batch, advantages=batch.advantages.abs())
+    with torch.no_grad():
+        arguments.pop("use_bias", None)
+        given = {"completion_mask": batch.mask, **batch.packing, **arguments}
+        return reference_policy_loss(apart.hidden, apart.weight, apart.ids, apart.advantages, **given).loss.abs()
+
+
+def assert_all_same(got, truth, dtype, label, scale=0.0):
     (out, grads), (true_out, true_grads) = got, truth
     tolerance = TOLERANCE[dtype]
     assert out.loss.ndim == 0
-    assert_same(out.loss, true_out.loss, tolerance, f"{label} loss")
+    assert_same(out.loss, true_out.loss, tolerance, f"{label} loss", scale=scale)
     for name, grad, true_grad in zip(("d_hidden", "d_weight", "d_bias"), grads, true_grads, strict=True):
         assert (grad is None) == (true_grad is None), f"{label} {name}"
         if grad is not None:

@@ -7,11 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 from loss_cases import (
+    EVERY_METHOD,
     HEADS,
     LOSS_TYPES,
     METHODS,
     NAN,
     SMALL,
+    SURROGATES,
     TOLERANCE,
     assert_all_same,
     assert_same,
@@ -19,6 +21,7 @@ from loss_cases import (
     make_batch,
     pack,
     run,
+    size_of_terms,
 )  # fmt: skip
 
 import rlvr_ops
@@ -28,28 +31,31 @@ SCHEDULES = ("single_pass", "two_pass", "auto")
 LONGEST_ROLLOUT, VOCABULARY = 70, 507
 
 
-@pytest.mark.parametrize("head", HEADS)
-@pytest.mark.parametrize("method", METHODS)
+CASES = [*itertools.product(METHODS, HEADS), *itertools.product(SURROGATES, ("plain", "everything"))]
+
+
+@pytest.mark.parametrize(("method", "head"), CASES)
 def test_every_schedule_is_the_reference(method, head):
     draw = random.Random(f"{method} {head}")
     padded = make_batch(**HEADS[head])
     for loss_type in LOSS_TYPES:
         batch = draw.choice((padded, pack(padded)))
         options = {"global_count": draw.random() < 0.5}
-        arguments = loss_arguments(batch, METHODS[method], loss_type, HEADS[head], **options)
+        arguments = loss_arguments(batch, EVERY_METHOD[method], loss_type, HEADS[head], **options)
         truth = run(reference.reference_policy_loss, batch, **arguments)
+        scale = size_of_terms(batch, **arguments) if method in SURROGATES else 0.0
         for schedule, dtype in (
             *zip(SCHEDULES, itertools.repeat(torch.float32)),
             (draw.choice(SCHEDULES), torch.float64),
         ):
             given = batch.to(dtype)
-            arguments = loss_arguments(given, METHODS[method], loss_type, HEADS[head], **options)
+            arguments = loss_arguments(given, EVERY_METHOD[method], loss_type, HEADS[head], **options)
             # Room for the longest rollout and little more makes several chunks; None leaves it to the library.
             room = draw.choice((None, LONGEST_ROLLOUT * VOCABULARY * dtype.itemsize * 5 // 4))
             arguments |= {"schedule": schedule, "workspace_bytes": room, "score_inactive": True}
             got = run(rlvr_ops.policy_loss, given, **arguments)
-            assert_all_same(got, truth, dtype, f"{loss_type} {schedule} {dtype}")
-            assert got[0].metrics["head/single_pass"].item() == (schedule != "two_pass")
+            assert_all_same(got, truth, dtype, f"{loss_type} {schedule} {dtype}", scale)
+            assert schedule == "auto" or got[0].metrics["head/single_pass"].item() == (schedule == "single_pass")
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -98,7 +104,18 @@ PRESETS = {
     "grpo_loss": {"loss_type": "grpo"},
     "dapo_loss": {"loss_type": "dapo", "epsilon_high": 0.28},
     "dr_grpo_loss": {"loss_type": "dr_grpo"},
-}
+    "bnpo_loss": {"loss_type": "bnpo"},
+    "gspo_loss": {"importance_sampling_level": "sequence", "epsilon_low": 3e-4, "epsilon_high": 4e-4},
+    "luspo_loss": {
+        "importance_sampling_level": "sequence", "epsilon_low": 3e-4, "epsilon_high": 4e-4, "loss_type": "luspo",
+    },
+    "cispo_loss": {"surrogate": "cispo", "loss_type": "dapo"},
+    "dispo_loss": {"surrogate": "dispo", "loss_type": "dapo"},
+    "sapo_loss": {"surrogate": "sapo"},
+    "gmpo_loss": {"surrogate": "gmpo"},
+    "vespo_loss": {"surrogate": "vespo", "loss_type": "dapo"},
+    "reinforce_loss": {"surrogate": "reinforce"},
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", PRESETS)
