@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import rlvr_ops
@@ -23,6 +23,7 @@ def test_rlcr_is_correctness_minus_the_brier_score():
     torch.testing.assert_close(got, doubles(1.0, 0.91, -0.49, 0.0))
 
 
+@settings(deadline=None)
 @given(p=st.integers(0, 100), q=st.integers(0, 100))
 def test_no_stated_confidence_earns_more_rlcr_or_log_score_than_the_true_probability(p, q):
     """A proper scoring rule: the expectation over verdicts is largest at q = p."""
