@@ -9,24 +9,56 @@ from hypothesis import strategies as st
 from loss_cases import NAN, assert_same, make_batch, pack, poisoned, run
 
 import rlvr_ops
+from rlvr_ops import surrogates
+
+
+def sequence_hinge(per_token_logps, rows):
+    """A surrogate of one's own that looks at the whole rollout."""
+    ratio = rows.rollout_mean(per_token_logps - rows.old_per_token_logps).exp()
+    return -torch.minimum(ratio * rows.advantages, 1.05 * rows.advantages)
+
 
 VOCABULARY, HIDDEN = 11, 4
 EXACT = 1e-12
 ragged = st.lists(st.integers(0, 6), min_size=1, max_size=5).filter(any)
 schedules = st.sampled_from(("single_pass", "two_pass", "auto"))
-methods = st.fixed_dictionaries(
-    {"loss_type": st.sampled_from(("grpo", "dapo", "dr_grpo", "bnpo"))},
+LEVELS = ("token", "sequence", "sequence_token")
+OTHERS = [  # what stands in the place of PPO's clip, or beside it
+    *({"importance_sampling_level": level, "epsilon_low": 0.02} for level in LEVELS[1:]),
+    {"surrogate": surrogates.cispo(1.05)},
+    {"surrogate": surrogates.dispo((0.1, 0.2), (0.05, 0.3)), "importance_sampling_level": "sequence"},
+    *({"surrogate": "sapo", "importance_sampling_level": level} for level in LEVELS),
+    {"surrogate": surrogates.gmpo(0.2, 0.1)},
+    {"surrogate": "vespo"},
+    {"surrogate": "reinforce"},
+    {"off_policy_mask_threshold": 0.02},
+    {"entropy_coef": 0.1},
+    *({"sampling_correction": f"{level}_{mode}"} for level in LEVELS[:2] for mode in ("truncate", "mask")),
+    {"surrogate": sequence_hinge},
+]
+
+
+def merged(method, other):
+    """A method with another surrogate, which has no delta, or with what needs the old log-probabilities."""
+    method = {name: value for name, value in method.items() if name != "delta" or "surrogate" not in other}
+    return method | other | ({"old": True} if "sampling_correction" in other else {})
+
+
+base = st.fixed_dictionaries(
+    {"loss_type": st.sampled_from(("grpo", "dapo", "dr_grpo", "bnpo", "luspo"))},
     optional={
         "alpha": st.sampled_from((0.5, 1.0)),
         "confidence": st.sampled_from(("current", "old")),
         "confidence_reduction": st.sampled_from(("mean", "sum")),
         "beta": st.just(0.1),
+        "use_bias_correction_kl": st.just(True),
         "delta": st.just(1.5),
         "old": st.just(True),
         "with_entropy": st.just(True),
         "score_inactive": st.just(True),
     },
 )
+methods = base | st.builds(merged, base, st.sampled_from(OTHERS))
 few = settings(max_examples=40, deadline=None, derandomize=True)
 
 
@@ -38,6 +70,8 @@ def compute(batch, method, **kwargs):
     arguments = {"max_completion_length": 7, **method, **kwargs, "ref_per_token_logps": batch.ref}
     if arguments.pop("old", False):
         arguments["old_per_token_logps"] = batch.old
+    if "sampling_correction" in arguments or "off_policy_mask_threshold" in arguments:
+        arguments["sampling_per_token_logps"] = batch.sampling
     if arguments["loss_type"] != "dr_grpo":
         arguments.pop("max_completion_length")
     return run(rlvr_ops.policy_loss, batch, use_bias=True, **arguments)
@@ -86,6 +120,7 @@ def test_more_padding_changes_nothing(lengths, method, schedule, extra):
         mask=widen(batch.mask, False),
         old=widen(batch.old, NAN),
         ref=widen(batch.ref, NAN),
+        sampling=widen(batch.sampling, NAN),
     )
     truth = compute(batch, method, schedule=schedule)
     assert_same_result(compute(wide, method, schedule=schedule), truth, hidden=lambda x: widen(x, 0))
@@ -97,7 +132,7 @@ def test_the_order_of_rollouts_does_not_matter(lengths, method, schedule, random
     batch = batch_of(lengths, 0)
     order = list(range(len(lengths)))
     random.shuffle(order)
-    rows = ("hidden", "ids", "advantages", "mask", "old", "ref")
+    rows = ("hidden", "ids", "advantages", "mask", "old", "ref", "sampling")
     shuffled = replace(batch, **{name: getattr(batch, name)[order] for name in rows})
     truth = compute(batch, method, schedule=schedule)
     assert_same_result(compute(shuffled, method, schedule=schedule), truth, hidden=lambda x: x[order])
@@ -143,7 +178,7 @@ def test_micro_batches_add_up_to_the_batch(lengths, method, schedule, cut):
     batch = batch_of(lengths, 0)
     truth, true_grads = compute(batch, method, schedule=schedule)
     count = int(batch.mask.sum()) if method["loss_type"] == "dapo" else len(lengths)
-    rows = ("hidden", "ids", "advantages", "mask", "old", "ref")
+    rows = ("hidden", "ids", "advantages", "mask", "old", "ref", "sampling")
     parts = [slice(0, cut), slice(cut, None)]
     pieces = [replace(batch, **{name: getattr(batch, name)[part] for name in rows}) for part in parts]
     done = [compute(piece, method, schedule=schedule, num_items_in_batch=count) for piece in pieces]
@@ -204,3 +239,48 @@ def test_as_many_packed_rows_as_rollouts_are_one_advantage_per_rollout():
     assert out.loss.item() == pytest.approx((-1 + 2 + 2) / 3)
     got = rlvr_ops.ace_advantages(advantages, logps, logps, cu_seqlens=cu_seqlens)
     assert got.tolist() == pytest.approx([100.0, 1.0, -2 * (1 + 0.6931471805599453)])
+
+
+few_again = settings(max_examples=25, deadline=None, derandomize=True)
+
+
+@few_again
+@given(ragged, methods, schedules)
+def test_a_rollout_without_advantage_changes_nothing_else(lengths, method, schedule):
+    """Next to the others it counts in the denominator and nowhere else."""
+    method = {name: value for name, value in method.items() if name not in ("beta", "entropy_coef", "with_entropy")}
+    method |= {"loss_type": "dr_grpo"}
+    batch = batch_of([*lengths, 3], 0)
+    quiet = replace(batch, advantages=torch.cat([batch.advantages[:-1], torch.zeros(1)]))
+    first = {n: getattr(batch, n)[:-1] for n in ("hidden", "ids", "advantages", "mask", "old", "ref", "sampling")}
+    out, grads = compute(quiet, method, schedule=schedule, num_items_in_batch=5)
+    true, true_grads = compute(replace(batch, **first), method, schedule=schedule, num_items_in_batch=5)
+    scale = true.per_token_logps.nan_to_num().abs().sum()
+    assert_same(out.loss, true.loss, EXACT, "loss", scale=scale)
+    assert not bool(grads[0][-1].any())
+    assert_same(grads[0][:-1], true_grads[0], EXACT, "d_hidden")
+    assert_same(grads[1], true_grads[1], EXACT, "d_weight")
+
+
+@few_again
+@given(ragged, methods, schedules, st.sampled_from((0.25, 2.0, 8.0)))
+def test_scaling_the_advantages_scales_the_gradient(lengths, method, schedule, factor):
+    method = {name: value for name, value in method.items() if name not in ("beta", "entropy_coef")}
+    batch = batch_of(lengths, 0)
+    out, grads = compute(replace(batch, advantages=batch.advantages * factor), method, schedule=schedule)
+    true, true_grads = compute(batch, method, schedule=schedule)
+    scale = true.per_token_logps.nan_to_num().abs().sum()
+    assert_same(out.loss, true.loss * factor, EXACT, "loss", scale=scale)
+    for name, grad, true_grad in zip(("d_hidden", "d_weight", "d_bias"), grads, true_grads, strict=True):
+        assert_same(grad, true_grad * factor, EXACT, name)
+
+
+@pytest.mark.parametrize("other", OTHERS, ids=str)
+def test_a_rollout_that_spans_chunks_is_seen_whole(other):
+    """Room for 7 rows of logits, rollouts of up to 70: the loss is what it is with room for all."""
+    batch = make_batch()
+    method = merged({"loss_type": "grpo", "alpha": 1.0, "old": True}, other)
+    truth = compute(batch, method, workspace_bytes=8 * 507 * 300)
+    for schedule in ("two_pass", "auto"):
+        got = compute(batch, method, workspace_bytes=8 * 507 * 7, schedule=schedule)
+        assert_same_result(got, truth)
