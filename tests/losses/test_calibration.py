@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from rlvr_ops import auroc, brier_score, expected_calibration_error, reliability_bins
 
+few = settings(max_examples=60, deadline=None, derandomize=True)
 NAN = float("nan")
 METRICS = [brier_score, expected_calibration_error, auroc, reliability_bins]
 
@@ -74,7 +75,7 @@ def test_auroc_is_undefined_with_one_class():
         assert bool(auroc(torch.tensor([0.2, 0.7]), torch.tensor([verdict, verdict])).isnan())
 
 
-@settings(deadline=None)
+@few
 @given(answers)
 def test_auroc_is_the_share_of_pairs_in_the_right_order(pairs):
     q, y = tensors(pairs)
@@ -82,7 +83,7 @@ def test_auroc_is_the_share_of_pairs_in_the_right_order(pairs):
     assert float(auroc(q, y)) == pytest.approx(math.fsum(won) / len(won) if won else NAN, nan_ok=True)
 
 
-@settings(deadline=None)
+@few
 @given(answers, st.integers(1, 12))
 def test_the_bins_hold_every_answer_once_and_ece_is_their_mean_gap(pairs, bins):
     q, y = tensors(pairs)
@@ -101,7 +102,7 @@ def test_the_bins_hold_every_answer_once_and_ece_is_their_mean_gap(pairs, bins):
     assert float(expected_calibration_error(q, y, bins=bins)) == pytest.approx(expected)
 
 
-@settings(deadline=None)
+@few
 @given(answers, st.randoms())
 def test_the_order_of_the_answers_changes_nothing(pairs, random):
     shuffled = random.sample(pairs, len(pairs))
@@ -109,7 +110,7 @@ def test_the_order_of_the_answers_changes_nothing(pairs, random):
         torch.testing.assert_close(metric(*tensors(pairs)), metric(*tensors(shuffled)), equal_nan=True)
 
 
-@settings(deadline=None)
+@few
 @given(answers)
 def test_perfect_and_opposite_confidences_are_the_ends_of_the_scales(pairs):
     _, y = tensors(pairs)
