@@ -154,6 +154,13 @@ def test_ligers_luspo_of_tokens_weighs_the_padding_like_tokens():
     assert not bool(our_loss(batch, "luspo")[1][0][~batch.mask].any())
 
 
+def test_nan_in_the_padding_spreads_in_liger_and_not_here():
+    batch = make_batch()
+    poisoned = replace(batch, old=batch.old.masked_fill(~batch.mask, float("nan")))
+    assert liger_loss(poisoned, "grpo", beta=0.0)[0].loss.isnan()
+    assert_parity(our_loss(poisoned, "grpo"), liger_loss(batch, "grpo", beta=0.0))
+
+
 # --- denominators ----------------------------------------------------------------------------------------------------
 
 
@@ -241,3 +248,19 @@ def test_liger_takes_a_missing_reference_for_the_policy_itself_and_we_refuse():
     assert_parity(our_loss(batch, "grpo", ref=False), theirs)
     with pytest.raises(ValueError, match="ref_per_token_logps is missing"):
         our_loss(batch, "grpo", beta=0.1, ref=False)
+
+
+def test_the_defaults_of_liger_that_differ_from_ours():
+    pytest.importorskip("liger_kernel")
+    from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
+
+    module = LigerFusedLinearGRPOLoss(compiled=False)
+    assert (module.loss_type, module.beta, module.use_bias_correction_kl) == ("dapo", 0.04, False)
+    batch = make_batch()
+
+    def loss(hidden, weight, ids, advantages, *, completion_mask):
+        mask = completion_mask.float()
+        return SimpleNamespace(loss=module(hidden, weight, ids, mask, advantages, None, batch.ref, batch.old)[0])
+
+    given = {"old_per_token_logps": batch.old, "ref_per_token_logps": batch.ref}
+    assert_parity(run(rlvr_ops.policy_loss, batch, loss_type="dapo", beta=0.04, **given), run(loss, batch))

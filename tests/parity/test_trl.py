@@ -19,7 +19,7 @@ from parity_cases import (
 
 from rlvr_ops import group_advantages, surrogates
 
-pytestmark = pytest.mark.parity
+pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore:`gradient_checkpointing`:FutureWarning")]
 
 CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
 WEIGHTED = ("cispo", "sapo", "vespo")
@@ -264,8 +264,29 @@ def test_nan_in_the_padding_spreads_in_trl_and_not_here():
     assert_parity(our_loss(poisoned, "grpo", old=True), trl_loss(batch, "grpo", old=True))
 
 
-def test_a_ratio_beyond_float32_is_not_clamped_by_either():
+def test_a_clipped_ratio_beyond_float32_is_nan_in_trl_and_0_here():
     batch = make_batch(dtype=torch.float32)
-    batch.old[0, 0] = batch.logps[0, 0] - 80.0  # A > 0: clipped
-    batch.old[1, 1] = batch.logps[1, 1] + 80.0  # A < 0: clipped from below
+    batch.old[0, 0] = batch.logps[0, 0] - 80.0  # a ratio of 6e34 where A > 0
+    batch.old[1, 1] = batch.logps[1, 1] + 80.0
     assert_parity(our_loss(batch, "grpo", old=True, delta=4.0), trl_loss(batch, "grpo", old=True, delta=4.0))
+    batch.old[0, 0] = batch.logps[0, 0] - 95.0  # inf
+    theirs, got = trl_loss(batch, "grpo", old=True, delta=4.0), our_loss(batch, "grpo", old=True, delta=4.0)
+    assert theirs.d_logps[0, 0].isnan()
+    assert_parity(got, theirs._replace(d_logps=theirs.d_logps.nan_to_num(nan=0.0)))
+
+
+def test_the_defaults_of_trl_that_differ_from_ours():
+    config = trl_peer.trainer().args
+    assert (config.loss_type, config.use_bias_correction_kl) == ("dapo", True)
+    assert (config.vllm_importance_sampling_mode, config.vllm_importance_sampling_clip_max) == ("sequence_mask", 3.0)
+    batch = make_batch()
+    theirs = trl_peer.compute_loss(batch, old=True, beta=0.1)
+    got = ours(batch, old=True, ref=True, loss_type="dapo", beta=0.1, use_bias_correction_kl=True)
+    assert_parity(got, theirs)
+
+
+def test_trl_allows_a_delta_inside_the_clip_and_we_refuse_it():
+    batch = make_batch()
+    assert trl_loss(batch, "grpo", old=True, delta=1.1).loss.isfinite()
+    with pytest.raises(ValueError, match="delta must be > 1"):
+        our_loss(batch, "grpo", old=True, delta=1.1)

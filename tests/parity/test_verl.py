@@ -21,6 +21,7 @@ LOSSES = {  # verl's name and numbers, our arguments; delta is verl's dual clip
     "cispo": (CLIP, {"surrogate": surrogates.cispo_two_sided(epsilon_low=0.2, epsilon_high=0.28)}),
     "sapo": ({"tau_pos": 1.0, "tau_neg": 1.05}, {"surrogate": "sapo"}),
     "geo_mean": (GEOMETRIC_CLIP, {"surrogate": surrogates.gmpo(epsilon_low=0.4, epsilon_high=0.3)}),
+    "gpg": ({}, {"surrogate": "reinforce"}),
 }
 ONE_MODE = {"sapo": "seq-mean-token-mean", "geo_mean": "seq-mean-token-mean"}  # whatever they are told
 KL = {"use_kl_loss": True, "kl_loss_coef": 0.1}
@@ -45,6 +46,38 @@ def test_a_policy_loss_is_verls(name, mode, old):
         batch = make_batch(dtype=dtype)
         theirs = verl_loss(batch if old else replace(batch, old=batch.logps), name, mode)
         assert_parity(our_loss(batch, name, mode, old=old), theirs)
+
+
+def dro(logps, rows):
+    """-(A logp - beta / 2 (logp - old)^2) with beta = 0.3."""
+    return 0.15 * (logps - rows.old_per_token_logps).square() - rows.advantages * logps
+
+
+def dppo_tv(logps, rows):
+    """-sg[min(rho, 3)] A logp wherever the probability has not yet moved 0.1 the way of its advantage (2602.04879)."""
+    moved = (logps.exp() - rows.old_per_token_logps.exp()).detach()
+    trusted = torch.where(rows.advantages > 0, moved <= 0.1, moved >= -0.1)
+    ratio = (logps - rows.old_per_token_logps).exp().clamp(max=3.0).detach()
+    return torch.where(trusted, -rows.advantages * ratio * logps, 0.0)
+
+
+FUNCTIONS = {
+    "dro": (dro, {"dro_beta": 0.3}),
+    "dppo_tv": (dppo_tv, {"clip_ratio_low": 0.1, "clip_ratio_high": 0.1, "clip_ratio_c": 3.0}),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_loss_that_we_do_not_have_is_a_function_of_the_users_own(name, mode):
+    function, numbers = FUNCTIONS[name]
+    constant = {"loss_scale_factor": LONGEST} if mode.endswith("norm") else {}
+    length = {"max_completion_length": LONGEST} if mode.endswith("norm") else {}
+    for dtype in TOLERANCE:
+        batch = make_batch(dtype=dtype)
+        theirs = verl_peer.ppo_loss(batch, name, loss_agg_mode=mode, **numbers | constant | KL)
+        config = {"old": True, "ref": True, "beta": 0.1} | length
+        assert_parity(ours(batch, loss_type=mode, surrogate=function, **config), theirs)
 
 
 def test_dual_clip_does_what_delta_does_at_any_constant():
@@ -188,6 +221,17 @@ def test_the_rollout_correction_is_verls(name, correction):
         )
 
 
+def test_a_sampling_log_probability_that_is_missing_is_no_correction_here_and_nan_in_verl():
+    batch = make_batch()
+    batch.sampling[0, 2] = float("nan")
+    assert verl_peer.correction_weights(batch, "token", 1.1)[0, 2].isnan()
+    config = {"old": True, "sampling": True, "sampling_correction": "token_truncate", "sampling_clip_max": 1.1}
+    got = our_loss(batch, "vanilla", "token-mean", **config)
+    batch.sampling[0, 2] = batch.old[0, 2]
+    weights = verl_peer.correction_weights(batch, "token", 1.1)
+    assert_parity(got, verl_loss(batch, "vanilla", "token-mean", weights=weights))
+
+
 # --- numbers out of range --------------------------------------------------------------------------------------------
 
 
@@ -218,3 +262,13 @@ def test_verls_gspo_stops_a_wrong_rollouts_ratio_at_e10_and_ours_only_at_delta()
     more = our_loss(batch, "gspo", "seq-mean-token-mean", old=True).loss - theirs.loss
     # (e^12 - e^10) * 1.3 / 6 rollouts
     assert more.item() == pytest.approx((torch.e**12 - torch.e**10) * 1.3 / 6, rel=1e-6)
+
+
+def test_the_defaults_of_verl_that_differ_from_ours():
+    verl_peer.losses()
+    from verl.workers.config import ActorConfig
+
+    actor = ActorConfig(strategy="fsdp", rollout_n=1, use_dynamic_bsz=True)
+    assert (actor.clip_ratio_c, actor.loss_agg_mode) == (3.0, "token-mean")
+    batch = make_batch()
+    assert_parity(ours(batch, old=True, loss_type="token-mean", delta=3.0), verl_peer.ppo_loss(batch))

@@ -17,7 +17,9 @@ def losses() -> ModuleType:
     return losses
 
 
-def ppo_loss(batch: Batch, loss_mode: str = "vanilla", *, weights=None, counts=None, **config) -> Outcome:
+def ppo_loss(
+    batch: Batch, loss_mode: str = "vanilla", *, weights=None, counts=None, dro_beta=None, **config
+) -> Outcome:
     """`verl.workers.utils.losses.ppo_loss` of the batch, and its gradients.
 
     `weights` are the rollout correction's; `counts` is verl's global batch info (dp_size, batch_num_tokens,
@@ -28,7 +30,11 @@ def ppo_loss(batch: Batch, loss_mode: str = "vanilla", *, weights=None, counts=N
     from verl.workers.config import ActorConfig, PolicyLossConfig
 
     actor = ActorConfig(
-        strategy="fsdp", rollout_n=1, use_dynamic_bsz=True, policy_loss=PolicyLossConfig(loss_mode=loss_mode), **config
+        strategy="fsdp",
+        rollout_n=1,
+        use_dynamic_bsz=True,
+        policy_loss=PolicyLossConfig(loss_mode=loss_mode, dro_beta=dro_beta),
+        **config,
     )
     counts = {"dp_size": 1, "batch_num_tokens": None, "global_batch_size": None} | (counts or {})
     b, t = batch.mask.shape
