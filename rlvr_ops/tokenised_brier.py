@@ -50,6 +50,9 @@ def tokenised_brier_loss(
     Head(logit_scale, softcap)
     rows, y, warmth = _marked_rows(hidden_states, lm_head_weight, lm_head_bias, correct, confidence_mask, temperature)
     _check_tokens(confidence_token_ids, lm_head_weight)
+    count = max(len(rows), 1) if num_items_in_batch is None else num_items_in_batch
+    if not isinstance(count, Tensor) and not count > 0:
+        raise ValueError(f"num_items_in_batch must be > 0, the marked rows of the global batch, got {count}")
     dtype = ops.compute_dtype(hidden_states, lm_head_weight)
     wide = accumulator_dtype(dtype)
     z = (rows.to(dtype) @ lm_head_weight.index_select(0, confidence_token_ids).to(dtype).T).to(wide)
@@ -61,7 +64,7 @@ def tokenised_brier_loss(
     levels = torch.arange(z.shape[1], device=z.device, dtype=wide) / (z.shape[1] - 1)
     penalties = (y.to(wide)[:, None] - levels).square()
     total = ((z / warmth.to(wide)[:, None]).softmax(1) * penalties).sum()
-    return total / (max(len(rows), 1) if num_items_in_batch is None else num_items_in_batch)
+    return total / count
 
 
 def _marked_rows(

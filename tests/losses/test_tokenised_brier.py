@@ -219,6 +219,8 @@ def test_wrong_inputs_are_named():
         ValueError, match=r"temperature must be a number or have shape \(4, 5\), one per row, got \(4,\)"
     ):
         call(temperature=torch.ones(4))
+    with pytest.raises(ValueError, match="num_items_in_batch must be > 0, the marked rows of the global batch, got 0"):
+        call(num_items_in_batch=0)
     with pytest.raises(ValueError, match="softcap must be > 0 and finite"):
         call(softcap=0.0)
     assert torch.isfinite(call(confidence_mask=mask))
