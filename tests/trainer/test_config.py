@@ -1,8 +1,13 @@
 """Settings: presets, overrides, and messages that say what to write instead."""
 
+from types import SimpleNamespace
+
 import pytest
+import torch
 from rlvr_trainer.config import PRESETS, Config, load, shipped
 from rlvr_trainer.parsing import ConfigError
+
+from rlvr_ops import surrogates
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -56,8 +61,26 @@ def test_yaml_numbers_become_what_the_key_wants():
         ("rollout.group_size=1", r"rollout\.group_size must be at least 2, got 1"),
         ("rollout.temperature=0", r"rollout\.temperature must be greater than 0, got 0\.0"),
         ("optim.learning_rate=.nan", r"optim\.learning_rate must be greater than 0, got nan"),
-        ("algorithm.delta=1.1", r"algorithm\.delta must be above 1 \+ epsilon_high = 1\.2, got 1\.1"),
-        ("algorithm.alpha=-1", r"algorithm\.alpha must not be negative, got -1"),
+        ("algorithm.delta=1.1", r"algorithm\.delta must be > 1 \+ epsilon_high = 1\.2 or None, got 1\.1"),
+        ("algorithm.alpha=-1", r"algorithm\.alpha must be >= 0 and finite, got -1"),
+        ("algorithm.epsilon_low=0", r"algorithm\.epsilon_low must be > 0 and finite, got 0\.0"),
+        ("algorithm.surrogate=sappo", r"algorithm\.surrogate must be one of .*did you mean 'sapo'"),
+        (
+            "algorithm.surrogate=nowhere:loss",
+            r"algorithm\.surrogate=nowhere:loss cannot be loaded: No module named 'nowhere'",
+        ),
+        (
+            "algorithm.surrogate=nowhere.py:loss",
+            r"algorithm\.surrogate=nowhere\.py:loss cannot be loaded: .*No such file",
+        ),
+        ("algorithm.surrogate=json:loss", r"cannot be loaded: module 'json' has no attribute 'loss'"),
+        (
+            "algorithm.surrogate_parameters={ratio_max: 3}",
+            r"algorithm\.ppo_clip\(\) got an unexpected keyword argument",
+        ),
+        ("algorithm.importance_sampling_level=rollout", r"unknown algorithm\.importance_sampling_level 'rollout'"),
+        ("algorithm.top_entropy_quantile=0", r"algorithm\.top_entropy_quantile must lie in \(0, 1\]"),
+        ("algorithm.advantages=arm", r"unknown algorithm\.advantages 'arm'"),
         ("algorithm.overlong_fraction=1", r"algorithm\.overlong_fraction must be in \[0, 1\), got 1\.0"),
     ],
 )
@@ -99,3 +122,43 @@ def test_another_algorithm_on_a_resolved_configuration_brings_its_own_settings(t
     resolved.write_text(load(None, ["algorithm.name=ace-dapo", "algorithm.epsilon_low=0.1"]).to_yaml())
     changed = load(resolved, ["algorithm.name=grpo"]).algorithm
     assert changed == load(None, ["algorithm.name=grpo", "algorithm.epsilon_low=0.1"]).algorithm
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["algorithm.advantages=nsr", "task.reward=score"],
+            r"advantages=nsr needs rewards of 0 and 1, and task\.reward=score",
+        ),
+        (
+            ["algorithm.advantages=bnpo", "algorithm.overlong_fraction=0.2"],
+            "and algorithm.overlong_fraction > 0 gives others",
+        ),
+        (
+            ["algorithm.name=sapo", "algorithm.epsilon_high=0.3"],
+            r"algorithm\.epsilon_high=0\.3 belongs to surrogate='ppo_clip'",
+        ),
+        (["algorithm.name=gmpo", "algorithm.importance_sampling_level=sequence"], "does not go with surrogate gmpo"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        load(None, overrides)
+
+
+def test_a_surrogate_of_ones_own_is_found_by_its_path(tmp_path, monkeypatch):
+    (tmp_path / "my_losses.py").write_text(
+        "def loss(logps, rows, power=1):\n    return -rows.advantages * logps * power\n"
+    )
+    logps, rows = torch.tensor([-1.0]), SimpleNamespace(advantages=torch.tensor([2.0]))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    for where in ("my_losses:loss", "my_losses.py:loss", f"{tmp_path}/my_losses.py:loss"):
+        algorithm = load(None, [f"algorithm.surrogate={where}", "algorithm.surrogate_parameters={power: 3}"]).algorithm
+        assert algorithm.policy()["surrogate"](logps, rows).tolist() == [6.0]
+
+
+def test_a_published_surrogate_takes_its_numbers():
+    overrides = ["algorithm.name=dispo", "algorithm.surrogate_parameters={positive: [0.1, 5], negative: [0.5, 50]}"]
+    assert load(None, overrides).algorithm.policy()["surrogate"] == surrogates.dispo((0.1, 5), (0.5, 50))

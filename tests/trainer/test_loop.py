@@ -6,6 +6,7 @@ import signal
 import pytest
 import torch
 from rlvr_trainer import checkpoints, loop
+from rlvr_trainer.config import PRESETS
 from rlvr_trainer.console import read_jsonl
 from rlvr_trainer.metrics import StepMetrics
 from rlvr_trainer.parsing import ConfigError
@@ -42,7 +43,7 @@ def test_a_policy_learns_what_is_rewarded(small, digits):
     assert min(rewards[-3:]) > 0.8
 
 
-@pytest.mark.parametrize("name", ["ace-grpo", "ace-dapo", "dr_grpo"])
+@pytest.mark.parametrize("name", ["ace-grpo", "ace-dapo", "dr_grpo", "ace-luspo", "cispo", "ace-vespo"])
 def test_the_size_of_micro_batches_does_not_change_the_update(small, digits, name):
     found = []
     for size in (1, 5, 100):
@@ -59,6 +60,33 @@ def test_the_size_of_micro_batches_does_not_change_the_update(small, digits, nam
         torch.testing.assert_close(weights, whole, rtol=0, atol=1e-6)
         for name_ in ("loss", "grad_norm", "entropy", "kl", "ace/weight/mean", "num_tokens"):
             assert values[name_] == pytest.approx(whole_values[name_], rel=1e-4, abs=1e-7)
+
+
+@pytest.mark.parametrize("name", [name for name in PRESETS if not name.startswith("ace-")])
+def test_every_preset_makes_off_policy_updates(small, digits, name):
+    config = small(f"algorithm.name={name}", "algorithm.dynamic_sampling=false", "optim.updates_per_batch=2")
+    policy = load_policy(config, digits())
+    torch.manual_seed(0)
+    batch, _ = collect(policy, digits(), 0, config)
+    before = [p.detach().clone() for p in policy.model.parameters()]
+    values = loop.update(policy, policy.frozen(), optimizer_of(policy), batch, config, 0)
+    assert values["grad_norm"] > 0
+    assert any(not torch.equal(a, b) for a, b in zip(before, policy.model.parameters(), strict=True))
+
+
+def test_a_surrogate_of_ones_own_trains_as_the_one_that_it_writes_out(small, digits, tmp_path):
+    (tmp_path / "mine.py").write_text("def loss(logps, rows):\n    return -rows.advantages * logps\n")
+    found = []
+    for name in ("reinforce", f"{tmp_path}/mine.py:loss"):
+        config = small("algorithm.name=ace-grpo", f"algorithm.surrogate={name}", "optim.updates_per_batch=2")
+        policy = load_policy(config, digits())
+        torch.manual_seed(0)
+        batch, _ = collect(policy, digits(), 0, config)
+        optimizer = torch.optim.SGD(policy.model.parameters(), lr=0.1)
+        values = loop.update(policy, policy.frozen(), optimizer, batch, config, 0)
+        found.append((values["loss"], torch.cat([p.detach().flatten() for p in policy.model.parameters()])))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-4)
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=0, atol=1e-6)
 
 
 def test_at_the_first_update_policy_and_reference_agree_exactly(small, digits):

@@ -9,15 +9,8 @@ from typing import Any, Literal
 
 import yaml
 
+from rlvr_trainer.algorithm import BINARY, PRESETS, AlgorithmConfig
 from rlvr_trainer.parsing import ConfigError, build, nearest
-
-PRESETS: dict[str, dict[str, Any]] = {
-    "grpo": {"loss_type": "grpo", "beta": 0.001},
-    "dapo": {"loss_type": "dapo", "epsilon_high": 0.28, "dynamic_sampling": True, "overlong_fraction": 0.2},
-    "dr_grpo": {"loss_type": "dr_grpo", "advantages": "dr_grpo"},
-}
-PRESETS["ace-grpo"] = {**PRESETS["grpo"], "alpha": 1.0}
-PRESETS["ace-dapo"] = {**PRESETS["dapo"], "alpha": 1.0}
 
 
 @dataclass
@@ -56,27 +49,6 @@ class RolloutConfig:
     temperature: float = 1.0
     batch_size: int = 128  # completions generated at once
     threads: int = 0  # CPU threads while sampling, whose small operations gain little from more; 0 = as run.threads
-
-
-@dataclass
-class AlgorithmConfig:
-    """From rewards to a loss. The keywords are those of `rlvr_ops.policy_loss`."""
-
-    name: str = "ace-grpo"
-    loss_type: Literal["grpo", "dapo", "dr_grpo"] = "grpo"
-    advantages: Literal["grpo", "dr_grpo", "rloo"] = "grpo"
-    alpha: float = 0.0
-    confidence: Literal["current", "old"] = "current"
-    confidence_reduction: Literal["mean", "sum"] = "mean"
-    shape: Literal["softplus", "relu"] = "softplus"
-    epsilon_low: float = 0.2
-    epsilon_high: float | None = None  # None: epsilon_low
-    delta: float | None = None
-    beta: float = 0.0
-    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
-    dynamic_sampling: bool = False  # drop groups of accuracy 0 or 1 and sample others in their place
-    max_resamples: int = 3  # how many further rounds of prompts that may cost
-    overlong_fraction: float = 0.0  # the last share of max_new_tokens in which length is punished; 0 = never
 
 
 @dataclass
@@ -144,16 +116,12 @@ class Config:
             "task.held_out": self.task.held_out,
             "task.verifier_timeout": self.task.verifier_timeout,
             "task.verifier_processes": self.task.verifier_processes,
-            "algorithm.epsilon_low": self.algorithm.epsilon_low,
-            "algorithm.epsilon_high": 1 if self.algorithm.epsilon_high is None else self.algorithm.epsilon_high,
             "run.keep_checkpoints": self.run.keep_checkpoints,
         }
         for key, value in positive.items():
             if not value > 0:
                 raise ConfigError(f"{key} must be greater than 0, got {value}")
         not_negative = {
-            "algorithm.alpha": self.algorithm.alpha,
-            "algorithm.beta": self.algorithm.beta,
             "algorithm.max_resamples": self.algorithm.max_resamples,
             "optim.warmup_steps": self.optim.warmup_steps,
             "optim.weight_decay": self.optim.weight_decay,
@@ -173,11 +141,7 @@ class Config:
             raise ConfigError(f"rollout.group_size must be at least 2, got {self.rollout.group_size}: one has no peers")
         if not 0 <= self.algorithm.overlong_fraction < 1:
             raise ConfigError(f"algorithm.overlong_fraction must be in [0, 1), got {self.algorithm.overlong_fraction}")
-        upper = 1 + (self.algorithm.epsilon_high or self.algorithm.epsilon_low)
-        if self.algorithm.delta is not None and not self.algorithm.delta > upper:
-            raise ConfigError(f"algorithm.delta must be above 1 + epsilon_high = {upper}, got {self.algorithm.delta}")
-        if self.algorithm.epsilon_low > 1:
-            raise ConfigError(f"algorithm.epsilon_low must be at most 1, got {self.algorithm.epsilon_low}")
+        self._check_advantages()
         if len(self.optim.betas) != 2 or not all(0 <= beta < 1 for beta in self.optim.betas):
             raise ConfigError(f"optim.betas must hold two numbers in [0, 1), got {self.optim.betas}")
         if not 0 <= self.policy.warm_start_noise <= 1:
@@ -185,6 +149,16 @@ class Config:
         for key, seed in (("run.seed", self.run.seed), ("evaluation.seed", self.evaluation.seed)):
             if seed >= 2**63:
                 raise ConfigError(f"{key} must be below 2**63, got {seed}")
+
+    def _check_advantages(self) -> None:
+        """Refuse an estimator that counts right answers where rewards are something else."""
+        shaped = "task.reward=score" if self.task.reward == "score" else "algorithm.overlong_fraction > 0"
+        if self.algorithm.advantages in BINARY and (
+            self.task.reward == "score" or self.algorithm.overlong_fraction > 0
+        ):
+            raise ConfigError(
+                f"algorithm.advantages={self.algorithm.advantages} needs rewards of 0 and 1, and {shaped} gives others"
+            )
 
     def to_yaml(self) -> str:
         """Every key with its value, presets resolved: reading it back gives an equal `Config`."""

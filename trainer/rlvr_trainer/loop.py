@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 import rlvr_ops
+from rlvr_ops.aggregation import canonical
 from rlvr_trainer import checkpoints
 from rlvr_trainer.config import Config
 from rlvr_trainer.console import RunLog
@@ -125,7 +126,7 @@ def update(
     for group in optimizer.param_groups:
         group["lr"] = rate
     parts = list(micro_batches(policy, reference, batch, config))
-    items = tokens if config.algorithm.loss_type == "dapo" else float(len(batch.rollouts))
+    items = tokens if canonical(config.algorithm.loss_type) == "dapo" else float(len(batch.rollouts))
     for _ in range(config.optim.updates_per_batch):
         metrics, total = StepMetrics(), torch.zeros((), device=policy.device)
         for part in parts:
@@ -172,19 +173,11 @@ def loss_of(policy: Policy, part: MicroBatch, config: Config, items: float) -> r
             advantages=part.advantages,
             ref_per_token_logps=part.ref_per_token_logps,
             old_per_token_logps=part.old_per_token_logps,
-            alpha=algorithm.alpha,
-            confidence=algorithm.confidence,
-            confidence_reduction=algorithm.confidence_reduction,
-            shape=algorithm.shape,
+            **algorithm.policy(),
             loss_type=algorithm.loss_type,
-            epsilon_low=algorithm.epsilon_low,
-            epsilon_high=algorithm.epsilon_high,
-            delta=algorithm.delta,
-            beta=algorithm.beta,
-            kl_estimator=algorithm.kl_estimator,
             temperature=config.rollout.temperature,
             num_items_in_batch=items,
-            max_completion_length=config.rollout.max_new_tokens if algorithm.loss_type == "dr_grpo" else None,
+            max_completion_length=config.rollout.max_new_tokens,
             score_inactive=True,  # entropy and KL are then means over every token, at a third of the cost of training it
             with_entropy=True,
             **policy.head.arguments(),

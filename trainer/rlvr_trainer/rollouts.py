@@ -190,7 +190,9 @@ def _judged(rollouts: Rollouts, score: Tensor, config: Config, metrics: dict[str
             "completions/max_length": float(lengths.max()),
             "completions/clipped_ratio": float(1 - rollouts.ended.float().mean()),
         }
-    advantages = rlvr_ops.group_advantages(rewards, size, config.algorithm.advantages)
+    estimator = config.algorithm.advantages
+    read = lengths if estimator in ("opo", "reinforce_plus_plus") else None
+    advantages = rlvr_ops.group_advantages(rewards, size, estimator, lengths=read)
     device = rollouts.input_ids.device
     return Batch(rollouts, rewards, advantages.to(device), metrics)
 
