@@ -24,7 +24,8 @@ def squared_gradient_norms(
     gradient with respect to the logits, and verl's proxy in its optimal token baseline. Only ratios inside a group count.
 
     `per_token_logps` are (B, T) in nats, or packed (N,) with `cu_seqlens`; `sum_p_squared` has their shape and holds
-    sum_j p_tj^2 = exp(logsumexp(2 z_t) - 2 logsumexp(z_t)) of the same logits, which `token_logps` does not return.
+    sum_j p_tj^2 = exp(logsumexp(2 z_t) - 2 logsumexp(z_t)) of the same logits, as
+    `token_logps(with_sum_p_squared=True)` gives it.
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what is wanted.

@@ -58,44 +58,45 @@ def _spread(values: Tensor | None, rows: Tensor | None, like: Tensor) -> Tensor:
 @torch.library.custom_op("rlvr_ops::score", mutates_args=())
 def score(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, scored: Tensor | None, inv_temperature: Tensor, head: str,
-    dtype: torch.dtype, entropy: bool, mean: bool, top1: bool, workspace_bytes: int, backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(logp, lse, entropy, mean logit, top1), each (R,), 0 where not scored and empty where not asked for."""
+    dtype: torch.dtype, entropy: bool, mean: bool, top1: bool, squares: bool, workspace_bytes: int, backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(logp, lse, entropy, mean logit, top1, sum p^2), each (R,), 0 where not scored and empty where not asked for."""
     with _no_autocast(hidden):
         rows = _rows_of(scored)
         out = score_rows(
             _chosen(hidden, rows).to(dtype), weight.to(dtype), _chosen(ids, rows), _chosen(inv_temperature, rows), bias=bias,
-            head=decode_head(head), entropy=entropy, mean=mean, top1=top1, workspace_bytes=workspace_bytes, backend=backend,
+            head=decode_head(head), entropy=entropy, mean=mean, top1=top1, squares=squares,
+            workspace_bytes=workspace_bytes, backend=backend,
         )  # fmt: skip
         logp, lse, *others = (_spread(x, rows, hidden) for x in out)
-        return logp, lse, others[0], others[1], others[2]
+        return logp, lse, others[0], others[1], others[2], others[3]
 
 
 @score.register_fake
-def _(hidden, weight, bias, ids, scored, inv_temperature, head, dtype, entropy, mean, top1, workspace_bytes, backend):
+def _(
+    hidden, weight, bias, ids, scored, inv_temperature, head, dtype, entropy, mean, top1, squares, workspace_bytes, backend
+):  # fmt: skip
     def made(wanted: bool, dtype: torch.dtype = inv_temperature.dtype) -> Tensor:
         return hidden.new_empty(hidden.shape[0], dtype=dtype) if wanted else hidden.new_empty(0)
 
-    return made(True), made(True), made(entropy), made(mean), made(top1, torch.bool)
+    return made(True), made(True), made(entropy), made(mean), made(top1, torch.bool), made(squares)
 
 
 def _save_score(ctx, inputs, output):
-    hidden, weight, bias, ids, _scored, inv_temperature, head, dtype, has_entropy, _m, _t, workspace_bytes, backend = (
-        inputs
-    )
+    hidden, weight, bias, ids, _scored, inv_temperature, head, dtype, has_entropy, *_, workspace_bytes, backend = inputs
     ctx.set_materialize_grads(False)
-    _logp, lse, entropy, mean, top1 = output
-    ctx.mark_non_differentiable(lse, mean, top1)
+    _logp, lse, entropy, mean, top1, squares = output
+    ctx.mark_non_differentiable(lse, mean, top1, squares)
     ctx.save_for_backward(hidden, weight, bias, ids, inv_temperature, lse, entropy)
     ctx.constants = (has_entropy, head, dtype, workspace_bytes, backend)
 
 
-def _backward_score(ctx, d_logp, d_lse, d_entropy, d_mean, d_top1):
+def _backward_score(ctx, d_logp, d_lse, d_entropy, *others):
     hidden, weight, bias, ids, inv_temperature, lse, entropy = ctx.saved_tensors
     has_entropy, head, dtype, workspace_bytes, backend = ctx.constants
     d_entropy = d_entropy if has_entropy else None
     needs = ctx.needs_input_grad[:3]
-    grads: list[Tensor | None] = [None] * 13
+    grads: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
     if (d_logp is not None or d_entropy is not None) and any(needs):
         coef = torch.zeros_like(lse) if d_logp is None else d_logp
         found = pull_back(

@@ -54,6 +54,7 @@ class ReferenceScores(NamedTuple):
     entropy: Tensor | None
     self_certainty: Tensor | None
     top1: Tensor | None
+    sum_p_squared: Tensor | None = None
 
 
 def reference_token_logps(
@@ -69,6 +70,7 @@ def reference_token_logps(
     with_entropy: bool = False,
     with_self_certainty: bool = False,
     with_top1: bool = False,
+    with_sum_p_squared: bool = False,
 ) -> ReferenceScores:
     """Log-probability of every completion token under softmax(z), and on request what else the logits z tell.
 
@@ -105,6 +107,7 @@ def reference_token_logps(
         entropy=back(entropy) if with_entropy else None,
         self_certainty=back(self_certainty) if with_self_certainty else None,
         top1=back(top1) if with_top1 else None,
+        sum_p_squared=back(log_p.exp().square().sum(dim=-1)) if with_sum_p_squared else None,
     )
 
 

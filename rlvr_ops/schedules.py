@@ -139,9 +139,9 @@ def single_pass(call: HeadCall, loss: Loss) -> LossOutput:
 def two_pass(call: HeadCall, loss: Loss) -> LossOutput:
     """The loss from scores, whose backward recomputes the logits of the rows that have a gradient."""
     hyper = loss.hyper
-    logp, _lse, entropy, _mean, _top1 = ops.score(
+    logp, _lse, entropy, *_ = ops.score(
         call.hidden, call.weight, call.bias, call.ids, call.scored, call.inv_temperature, call.head, call.dtype,
-        call.with_entropy, False, False, call.workspace_bytes, call.backend,
+        call.with_entropy, False, False, False, call.workspace_bytes, call.backend,
     )  # fmt: skip
     kept = None
     if hyper.top_entropy_quantile < 1:

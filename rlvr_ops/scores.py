@@ -15,13 +15,15 @@ from rlvr_ops.spec_text import encode
 class TokenScores(NamedTuple):
     """Per token, shaped like completion_ids and 0 where masked; None where not asked for.
 
-    logps, entropy and self_certainty are in nats; top1 is bool, whether no token was likelier.
+    logps, entropy and self_certainty are in nats; top1 is bool, whether no token was likelier; sum_p_squared is the sum
+    over the vocabulary of squared probabilities, which `squared_gradient_norms` reads.
     """
 
     logps: Tensor
     entropy: Tensor | None
     self_certainty: Tensor | None
     top1: Tensor | None
+    sum_p_squared: Tensor | None = None
 
 
 def token_logps(
@@ -37,6 +39,7 @@ def token_logps(
     with_entropy: bool = False,
     with_self_certainty: bool = False,
     with_top1: bool = False,
+    with_sum_p_squared: bool = False,
     workspace_bytes: int | None = None,
     backend: str = "auto",
     validate: bool = False,
@@ -68,14 +71,13 @@ def token_logps(
         arguments.check_finite("hidden_states", hidden_states, layout)
         arguments.check_finite("lm_head_weight", lm_head_weight)
     dtype = ops.compute_dtype(hidden_states, lm_head_weight)
-    _check_zero_workspace(
-        workspace_bytes, with_entropy or with_self_certainty or with_top1, hidden_states, lm_head_weight, lm_head_bias
-    )
+    statistics = with_entropy or with_self_certainty or with_top1 or with_sum_p_squared
+    _check_zero_workspace(workspace_bytes, statistics, hidden_states, lm_head_weight, lm_head_bias)
     device = hidden_states.device
-    logp, lse, entropy, mean, top1 = ops.score(
+    logp, lse, entropy, mean, top1, squares = ops.score(
         hidden_states.reshape(-1, hidden_states.shape[-1]), lm_head_weight, lm_head_bias, completion_ids.reshape(-1), layout.mask,
         arguments.inverse_temperature(temperature, layout, device, accumulator_dtype(dtype)), encode(head), dtype,
-        with_entropy, with_self_certainty, with_top1,
+        with_entropy, with_self_certainty, with_top1, with_sum_p_squared,
         default_workspace_bytes(device) if workspace_bytes is None else workspace_bytes, backend,
     )  # fmt: skip
     certainty = lse - mean - math.log(lm_head_weight.shape[0]) if with_self_certainty else None
@@ -84,6 +86,7 @@ def token_logps(
         layout.zero_where_masked(entropy) if with_entropy else None,
         None if certainty is None else layout.zero_where_masked(certainty),
         layout.zero_where_masked(top1) if with_top1 else None,
+        layout.zero_where_masked(squares) if with_sum_p_squared else None,
     )
 
 
@@ -93,7 +96,7 @@ def _check_zero_workspace(workspace_bytes: int | None, statistics: bool, *head: 
     if statistics:
         raise ValueError(
             "workspace_bytes=0 gives log-probabilities alone: "
-            "drop with_entropy, with_self_certainty and with_top1, or give a workspace"
+            "drop with_entropy, with_self_certainty, with_top1 and with_sum_p_squared, or give a workspace"
         )
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in head):
         raise ValueError(

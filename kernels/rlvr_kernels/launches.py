@@ -40,7 +40,7 @@ def _ids() -> torch.Tensor:
 
 
 def _lse_fold(dtype: torch.dtype, *, full: bool) -> Any:
-    state = RowState.empty(N, meta(1), entropy=full, mean=full)
+    state = RowState.empty(N, meta(1), entropy=full, mean=full, squares=full)
     options: dict[str, Any] = {"bias": meta(TILE, dtype=dtype), "head": Head(softcap=30.0)} if full else {}
     return lse_fold(meta(N, TILE, dtype=dtype), _ids(), 0, state, meta(N), **options)
 
@@ -76,7 +76,7 @@ _bf16, _fp32 = torch.bfloat16, torch.float32
 
 LAUNCHES: dict[str, Callable[[], Any]] = {
     "lse_fold fp32": lambda: _lse_fold(_fp32, full=False),
-    "lse_fold bf16, bias, softcap, entropy, mean": lambda: _lse_fold(_bf16, full=True),
+    "lse_fold bf16, bias, softcap, all sums": lambda: _lse_fold(_bf16, full=True),
     "dlogits fp32": lambda: _dlogits(_fp32, full=False),
     "dlogits bf16, bias, softcap, entropy": lambda: _dlogits(_bf16, full=True),
     "weigh GRPO on policy": lambda: _weigh(GRPO, full=False),

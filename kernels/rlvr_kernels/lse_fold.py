@@ -1,4 +1,4 @@
-"""lse_fold: fold a tile of logits into each row's running log-sum-exp, target logit, entropy and mean.
+"""lse_fold: fold a tile of logits into each row's running log-sum-exp, target logit, and further sums where asked for.
 
 A tile (n, c) is columns first_col .. first_col + c of the logits of n rows. Folding every tile of the vocabulary in any
 order gives the statistics of the whole row. One program per row, looping over its columns.
@@ -20,29 +20,31 @@ NUM_WARPS = 8
 @dataclass
 class RowState:
     """What has been seen of each row so far, all (n,): the maximum m, the sum of exp(z - m), the target's logit,
-    and, where asked for, the sum of exp(z - m) (z - m) for the entropy and the sum of z for the mean logit."""
+    and, where asked for, the sum of exp(z - m) (z - m) for the entropy, the sum of z for the mean logit and the sum of
+    exp(2 (z - m)) for the sum of squared probabilities."""
 
     maximum: torch.Tensor
     total: torch.Tensor
     target: torch.Tensor
     weighted: torch.Tensor | None = None
     summed: torch.Tensor | None = None
+    squared: torch.Tensor | None = None
 
     @staticmethod
-    def empty(rows: int, like: torch.Tensor, *, entropy: bool = False, mean: bool = False) -> "RowState":
+    def empty(
+        rows: int, like: torch.Tensor, *, entropy: bool = False, mean: bool = False, squares: bool = False
+    ) -> "RowState":
         """The state of `rows` rows of which nothing has been seen."""
         dtype, device = accumulator_dtype(like.dtype), like.device
 
         def filled(value: float) -> torch.Tensor:
             return torch.full((rows,), value, dtype=dtype, device=device)
 
-        infinity = float("inf")
-        return RowState(
-            filled(-infinity), filled(0), filled(-infinity), filled(0) if entropy else None, filled(0) if mean else None
-        )
+        sums = (filled(0) if wanted else None for wanted in (entropy, mean, squares))
+        return RowState(filled(-float("inf")), filled(0), filled(-float("inf")), *sums)
 
     def __getitem__(self, rows: slice) -> "RowState":
-        parts = (self.maximum, self.total, self.target, self.weighted, self.summed)
+        parts = (self.maximum, self.total, self.target, self.weighted, self.summed, self.squared)
         return RowState(*(None if part is None else part[rows] for part in parts))  # type: ignore[arg-type]
 
     def lse(self) -> torch.Tensor:
@@ -56,6 +58,10 @@ class RowState:
     def entropy(self) -> torch.Tensor | None:
         """H = -sum_j p_j log p_j in nats."""
         return None if self.weighted is None else self.total.log() - self.weighted / self.total
+
+    def sum_p_squared(self) -> torch.Tensor | None:
+        """sum_j p_j^2, the probability that two tokens sampled independently are the same."""
+        return None if self.squared is None else self.squared / self.total.square()
 
     def top1(self) -> torch.Tensor:
         """Whether no token is likelier than the target."""
@@ -76,7 +82,7 @@ def lse_fold(
     """Fold tile (n, c) of raw h W^T into `state`, in place.
 
     ids (n,) are positions in the whole vocabulary, bias (c,) this tile's part, inv_temperature (n,) in float32.
-    The entropy and the mean logit are folded if the state has room for them.
+    The further sums are folded if the state has room for them.
     """
     if use_triton(tile, backend):
         _lse_fold_triton(tile, ids, first_col, state, inv_temperature, bias, head)
@@ -97,6 +103,8 @@ def _fold_block(z: torch.Tensor, local_ids: torch.Tensor, state: RowState) -> No
     anchor = torch.where(maximum.isinf(), 0, maximum)  # a row of -inf alone so far
     moved = torch.where(state.total > 0, state.maximum - anchor, 0)
     below = z - anchor[:, None]
+    if state.squared is not None:
+        state.squared.mul_((2 * moved).exp()).add_((2 * below).exp_().sum(1))
     mass = below.exp() if state.weighted is not None else below.exp_()
     if state.weighted is not None:
         inner = below.clamp_(min=-1e30).mul_(mass).sum(1)  # 0 * -inf is 0 here
@@ -121,16 +129,18 @@ def _lse_fold_triton(
     with device_guard(tile):
         lse_fold_kernel[(rows,)](
             tile, bias, ids, inv_temperature, state.maximum, state.total, state.target, state.weighted, state.summed,
-            cols, first_col, tile.stride(0), HAS_BIAS=bias is not None, ENTROPY=state.weighted is not None,
-            MEAN=state.summed is not None, BLOCK=BLOCK, num_warps=NUM_WARPS, **head.kernel_arguments(),
+            state.squared, cols, first_col, tile.stride(0), HAS_BIAS=bias is not None, ENTROPY=state.weighted is not None,
+            MEAN=state.summed is not None, SQUARES=state.squared is not None, BLOCK=BLOCK, num_warps=NUM_WARPS,
+            **head.kernel_arguments(),
         )  # fmt: skip
 
 
 @jit
 def lse_fold_kernel(
     tile_ptr, bias_ptr, ids_ptr, inv_temperature_ptr, maximum_ptr, total_ptr, target_ptr, weighted_ptr, summed_ptr,
-    n_cols, first_col, row_stride, logit_scale, softcap,
-    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, MEAN: tl.constexpr, BLOCK: tl.constexpr,
+    squared_ptr, n_cols, first_col, row_stride, logit_scale, softcap,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, MEAN: tl.constexpr, SQUARES: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program folds one row of the tile."""
     row = tl.program_id(0).to(tl.int64)
@@ -142,10 +152,13 @@ def lse_fold_kernel(
     target = tl.load(target_ptr + row)
     weighted = 0.0
     summed = 0.0
+    squared = 0.0
     if ENTROPY:
         weighted = tl.load(weighted_ptr + row)
     if MEAN:
         summed = tl.load(summed_ptr + row)
+    if SQUARES:
+        squared = tl.load(squared_ptr + row)
     for start in range(0, n_cols, BLOCK):
         cols = start + tl.arange(0, BLOCK)
         inside = cols < n_cols
@@ -160,6 +173,8 @@ def lse_fold_kernel(
         if ENTROPY:
             inner = tl.sum(tl.where(mass > 0, mass * (z - anchor), 0.0), 0)
             weighted = (weighted + total * moved) * tl.exp(moved) + inner
+        if SQUARES:
+            squared = squared * tl.exp(2.0 * moved) + tl.sum(mass * mass, 0)
         total = total * tl.exp(moved) + tl.sum(mass, 0)
         maximum = peak
     tl.store(maximum_ptr + row, maximum)
@@ -169,3 +184,5 @@ def lse_fold_kernel(
         tl.store(weighted_ptr + row, weighted)
     if MEAN:
         tl.store(summed_ptr + row, summed)
+    if SQUARES:
+        tl.store(squared_ptr + row, squared)

@@ -21,6 +21,7 @@ class Scores(NamedTuple):
     entropy: torch.Tensor | None = None
     mean_logit: torch.Tensor | None = None
     top1: torch.Tensor | None = None
+    sum_p_squared: torch.Tensor | None = None
 
 
 def score(
@@ -34,6 +35,7 @@ def score(
     entropy: bool = False,
     mean: bool = False,
     top1: bool = False,
+    squares: bool = False,
     workspace_bytes: int,
     backend: str = "auto",
 ) -> Scores:
@@ -42,7 +44,7 @@ def score(
     workspace_bytes=0 takes `linear_lse`, which needs none and gives no statistics beyond logp and lse.
     """
     rows, vocabulary = hidden.shape[0], weight.shape[0]
-    if workspace_bytes == 0 and not (entropy or mean or top1):
+    if workspace_bytes == 0 and not (entropy or mean or top1 or squares):
         temperature = 1 / inv_temperature
         return Scores(
             *linear_lse(
@@ -56,7 +58,7 @@ def score(
                 backend=backend,
             )
         )
-    state = RowState.empty(rows, hidden, entropy=entropy, mean=mean)
+    state = RowState.empty(rows, hidden, entropy=entropy, mean=mean, squares=squares)
     shape = vocabulary_tile(rows, vocabulary, bytes_per_logit(hidden.device, hidden.dtype), workspace_bytes)
     tile = Tile(shape, hidden.dtype, hidden.device)
     for row in range(0, rows, shape.rows):
@@ -80,4 +82,5 @@ def score(
 def finish(state: RowState, vocabulary: int, top1: bool = False) -> Scores:
     """The scores of rows of which everything has been seen."""
     mean = None if state.summed is None else state.summed / vocabulary
-    return Scores(state.logp(), state.lse(), state.entropy(), mean, state.top1() if top1 else None)
+    top = state.top1() if top1 else None
+    return Scores(state.logp(), state.lse(), state.entropy(), mean, top, state.sum_p_squared())

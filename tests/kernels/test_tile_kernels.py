@@ -47,7 +47,7 @@ def entropy_of(logp):
 def test_folding_tiles_in_any_order_gives_the_whole_rows_statistics(backend, head, with_bias, dtype):
     raw, ids, inv_temperature, bias = make_rows(dtype=dtype)
     bias = bias if with_bias else None
-    state = RowState.empty(ROWS, raw, entropy=True, mean=not with_bias)
+    state = RowState.empty(ROWS, raw, entropy=True, mean=not with_bias, squares=True)
     for start, stop in [(128, COLS), (0, 1), (1, 128)]:
         part = None if bias is None else bias[start:stop]
         lse_fold(raw[:, start:stop], ids, start, state, inv_temperature, bias=part, head=head, backend=backend)
@@ -56,6 +56,7 @@ def test_folding_tiles_in_any_order_gives_the_whole_rows_statistics(backend, hea
     torch.testing.assert_close(state.logp().double(), logp.gather(1, ids[:, None])[:, 0], rtol=1e-5, atol=2e-6)
     torch.testing.assert_close(state.lse().double(), z.logsumexp(-1), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(state.entropy().double(), entropy_of(logp), rtol=1e-5, atol=2e-6)
+    torch.testing.assert_close(state.sum_p_squared().double(), logp.exp().square().sum(-1), rtol=1e-5, atol=1e-7)
     assert torch.equal(state.top1(), z.argmax(1) == ids)
     if state.summed is not None:
         torch.testing.assert_close(state.summed.double() / COLS, z.mean(1), rtol=1e-5, atol=1e-6)

@@ -43,7 +43,7 @@ def test_a_head_survives_its_text(head):
     assert decode_head(encode(head)) == head
 
 
-@pytest.mark.parametrize(("scored", "statistics"), [(True, (False, False, False)), (False, (True, True, True))])
+@pytest.mark.parametrize(("scored", "statistics"), [(True, (False,) * 4), (False, (True,) * 4)])
 def test_opcheck_score(flat, scored, statistics):
     batch, *_, hidden, weight, bias, cool = flat
     mask = batch.mask if scored else None

@@ -13,7 +13,7 @@ HEADS = {
     "softcap": {"softcap": 3.0, "logit_scale": -0.7},
     "everything": {"lm_head_bias": True, "softcap": 4.0, "logit_scale": 1.3, "temperature": True},
 }
-EVERYTHING = {"with_entropy": True, "with_self_certainty": True, "with_top1": True}
+EVERYTHING = {"with_entropy": True, "with_self_certainty": True, "with_top1": True, "with_sum_p_squared": True}
 
 
 def likely(batch):

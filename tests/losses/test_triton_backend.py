@@ -69,7 +69,8 @@ def test_at_the_reference_every_shift_is_zero_to_rounding(schedule, head):
 def test_scores_are_the_reference():
     batch = make_batch(LENGTHS, VOCABULARY, HIDDEN)
     low = batch.to(torch.float32)
-    everything = {"with_entropy": True, "with_self_certainty": True, "with_top1": True, "completion_mask": batch.mask}
+    everything = {"with_entropy": True, "with_self_certainty": True, "with_top1": True}
+    everything |= {"with_sum_p_squared": True, "completion_mask": batch.mask}
     truth = reference.reference_token_logps(batch.hidden, batch.weight, batch.ids, **everything)
     for room in (None, 4 * 300):
         got = rlvr_ops.token_logps(
@@ -77,5 +78,6 @@ def test_scores_are_the_reference():
         )
         assert_same(got.logps, truth.logps, 1e-5, "logps")
         assert_same(got.entropy, truth.entropy, 1e-5, "entropy")
+        assert_same(got.sum_p_squared, truth.sum_p_squared, 1e-5, "sum_p_squared")
         assert_same(got.self_certainty, truth.self_certainty, 1e-5, "self_certainty")
         assert torch.equal(got.top1, truth.top1)
