@@ -154,11 +154,21 @@ def test_ligers_luspo_of_tokens_weighs_the_padding_like_tokens():
     assert not bool(our_loss(batch, "luspo")[1][0][~batch.mask].any())
 
 
+# --- numbers out of range --------------------------------------------------------------------------------------------
+
+
 def test_nan_in_the_padding_spreads_in_liger_and_not_here():
     batch = make_batch()
     poisoned = replace(batch, old=batch.old.masked_fill(~batch.mask, float("nan")))
     assert liger_loss(poisoned, "grpo", beta=0.0)[0].loss.isnan()
     assert_parity(our_loss(poisoned, "grpo"), liger_loss(batch, "grpo", beta=0.0))
+
+
+def test_a_clipped_ratio_beyond_float32_is_nan_in_liger_and_0_here():
+    batch = make_batch()
+    batch.old[0, 0] -= 95.0  # A > 0, and e^95 is inf
+    assert liger_loss(batch, "grpo", beta=0.0)[1][0][0, 0].isnan().all()
+    assert torch.equal(our_loss(batch, "grpo")[1][0][0, 0], torch.zeros(8))
 
 
 # --- denominators ----------------------------------------------------------------------------------------------------

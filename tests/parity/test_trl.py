@@ -218,6 +218,22 @@ def test_the_sampling_correction_is_trls(loss_type, mode, low, kl):
     assert_parity(our_loss(batch, loss_type, old=True, sampling=True, **config), theirs)
 
 
+def test_a_token_that_the_correction_masks_weighs_1e_8_in_vespos_product():
+    batch = make_batch(dtype=torch.float32)
+    batch.sampling[0] = batch.old[0]
+    batch.sampling[0, 0] -= 1.0  # beyond clip_max: its weight is 0, and log(1e-8) = -18.4 in the product
+    batch.old[0, 1:7] = batch.logps[0, 1:7] - 3.0  # which five counting tokens bring back to -3.4
+    batch.sampling[0, 1:7] = batch.old[0, 1:7]
+    mode = {"vllm_importance_sampling_mode": "token_mask", "vllm_importance_sampling_clip_max": 1.2}
+    ratio = trl_peer.generate_and_score(batch, **mode)["importance_sampling_ratio"]
+    assert ratio[0, 0] == 0
+    given = {"importance_sampling_ratio": ratio}
+    theirs = trl_loss(batch, "vespo", old=True, sampling=given, use_vllm=True, **mode)
+    assert theirs.d_logps[0, 0].abs() > 1e-3
+    config = {"sampling_correction": "token_mask", "sampling_clip_max": 1.2}
+    assert_parity(our_loss(batch, "vespo", old=True, sampling=True, **config), theirs)
+
+
 # --- advantages -----------------------------------------------------------------------------------------------------
 
 REWARDS = torch.tensor([1.0, 0.0, 0.0, 0.3, -1.2, 0.3])  # two groups of 3
