@@ -7,6 +7,8 @@ import os
 
 import pytest
 import torch
+from loss_cases import EVERY_METHOD, HEADS, loss_arguments
+from loss_cases import make_batch as make_ragged_batch
 
 import rlvr_ops
 from rlvr_ops.reference import reference_policy_loss
@@ -64,6 +66,28 @@ def test_ace_is_no_further_from_float64_than_eager(dtype, schedule, confidence, 
     for name, a, b, truth in zip(("loss", "d_hidden", "d_weight"), ours, eager, exact, strict=True):
         floor = 1e-6 if dtype == torch.float32 else 2e-3  # where eager happens to be luckier than its dtype
         assert distance(a, truth) <= max(1.05 * distance(b, truth), floor), name
+
+
+@pytest.mark.parametrize("schedule", ["single_pass", "two_pass"])
+@pytest.mark.parametrize("method", EVERY_METHOD)
+def test_every_surrogate_is_no_further_from_float64_than_eager(method, schedule):
+    """Ragged and masked, with NaN in the padding and a bias, a softcap, a scale and a temperature per token."""
+    batch = make_ragged_batch(**HEADS["everything"]).map(lambda x: x.to(DEVICE))
+
+    def gradients(loss, dtype, **options):
+        low = batch.to(dtype)
+        given = loss_arguments(low, EVERY_METHOD[method], "grpo", HEADS["everything"]) | options
+        hidden, weight, bias = low.leaves()
+        given.pop("use_bias")
+        given |= {"completion_mask": low.mask, "lm_head_bias": bias}
+        out = loss(hidden, weight, low.ids, low.advantages, **given)
+        return torch.autograd.grad(out.loss, (hidden, weight, bias))
+
+    exact = gradients(reference_policy_loss, torch.float64)
+    eager = gradients(reference_policy_loss, torch.float32)
+    ours = gradients(rlvr_ops.policy_loss, torch.float32, schedule=schedule)
+    for name, a, b, truth in zip(("d_hidden", "d_weight", "d_bias"), ours, eager, exact, strict=True):
+        assert distance(a, truth) <= max(1.05 * distance(b, truth), 1e-5), name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
