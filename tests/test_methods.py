@@ -1,0 +1,278 @@
+"""docs/methods.md, held against the code: every name is there, every call exists, and what a row equates is equal."""
+
+import ast
+import inspect
+import re
+import runpy
+import typing
+from pathlib import Path
+
+import pytest
+import torch
+from rlvr_trainer.algorithm import PRESETS, AlgorithmConfig
+from rlvr_trainer.config import load
+
+import rlvr_ops
+from rlvr_ops import advantages, aggregation, calibration, confidence, rewards, surrogates
+from rlvr_ops.hyperparameters import make_hyperparameters
+
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "docs" / "methods.md").read_text()
+EXAMPLE = ROOT / "examples" / "losses.py"
+WITHOUT_BLOCKS = re.sub(r"```.*?```", "", PAGE, flags=re.S)
+CODE = re.findall(r"`([^`]+)`", WITHOUT_BLOCKS)
+FREE = {"fn": lambda logps, rows: -rows.advantages * logps}  # what the page leaves to the reader
+LOSS = {name for name in rlvr_ops.__all__ if name.endswith(("_loss", "_loss_from_logps"))}
+
+
+def rows(heading: str) -> list[list[str]]:
+    """The cells of the first table under a heading, without its two header lines."""
+    section = PAGE.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    table = re.findall(r"(?:^\|.*\|\n)+", section, flags=re.M)[0]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+
+
+def code(cell: str) -> list[str]:
+    return re.findall(r"`([^`]+)`", cell)
+
+
+def keywords(text: str) -> dict:
+    call = ast.parse(f"f({text})", mode="eval").body
+    return {
+        k.arg: FREE[k.value.id] if isinstance(k.value, ast.Name) else ast.literal_eval(k.value) for k in call.keywords
+    }
+
+
+def calls() -> list[ast.Call]:
+    found = []
+    for text in dict.fromkeys(CODE):
+        try:
+            tree = ast.parse(text, mode="eval")
+        except SyntaxError:
+            continue
+        found += [
+            node
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Call) and not ast.unparse(node.func).endswith(").exp")
+        ]
+    return found
+
+
+CALLS = calls()
+SURROGATES, REFUSED = rows("Surrogates"), rows("What does not go together")
+COMPOSED = [[method, "", *others] for method, *others in rows("What composes with them")]  # they have no presets
+
+
+def batch() -> dict:
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(4, 6, 16), torch.randn(30, 16)
+    ids = torch.randint(30, (4, 6))
+    old, ref = (rlvr_ops.token_logps(hidden + s * torch.randn(4, 6, 16), weight, ids).logps for s in (0.2, 0.3))
+    return {
+        "hidden_states": hidden.requires_grad_(),
+        "lm_head_weight": weight,
+        "completion_ids": ids,
+        "advantages": torch.tensor([1.0, -1.0, 0.5, -0.5]),
+        "old_per_token_logps": old,
+        "ref_per_token_logps": ref,
+        "completion_mask": torch.arange(6) < torch.tensor([[6], [3], [5], [4]]),
+    }
+
+
+def loss_of(function, **given) -> list[float]:
+    data = batch()
+    if "sampling_correction" in given:
+        given["sampling_per_token_logps"] = data["old_per_token_logps"] - 0.1
+    out = function(**data, **given)
+    out.loss.backward()
+    return [out.loss.item(), data["hidden_states"].grad.norm().item()]
+
+
+def spec_of(given: dict) -> object:
+    defaults = {
+        name: parameter.default
+        for name, parameter in inspect.signature(rlvr_ops.policy_loss).parameters.items()
+        if name in inspect.signature(make_hyperparameters).parameters
+    }
+    return make_hyperparameters(**{**defaults, **{k: v for k, v in given.items() if k in defaults}})
+
+
+@pytest.mark.parametrize("name", surrogates.SURROGATES)
+def test_every_surrogate_is_on_the_page_by_name_and_with_numbers(name):
+    assert any(f"surrogates.{name}(" in text for text in CODE)
+    assert name in {keywords(code(row[2])[0]).get("surrogate", "ppo_clip") for row in SURROGATES}
+
+
+@pytest.mark.parametrize("name", sorted(LOSS))
+def test_every_named_loss_is_on_the_page(name):
+    assert name.removesuffix("_from_logps") in CODE or any(text.startswith(f"{name}(") for text in CODE)
+
+
+@pytest.mark.parametrize("name", advantages.ESTIMATORS)
+def test_every_estimator_of_advantages_is_on_the_page(name):
+    assert any(text.startswith(f'group_advantages(rewards, G, "{name}"') for text in CODE)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        name
+        for module in (rewards, calibration, confidence, advantages)
+        for name in module.__all__
+        if name.islower() and name != "group_advantages"
+    ]
+    + ["tokenised_brier_loss", "borda_vote", "arm_advantages", "squared_gradient_norms", "ace_advantages"]
+    + ["pass_at_k", "bootstrap_interval", "paired_bootstrap_interval"],
+)
+def test_every_function_around_the_losses_is_on_the_page(name):
+    assert any(isinstance(call.func, ast.Name) and call.func.id == name for call in CALLS)
+
+
+def test_every_public_name_of_the_library_is_on_the_page_or_a_result_or_about_backends():
+    elsewhere = {"LossOutput", "TokenScores", "BordaVote", "PPOCRewards", "ReliabilityBins", "explain_backend"}
+    words = set(re.findall(r"\w+", PAGE))
+    missing = {name for name in rlvr_ops.__all__ if name.removesuffix("_from_logps") not in words} - elsewhere
+    assert not missing
+
+
+@pytest.mark.parametrize("name", [name for name in PRESETS if not name.startswith("ace-")])
+def test_every_preset_of_the_trainer_is_on_the_page(name):
+    assert [name] in [code(row[3]) for row in SURROGATES]
+
+
+def test_every_aggregation_is_on_the_page_with_verls_name_for_it():
+    found = {code(row[0])[0]: code(row[1]) for row in rows("From tokens to one number")}
+    assert set(found) == set(aggregation.LOSS_TYPES)
+    assert {verl[0]: ours for ours, verl in found.items() if verl} == aggregation.VERL_NAMES
+
+
+def test_the_estimators_that_the_page_gives_to_the_trainer_are_those_it_takes():
+    taken = {
+        keyword.value
+        for row in rows("Advantages")
+        if row[-1] == "yes"
+        for keyword in ast.parse(code(row[1])[0], mode="eval").body.args
+        if isinstance(keyword, ast.Constant)
+    }
+    assert taken == set(typing.get_args(typing.get_type_hints(AlgorithmConfig)["advantages"]))
+
+
+@pytest.mark.parametrize("row", rows("Advantages"), ids=lambda row: row[0])
+def test_the_estimators_that_need_verdicts_are_those_the_page_says(row):
+    call = ast.parse(code(row[1])[0], mode="eval").body
+    if call.func.id == "group_advantages":
+        assert advantages.estimators.ESTIMATORS[call.args[2].value].binary == (row[-2] == "0/1")
+
+
+@pytest.mark.parametrize("call", CALLS, ids=ast.unparse)
+def test_every_call_on_the_page_exists_and_takes_what_it_is_given(call):
+    name = ast.unparse(call.func).removeprefix("rows.")
+    method = name.startswith("rollout_")
+    target = rlvr_ops.SurrogateRows if method else rlvr_ops
+    for part in name.split("."):
+        target = getattr(target, part)
+    given = [None] * (len(call.args) + method)  # self
+    inspect.signature(target).bind_partial(*given, **{keyword.arg: None for keyword in call.keywords})
+
+
+def test_every_module_that_the_page_names_exists():
+    for name in re.findall(r"rlvr_ops\.(\w+)", WITHOUT_BLOCKS):
+        assert hasattr(rlvr_ops, name)
+
+
+@pytest.mark.parametrize("row", [row for row in SURROGATES if code(row[1])], ids=lambda row: row[0])
+def test_a_preset_is_policy_loss_with_the_keywords_of_its_row(row):
+    preset = getattr(rlvr_ops, code(row[1])[0])
+    assert loss_of(preset) == loss_of(rlvr_ops.policy_loss, **keywords(code(row[2])[0]))
+
+
+@pytest.mark.parametrize("row", SURROGATES + COMPOSED, ids=lambda row: row[0])
+def test_the_keywords_of_a_row_run_and_reach_a_gradient(row):
+    for text in code(row[2]):
+        assert loss_of(rlvr_ops.policy_loss, **keywords(text))[1] > 0
+
+
+@pytest.mark.parametrize(
+    "row", [row for row in SURROGATES + COMPOSED if code(row[3]) and ":function" not in row[3]], ids=lambda row: row[0]
+)
+def test_the_trainer_computes_the_loss_of_the_row(row):
+    given = keywords(code(row[2])[0])
+    text = code(row[3])[0]
+    overrides = (
+        [f"algorithm.name={text}"] if text in PRESETS else ["algorithm.name=sapo", "algorithm.surrogate=ppo_clip"]
+    )
+    if text not in PRESETS:
+        overrides += text.split()
+    algorithm = load(None, overrides).algorithm
+    policy = algorithm.policy()
+    if "beta" not in given:
+        policy["beta"] = 0.0  # of the presets grpo and ace-grpo, whose objectives have a KL term
+    assert spec_of(policy) == spec_of(given)
+    assert aggregation.canonical(algorithm.loss_type) == given.get("loss_type", "grpo")
+
+
+@pytest.mark.parametrize("row", SURROGATES + COMPOSED, ids=lambda row: row[0])
+def test_what_a_row_costs_is_what_the_head_does(row):
+    hyper = spec_of(keywords(code(row[2])[0]))
+    local = hyper.is_token_local(has_old=True) and hyper.top_entropy_quantile == 1
+    two = hyper.top_entropy_quantile < 1
+    assert row[-1] == ("two passes" if two else "any chunk" if local else "whole rollouts")
+
+
+@pytest.mark.parametrize(
+    ("cost", "room", "passes"), [("any chunk", 4, 1), ("whole rollouts", 4, 2), ("whole rollouts", 6, 1)]
+)
+def test_the_costs_are_what_auto_takes(cost, room, passes):
+    """The longest rollout has 6 tokens."""
+    for row in SURROGATES + COMPOSED:
+        if row[-1] == cost:
+            given, data = keywords(code(row[2])[0]), batch()
+            if "sampling_correction" in given:
+                given["sampling_per_token_logps"] = data["old_per_token_logps"]
+            out = rlvr_ops.policy_loss(**data, **given, workspace_bytes=room * 30 * 4)
+            assert out.metrics["head/single_pass"].item() == (passes == 1), row[0]
+
+
+@pytest.mark.parametrize("row", REFUSED, ids=lambda row: row[0])
+def test_what_the_page_says_is_refused_is(row):
+    with pytest.raises(ValueError, match=r"\w+ .{20}"):
+        loss_of(rlvr_ops.policy_loss, **keywords(code(row[0])[0]))
+
+
+def test_the_five_lines_of_the_page_are_those_of_the_example_and_run():
+    block = next(block for block in re.findall(r"```python\n(.*?)```", PAGE, flags=re.S) if "def quadratic" in block)
+    example = runpy.run_path(str(EXAMPLE))
+    names = {name: example[name] for name in ("hidden", "completion_ids", "advantages", "old")}
+    names["lm_head"] = torch.nn.Linear(example["H"], example["V"], bias=False)
+    exec(block, names)
+    assert torch.isfinite(names["out"].loss)
+    lines = [line for line in inspect.getsource(example["quadratic"]).splitlines() if '"""' not in line]
+    assert len(lines) <= 5
+    assert [line.strip() for line in lines[1:]] == [
+        line.strip() for line in block.split("def quadratic", 1)[1].split("\n\n")[0].splitlines()[1:]
+    ]
+
+
+def test_the_example_prints_every_surrogate_and_every_preset_with_and_without_ace(capsys):
+    names = runpy.run_path(str(EXAMPLE), run_name="__main__")
+    printed = capsys.readouterr().out
+    known = {name.removesuffix("_loss") for name in LOSS if name.endswith("_loss")} - {
+        "ace",
+        "policy",
+        "tokenised_brier",
+    }
+    assert known <= set(names["LOSSES"])
+    used = {settings.get("surrogate", "ppo_clip") for settings in names["LOSSES"].values()}
+    assert set(surrogates.SURROGATES) <= used
+    assert printed.count("\n") == 1 + len(names["table"]) == 1 + 2 * len(names["LOSSES"])
+    for name in names["LOSSES"]:
+        (loss, norm, clipped, _), (weighted, weighted_norm, _, passes) = (names["table"][name, a] for a in (0.0, 1.0))
+        assert loss != weighted
+        assert weighted_norm > norm > 0
+        assert 0 <= clipped <= 1
+        assert passes == 2  # ACE needs whole rollouts, and the workspace has no room for the longest
+
+
+def test_the_example_gives_the_same_numbers_every_time():
+    first, second = (runpy.run_path(str(EXAMPLE))["table"] for _ in range(2))
+    assert first == second
