@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from benchmarks.cases import CPU_CASES, GPU_CASES, Batch, Case
+from benchmarks.entrants import System
 from benchmarks.measure import (
     Gradients,
     Step,
@@ -17,7 +18,7 @@ from benchmarks.measure import (
     spread,
 )
 from benchmarks.report import Result, save
-from benchmarks.systems import System, systems
+from benchmarks.systems import systems
 
 GPU = torch.cuda.is_available()
 CASES = GPU_CASES if GPU else CPU_CASES

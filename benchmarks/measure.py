@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.cases import Batch, Case
-from benchmarks.systems import System
+from benchmarks.entrants import System
 
 Step = Callable[[], object]
 Gradients = tuple[Tensor, Tensor, Tensor]

@@ -17,10 +17,10 @@ import pytest
 import torch
 
 from benchmarks.cases import Case
-from benchmarks.systems import Absent
+from benchmarks.entrants import Absent
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("rlvr-ops", "torch", "triton", "liger-kernel")
+PACKAGES = ("rlvr-ops", "torch", "triton", "trl", "verl", "liger-kernel")
 Result = dict[str, Any]
 SAVED = pytest.StashKey[list[Result]]()
 
