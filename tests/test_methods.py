@@ -239,6 +239,25 @@ def test_what_the_page_says_is_refused_is(row):
         loss_of(rlvr_ops.policy_loss, **keywords(code(row[0])[0]))
 
 
+@pytest.mark.parametrize("name", surrogates.SURROGATES)
+def test_on_policy_every_surrogate_has_the_derivative_that_the_page_says(name):
+    logp, given = torch.full((3, 4), -1.0, requires_grad=True), torch.tensor([1.0, -2.0, 0.5])
+    for old in (None, logp.detach()):
+        out = rlvr_ops.policy_loss_from_logps(
+            logp, given, surrogate=name, old_per_token_logps=old, loss_type="luspo", num_items_in_batch=1
+        )
+        (slope,) = torch.autograd.grad(out.loss, logp)
+        torch.testing.assert_close(slope, -given[:, None].expand(3, 4), rtol=1e-6, atol=0)
+
+
+def test_every_metric_of_a_loss_is_explained():
+    given = {"sampling_correction": "token_mask", "off_policy_mask_threshold": 0.1, "with_entropy": True, "alpha": 1.0}
+    data = batch()
+    out = rlvr_ops.policy_loss(**data, **given, sampling_per_token_logps=data["old_per_token_logps"])
+    page = (ROOT / "docs" / "metrics.md").read_text()
+    assert [name for name in out.metrics if f"`{name}`" not in page] == []
+
+
 def test_the_five_lines_of_the_page_are_those_of_the_example_and_run():
     block = next(block for block in re.findall(r"```python\n(.*?)```", PAGE, flags=re.S) if "def quadratic" in block)
     example = runpy.run_path(str(EXAMPLE))
