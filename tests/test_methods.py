@@ -98,8 +98,11 @@ def spec_of(given: dict) -> object:
 
 
 @pytest.mark.parametrize("name", surrogates.SURROGATES)
-def test_every_surrogate_is_on_the_page_by_name_and_with_numbers(name):
-    assert any(f"surrogates.{name}(" in text for text in CODE)
+def test_every_surrogate_is_on_the_page_by_name_and_with_its_numbers(name):
+    text = next(text for text in CODE if text.startswith(f"surrogates.{name}("))
+    given = ast.parse(text, mode="eval").body.keywords
+    defaults = {name: p.default for name, p in inspect.signature(surrogates.SURROGATES[name]).parameters.items()}
+    assert {keyword.arg: ast.literal_eval(keyword.value) for keyword in given} == defaults
     assert name in {keywords(code(row[2])[0]).get("surrogate", "ppo_clip") for row in SURROGATES}
 
 
@@ -270,6 +273,15 @@ def test_the_five_lines_of_the_page_are_those_of_the_example_and_run():
     assert [line.strip() for line in lines[1:]] == [
         line.strip() for line in block.split("def quadratic", 1)[1].split("\n\n")[0].splitlines()[1:]
     ]
+
+
+def test_the_losses_of_the_readme_run_after_its_ten_lines(capsys):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
+    names: dict = {}
+    for with_text in ("ace_loss(hidden", "surrogate=surrogate"):
+        exec(next(block for block in blocks if with_text in block), names)
+    *_, cispo, sapo, quadratic = map(float, capsys.readouterr().out.split())
+    assert len({cispo, sapo, quadratic}) == 3
 
 
 def test_the_example_prints_every_surrogate_and_every_preset_with_and_without_ace(capsys):
