@@ -253,6 +253,23 @@ def test_on_policy_every_surrogate_has_the_derivative_that_the_page_says(name):
         torch.testing.assert_close(slope, -given[:, None].expand(3, 4), rtol=1e-6, atol=0)
 
 
+def test_every_paper_on_the_page_has_its_address():
+    addresses = dict(re.findall(r"^\[(\d{4}\.\d{5})\]: https://arxiv\.org/abs/(\d{4}\.\d{5})$", PAGE, flags=re.M))
+    assert all(number == address for number, address in addresses.items())
+    assert set(re.findall(r"\[(\d{4}\.\d{5})\](?!:)", PAGE)) == set(addresses)
+
+
+def anchors(page: Path) -> set[str]:
+    titles = re.findall(r"^#+ (.+)$", page.read_text(), flags=re.M)
+    return {re.sub(r"[^\w\- ]", "", title).strip().lower().replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda p: p.name)
+def test_every_link_to_a_section_finds_its_heading(page):
+    links = re.findall(r"\]\((?!https?://)([^)#\s]*)#([^)\s]+)\)", page.read_text())
+    assert [link for link in links if link[1] not in anchors(page.parent / link[0] if link[0] else page)] == []
+
+
 def test_every_metric_of_a_loss_is_explained():
     given = {"sampling_correction": "token_mask", "off_policy_mask_threshold": 0.1, "with_entropy": True, "alpha": 1.0}
     data = batch()
