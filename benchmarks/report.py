@@ -54,8 +54,10 @@ def versions() -> dict[str, str]:
     return found
 
 
-def save(case: Case, rows: list[Result], absent: list[Absent], device: torch.device, config: pytest.Config) -> None:
-    """Write one case's results; ratios are to the faster of the eager implementations."""
+def save(
+    case: Case, rows: list[Result], absent: list[Absent], device: torch.device, command: str, place: Path | None = None
+) -> Result:
+    """Write one case's results, under RESULTS unless told where; ratios are to the faster of the eager implementations."""
     eager = min(row["median_ms"] for row in rows if row["kind"] == "eager")
     for row in rows:
         row["ratio_to_eager"] = row["median_ms"] / eager
@@ -63,15 +65,15 @@ def save(case: Case, rows: list[Result], absent: list[Absent], device: torch.dev
         "case": case.describe(),
         "device": device_name(device),
         "versions": versions(),
-        "command": " ".join(["pytest", *config.invocation_params.args]),
+        "command": command,
         "systems": rows,
         "absent": dict(absent),
         "load_average": os.getloadavg()[0],
     }
-    place = folder(device)
+    place = place or folder(device)
     place.mkdir(parents=True, exist_ok=True)
     (place / f"{case.name}.json").write_text(json.dumps(result, indent=1) + "\n")
-    config.stash.setdefault(SAVED, []).append(result)
+    return result
 
 
 def load(place: Path) -> list[Result]:
