@@ -1,6 +1,9 @@
+import json
+
 import pytest
 import torch
 
+from benchmarks import on_gpu
 from benchmarks.cases import CPU_CASES, GPU_CASES, Case
 from benchmarks.chart import BEGIN, END, rewrite
 from benchmarks.measure import bare_matmuls, differentiate, interleave, peak_bytes, relative_error, spread
@@ -80,3 +83,27 @@ def test_rewriting_the_page_twice_changes_nothing():
     assert once.startswith("before")
     assert once.endswith("after\n")
     assert rewrite(once, [result]) == once
+
+
+def test_the_command_for_a_machine_with_a_gpu_runs_every_stage_and_keeps_what_it_found(tmp_path, capsys):
+    """On toy shapes and a CPU; that a stage fails does not stop the next."""
+    stages = ["products", "cases", "tuning"]
+    on_gpu.main(["--tiny", "--device", "cpu", "--minutes", "4", "--out", str(tmp_path), "--only", *stages])
+    printed = capsys.readouterr().out
+    assert all(f"{stage}: exit 0" in printed for stage in stages), printed
+    assert {path.stem for path in (tmp_path / "cases").glob("*.json")} == {
+        "ace-16x8x50-float32-100-active",
+        "grpo-16x8x50-float32-100-active",
+    }
+    assert {row["form"] for row in json.loads((tmp_path / "products.json").read_text())} >= {
+        "logits",
+        "d_weight += fp32",
+    }
+    tuned = {row["what"] for row in json.loads((tmp_path / "tuning.json").read_text())}
+    assert tuned == {"single_pass", "two_pass", "fused_policy", "lse_fold", "dlogits", "weigh"}
+    assert "x products" in printed
+
+
+def test_a_stage_that_runs_out_of_time_is_ended_and_said(tmp_path, capsys):
+    on_gpu.main(["--tiny", "--device", "cpu", "--minutes", "0.02", "--out", str(tmp_path), "--only", "cases"])
+    assert "cases: exit 124" in capsys.readouterr().out

@@ -1,0 +1,120 @@
+"""Everything that a machine with an accelerator can tell, in one command and a given time, the most valuable first.
+
+    python -m benchmarks.on_gpu --minutes 20 --out results [--only tests products cases tuning]
+
+Needs no network. In order: what the device is; the tests marked gpu; the matrix products that the schedules are built from;
+the benchmark's cases; the sizes that the library has chosen without measuring. JSON is written after every single one, so
+that a run that is cut off still counts. Each stage runs in a process of its own: what crashes one leaves the others. A
+short table comes last.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.report import Result, device_name, versions
+
+ROOT = Path(__file__).parents[1]
+SHARES = {"tests": 0.3, "products": 0.1, "cases": 0.85, "tuning": 1.0}
+"""How much of the time that is left a stage may take."""
+
+
+class Budget:
+    """Seconds until the end."""
+
+    def __init__(self, minutes: float):
+        self._end = time.monotonic() + 60 * minutes
+
+    def left(self) -> float:
+        """What remains, never below 0."""
+        return max(0.0, self._end - time.monotonic())
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the stages and print the table; 0 unless the tests failed."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.on_gpu", description=__doc__.split("\n")[0])
+    parser.add_argument("--minutes", type=float, default=20.0, help="when to have finished")
+    parser.add_argument("--out", type=Path, default=Path("results"), help="where the JSON goes")
+    parser.add_argument("--only", nargs="+", choices=SHARES, default=list(SHARES), help="stages to run")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--tiny", action="store_true", help="toy shapes, to see that the script itself works")
+    chosen = parser.parse_args(arguments)
+    chosen.out.mkdir(parents=True, exist_ok=True)
+    budget = Budget(chosen.minutes)
+    write(chosen.out / "machine.json", machine(torch.device(chosen.device)))
+    outcome = 0
+    for stage in chosen.only:
+        seconds = budget.left() * SHARES[stage]
+        began = time.monotonic()
+        code = run(stage, chosen, seconds)
+        outcome |= stage == "tests" and code != 0
+        print(f"{stage}: exit {code}, {time.monotonic() - began:.0f} s of {seconds:.0f}", flush=True)
+    print(table(chosen.out))
+    return int(outcome)
+
+
+def run(stage: str, chosen: argparse.Namespace, seconds: float) -> int:
+    """One stage in a process of its own, ended after its seconds; its exit code, 124 if it was ended."""
+    if stage == "tests":
+        report = f"--junit-xml={chosen.out / 'tests.xml'}"
+        command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "--maxfail=25", report, "tests"]
+        command += ["-k", "two_runs"] if chosen.tiny else []
+    else:
+        command = [sys.executable, "-m", f"benchmarks.gpu_{stage}", "--out", str(chosen.out), "--device", chosen.device]
+        command += ["--seconds", str(seconds * 0.95), *(["--tiny"] if chosen.tiny else [])]
+    environment = os.environ | ({"RLVR_OPS_TEST_DEVICE": "cpu"} if chosen.device == "cpu" else {})
+    try:
+        with (chosen.out / f"{stage}.log").open("w") as log:
+            done = subprocess.run(
+                command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, timeout=seconds
+            )
+    except subprocess.TimeoutExpired:
+        return 124
+    return done.returncode
+
+
+def machine(device: torch.device) -> Result:
+    """The device, its clocks and the versions."""
+    found: Result = {"device": device_name(device), "versions": versions()}
+    if device.type == "cuda":
+        fields = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit,temperature.gpu"
+        query = subprocess.run(["nvidia-smi", f"--query-gpu={fields}", "--format=csv"], capture_output=True, text=True)
+        found["nvidia-smi"] = query.stdout.splitlines()
+    return found
+
+
+def write(path: Path, value: Any) -> None:
+    """Replace the file whole, so that a cut-off run leaves no half of one."""
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(value, indent=1) + "\n")
+    part.replace(path)
+
+
+def table(out: Path) -> str:
+    """One line per test run, product, case and tuned size that there is a result for."""
+    lines = []
+    for path in sorted((out / "cases").glob("*.json")):
+        result = json.loads(path.read_text())
+        bare = next(row["median_ms"] for row in result["systems"] if row["kind"] == "matmuls")
+        lines += [
+            f"{path.stem}: {row['system']}  {row['median_ms']:.2f} ms  {row['median_ms'] / bare:.2f} x products  "
+            f"{row['ratio_to_eager']:.2f} x eager  {(row['peak_bytes'] or 0) / 1e6:.0f} MB"
+            for row in result["systems"]
+        ]
+    for name in ("products", "tuning"):
+        if (out / f"{name}.json").exists():
+            rows = json.loads((out / f"{name}.json").read_text())
+            lines += [f"{name}: " + "  ".join(f"{key}={value}" for key, value in row.items()) for row in rows]
+    tail = (out / "tests.log").read_text().splitlines()[-1:] if (out / "tests.log").exists() else []
+    return "\n".join([*lines, *(f"tests: {line}" for line in tail)])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
