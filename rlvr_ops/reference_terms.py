@@ -37,7 +37,7 @@ def surrogate_losses(
     ratio = torch.exp(log_ratio)
     if surrogate.form == "sapo":
         return -4 / a * torch.sigmoid(a * (ratio - 1)) * adv, nowhere, nowhere
-    outside = (ratio < a) & (adv != 0), (ratio > b) & (adv != 0)
+    outside = (ratio < a) & (adv != 0) & (a < b), (ratio > b) & (adv != 0) & (a < b)
     if surrogate.form == "weight":
         return -torch.clamp(ratio, a, b).detach() * adv * logp, *outside
     low, high, delta = surrogate.negative[0], surrogate.positive[1], surrogate.negative[1]

@@ -70,6 +70,6 @@ def sampling_metrics(weights: Tensor, layout: Layout) -> dict[str, Tensor]:
     name = "sampling/importance_sampling_ratio"
     return {
         f"{name}/mean": weights.masked_fill(~active, 0).sum() / active.sum().clamp(min=1),
-        f"{name}/min": weights.masked_fill(~active, float("inf")).amin(),
+        f"{name}/min": torch.where(active.any(), weights.masked_fill(~active, float("inf")).amin(), 0),
         f"{name}/max": weights.masked_fill(~active, 0).amax(),
     }

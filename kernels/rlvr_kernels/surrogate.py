@@ -48,7 +48,8 @@ def surrogate_terms(
     a, b = numbers(surrogate, advantage)
     ratio = x.exp()
     clipped = ratio.clamp(a, b)
-    below, above = (ratio < a, ratio > b) if surrogate.form in ("clip", "weight") else (x != x, x != x)
+    bounded = a < b if surrogate.form in ("clip", "weight") else x != x  # no ratio is outside of REINFORCE's (1, 1)
+    below, above = (ratio < a) & bounded, (ratio > b) & bounded
     match surrogate.form:
         case "clip":
             return SurrogateTerms(-advantage * clipped, torch.where(below | above, 0, -advantage * ratio), below, above)
@@ -73,9 +74,12 @@ def surrogate_kernel(x, logp, advantage, a, b, FORM: tl.constexpr):
     clipped = tl.minimum(tl.maximum(ratio, a), b)
     below = ratio < 0  # nowhere
     above = below
-    if FORM == "clip" or FORM == "weight":
+    if FORM == "clip":
         below = ratio < a
         above = ratio > b
+    elif FORM == "weight":
+        below = (ratio < a) & (a < b)  # no ratio is outside of REINFORCE's (1, 1)
+        above = (ratio > b) & (a < b)
     if FORM == "clip":
         loss = -advantage * clipped
         slope = tl.where(below | above, 0.0, -advantage * ratio)

@@ -89,7 +89,8 @@ def weigh(
     losses, coef = terms.loss * scale, (slope + terms.direct) * scale
     wrong = (per_rollout(advantages < 0) > 0).to(logp.dtype)
     low, high = (terms.clipped_low, terms.clipped_high) if open_ is None else _outside(log_ratio, advantages, spec)
-    sums = [per_rollout(terms.kl), *(per_rollout(x & (advantages != 0)) for x in (low, high))]
+    counts = (advantages > 0) | (advantages * kept[rollout] < 0)
+    sums = [per_rollout(terms.kl), *(per_rollout(x & counts) for x in (low, high))]
     return Weighed(
         losses, coef, torch.stack([per_rollout(losses), tokens, wrong, shift, weight, *sums, wrong * (1 - kept)], 1)
     )
@@ -247,8 +248,9 @@ def weigh_kernel(
         )  # fmt: skip
         if LEVEL == "geometric":
             a, b = bounds(advantage_ptr, rows, active, positive_a, positive_b, negative_a, negative_b)
-            low = (log_ratio < a) & (advantage != 0)
-            high = (log_ratio > b) & (advantage != 0)
+            counts = (advantage > 0) | (advantage * weight < 0)
+            low = (log_ratio < a) & counts
+            high = (log_ratio > b) & counts
         if SPREADS:
             slope_sum += tl.sum(tl.where(active, slope, 0.0), 0)
             slope = slope * 0.0

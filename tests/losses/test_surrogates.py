@@ -274,6 +274,18 @@ def test_top_entropy_from_hidden_states_is_top_entropy_from_log_probabilities():
     assert out.metrics["head/rows_pulled_back"].item() == 6  # 0.4 of 15
 
 
+@pytest.mark.parametrize(
+    ("surrogate", "low", "high"), [("reinforce", 0.0, 0.0), ("cispo_two_sided", 0.5, 0.25), ("gmpo", 0.25, 0.25)]
+)
+def test_clip_ratios_count_the_tokens_outside_of_their_bounds(surrogate, low, high):
+    """Ratios 1/2, 3, 1/3 and 1 for A = 1, 1, -1 and -1; REINFORCE has no bounds, gmpo one for each sign."""
+    logp = torch.zeros(1, 4)
+    given = {"old_per_token_logps": torch.tensor([[LN(2), -LN(3), LN(3), 0.0]]), "surrogate": surrogate}
+    out = rlvr_ops.policy_loss_from_logps(logp, torch.tensor([[1.0, 1.0, -1.0, -1.0]]), **given)
+    assert out.metrics["clip_ratio/low_mean"].item() == low
+    assert out.metrics["clip_ratio/high_mean"].item() == high
+
+
 @pytest.mark.parametrize("level", ["token", "sequence", "sequence_token"])
 @pytest.mark.parametrize("surrogate", ["ppo_clip", "sapo", "gmpo", "vespo", "cispo"])
 def test_ratios_that_overflow_leave_no_nan(surrogate, level):

@@ -162,3 +162,20 @@ def test_a_surrogate_of_ones_own_is_found_by_its_path(tmp_path, monkeypatch):
 def test_a_published_surrogate_takes_its_numbers():
     overrides = ["algorithm.name=dispo", "algorithm.surrogate_parameters={positive: [0.1, 5], negative: [0.5, 50]}"]
     assert load(None, overrides).algorithm.policy()["surrogate"] == surrogates.dispo((0.1, 5), (0.5, 50))
+
+
+def test_a_surrogate_of_ones_own_is_loaded_once(tmp_path, capsys):
+    path = tmp_path / "loud.py"
+    path.write_text("print('loaded')\ndef loss(logps, rows):\n    return -rows.advantages * logps\n")
+    algorithm = load(None, [f"algorithm.surrogate={path}:loss"]).algorithm
+    assert algorithm.policy()["surrogate"] is algorithm.policy()["surrogate"]
+    assert capsys.readouterr().out == "loaded\n"
+
+
+@pytest.mark.parametrize("name", ["ace-dapo", "gspo", "luspo"])
+def test_the_clip_of_a_preset_gives_way_to_another_surrogate(name):
+    algorithm = load(None, [f"algorithm.name={name}", "algorithm.surrogate=cispo"]).algorithm
+    assert (algorithm.epsilon_low, algorithm.epsilon_high, algorithm.importance_sampling_level) == (0.2, None, "token")
+    assert algorithm.loss_type == PRESETS[name].get("loss_type", "grpo")
+    with pytest.raises(ConfigError, match=r"epsilon_high=0\.3 belongs to surrogate='ppo_clip'"):
+        load(None, [f"algorithm.name={name}", "algorithm.surrogate=cispo", "algorithm.epsilon_high=0.3"])

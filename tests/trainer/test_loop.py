@@ -236,11 +236,13 @@ def test_only_the_last_checkpoints_are_kept(small, tmp_path, untrained):
 def test_means_are_weighted_by_what_they_are_means_of():
     metrics = StepMetrics()
     one = {"kl": torch.tensor(1.0), "ace/shift/mean": torch.tensor(2.0), "ace/weight/max": torch.tensor(3.0)}
+    one["off_policy/frac_dropped"] = torch.tensor(0.5)
     two = {"kl": torch.tensor(4.0), "ace/shift/mean": torch.tensor(0.0), "ace/weight/max": torch.tensor(0.0)}
     metrics.add({**one, "head/rows": torch.tensor(7)}, tokens=3, wrong=1)
     metrics.add({**two, "head/rows": torch.tensor(5)}, tokens=1, wrong=0)
     # kl: (3 * 1 + 1 * 4) / 4; the second part has no wrong rollout and so says nothing of ace/.
-    assert metrics.result() == {"kl": 1.75, "ace/shift/mean": 2.0, "ace/weight/max": 3.0, "head/rows": 12.0}
+    wrong_alone = {"ace/shift/mean": 2.0, "ace/weight/max": 3.0, "off_policy/frac_dropped": 0.5}
+    assert metrics.result() == {"kl": 1.75, **wrong_alone, "head/rows": 12.0}
 
 
 def test_a_mean_over_nothing_is_left_out():

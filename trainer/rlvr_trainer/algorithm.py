@@ -5,7 +5,7 @@ import importlib.util
 import os
 import sys
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
@@ -30,6 +30,17 @@ PRESETS: dict[str, dict[str, Any]] = {
     "reinforce": {"surrogate": "reinforce", "advantages": "rloo"},
 }  # fmt: skip
 PRESETS |= {f"ace-{name}": {**preset, "alpha": 1.0} for name, preset in PRESETS.items()}
+_CLIP = ("epsilon_low", "epsilon_high", "delta", "importance_sampling_level")
+
+
+def preset_under(algorithm: dict[str, Any]) -> dict[str, Any]:
+    """The preset that `algorithm.name` stands for, without PPO's numbers if what was written names another surrogate."""
+    preset = PRESETS[algorithm["name"]]
+    if algorithm.get("surrogate", "ppo_clip") == "ppo_clip":
+        return preset
+    return {key: value for key, value in preset.items() if key not in _CLIP}
+
+
 BINARY = ("bnpo", "psr", "nsr", "w_reinforce")
 """The estimators of advantages that need rewards of 0 and 1."""
 
@@ -107,8 +118,9 @@ def load_surrogate(name: str, parameters: dict[str, Any]) -> SurrogateLike:
     return partial(function, **parameters) if parameters else function
 
 
+@cache
 def _import(where: str) -> ModuleType:
-    """A module by its dotted name, the working directory included, or by the path of its file."""
+    """A module by its dotted name, the working directory included, or by the path of its file; loaded once."""
     if not where.endswith(".py"):
         if os.getcwd() not in sys.path:
             sys.path.append(os.getcwd())

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import yaml
 
-from rlvr_trainer.algorithm import BINARY, PRESETS, AlgorithmConfig
+from rlvr_trainer.algorithm import BINARY, PRESETS, AlgorithmConfig, preset_under
 from rlvr_trainer.parsing import ConfigError, build, nearest
 
 
@@ -177,7 +177,7 @@ def from_tree(tree: dict[str, Any]) -> Config:
     name = algorithm.get("name", AlgorithmConfig.name)
     if name not in PRESETS:
         raise ConfigError(f"unknown algorithm.name {name!r}{nearest(str(name), PRESETS)}")
-    config = build(Config, {**tree, "algorithm": {**PRESETS[name], **algorithm}})
+    config = build(Config, {**tree, "algorithm": {**preset_under({"name": name, **algorithm}), **algorithm}})
     assert isinstance(config, Config)
     return config
 

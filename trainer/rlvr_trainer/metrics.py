@@ -4,7 +4,10 @@ from torch import Tensor
 
 SUMMED = ("head/rows", "head/rows_scored", "head/rows_pulled_back")
 LARGEST = ("ace/weight/max",)
-PER_WRONG_ROLLOUT = "ace/"  # everything else under this prefix is a mean over the rollouts with a negative advantage
+PER_WRONG_ROLLOUT = (
+    "ace/",
+    "off_policy/",
+)  # everything else under these is a mean over rollouts with a negative advantage
 
 
 class StepMetrics:
