@@ -15,6 +15,7 @@ from rlvr_kernels.spec import choose
 from torch import Tensor
 
 from rlvr_ops.layout import Layout
+from rlvr_ops.surrogates import SURROGATES
 
 LOSS_TYPES = ("grpo", "dapo", "dr_grpo", "bnpo", "luspo")
 VERL_NAMES = {
@@ -51,6 +52,11 @@ def canonical(loss_type: str) -> str:
     Raises:
         ValueError: neither.
     """
+    if loss_type in SURROGATES:
+        raise ValueError(
+            f"loss_type says how tokens are averaged, and {loss_type!r} is a surrogate: pass surrogate={loss_type!r}, and one of "
+            f"{', '.join(map(repr, LOSS_TYPES))} as loss_type"
+        )
     choose("loss_type", loss_type, (*LOSS_TYPES, *VERL_NAMES))
     return VERL_NAMES.get(loss_type, loss_type)
 

@@ -320,6 +320,10 @@ SAMPLED = {**OLD, "sampling_per_token_logps": torch.zeros(2, 3)}
         ({"surrogate": "cispo", "importance_sampling_level": "sequence_token"}, "constant to the gradient"),
         ({"importance_sampling_level": "group"}, "importance_sampling_level must be one of 'token'"),
         ({"loss_type": "sequence-mean"}, "loss_type must be one of"),
+        (
+            {"loss_type": "sapo"},
+            "loss_type says how tokens are averaged, and 'sapo' is a surrogate: pass surrogate='sapo'",
+        ),
         ({"entropy_coef": 0.1}, "per_token_entropies is missing, and entropy_coef needs it"),
         ({"top_entropy_quantile": 0.2}, "per_token_entropies is missing, and top_entropy_quantile needs it"),
         ({"top_entropy_quantile": 0.0}, r"top_entropy_quantile must lie in \(0, 1\]"),
