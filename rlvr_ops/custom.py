@@ -17,9 +17,14 @@ from rlvr_ops import ops
 class SurrogateRows:
     """What a surrogate function knows of the n tokens whose loss it gives: rollout after rollout, masked ones left out.
 
-    advantages (n,): after ACE, the sampling correction and the masks, which multiply them. old_per_token_logps (n,): on
+    The function is called with whole rollouts, but not always with all of them: a token's loss must depend on nothing
+    outside of its rollout. It is differentiated by the log-probabilities alone: whatever else it reads is a constant.
+
+    advantages (n,): after ACE, the sampling correction and the masks, which multiply them, so that what they leave out
+    has an advantage of 0. old_per_token_logps (n,): on
     policy the log-probabilities themselves, detached, so that a ratio is 1 and has a gradient. ref_per_token_logps and
-    sampling_per_token_logps (n,), or None if they were not given. rollout (n,): the number of each token's rollout.
+    sampling_per_token_logps (n,), or None if they were not given. rollout (n,): the number of each token's rollout in
+    the batch, of which there are `rollouts`.
     """
 
     advantages: Tensor
@@ -69,15 +74,16 @@ def _weigh(
 ) -> Weighed:  # fmt: skip
     """Weigh n rows that all count. ACE's weight and the off-policy mask come from the kernel, and so does the KL term."""
     plain = weigh(logp, old, ref, advantages, None, cu_seqlens, rollout_weight, spec, backend, behaviour=behaviour)
-    penalty = weigh(logp, old, ref, torch.zeros_like(logp), None, cu_seqlens, rollout_weight, spec, backend)
     rollout = rollout_of_row(cu_seqlens, logp.shape[0])
     weight, dropped = (plain.statistics[:, STATISTICS.index(name)] for name in ("weight", "dropped"))
     weighted = torch.where(advantages < 0, advantages * (weight * (1 - dropped))[rollout], advantages)
     sampled_by = logp.detach() if old is None else old
     rows = SurrogateRows(weighted, sampled_by, ref, behaviour, rollout, rollout_weight.shape[0])
     losses, coef = _value_and_slope(function, logp, rows, rollout_weight[rollout])
-    losses = losses + penalty.losses
-    return Weighed(losses, coef + penalty.coef, _without_clipping(plain.statistics, losses, rollout))
+    if spec.beta > 0:
+        penalty = weigh(logp, old, ref, torch.zeros_like(logp), None, cu_seqlens, rollout_weight, spec, backend)
+        losses, coef = losses + penalty.losses, coef + penalty.coef
+    return Weighed(losses, coef, _without_clipping(plain.statistics, losses, rollout))
 
 
 def _value_and_slope(
@@ -86,16 +92,19 @@ def _value_and_slope(
     """Each token's aggregated loss (n,), and its sum's derivative by each log-probability (n,)."""
     if not logp.shape[0]:
         return torch.zeros_like(logp), torch.zeros_like(logp)
-    with torch.enable_grad():
-        leaf = logp.detach().requires_grad_()
+    differentiable = not torch.is_inference_mode_enabled()
+    with torch.enable_grad(), torch.autocast(logp.device.type, enabled=False):
+        leaf = logp.detach().requires_grad_(differentiable)
         losses = function(leaf, rows)
         if not isinstance(losses, Tensor) or losses.shape != leaf.shape:
             came = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
             raise ValueError(f"surrogate must return one loss per token, (n,) = {tuple(leaf.shape)}, got {came}")
-        if not losses.requires_grad:
-            raise ValueError("surrogate must return something differentiable in per_token_logps: was it detached?")
         weighted = losses.to(leaf.dtype) * scale
-        (coef,) = torch.autograd.grad(weighted.sum(), leaf)
+        if not differentiable:
+            return weighted, torch.zeros_like(leaf)
+        coef = torch.autograd.grad(weighted.sum(), leaf, allow_unused=True)[0] if weighted.requires_grad else None
+        if coef is None:
+            raise ValueError("surrogate must return something differentiable in per_token_logps: was it detached?")
     return weighted.detach(), coef
 
 
@@ -128,9 +137,15 @@ class GivenSlope(torch.autograd.Function):
         return upstream * ctx.saved_tensors[0], None, None
 
 
-class SinglePassOf(torch.autograd.Function):
+class _SinglePassOf(torch.autograd.Function):
     """`ops.single_pass` with a weigher of the user's own, which an op's schema cannot carry."""
 
     forward = staticmethod(ops.run_single_pass)
     setup_context = staticmethod(ops.save_single_pass)
     backward = staticmethod(ops.backward_single_pass)
+
+
+@torch.compiler.disable
+def single_pass_of(function: SurrogateFunction, *arguments: Any) -> tuple[Tensor, ...]:
+    """`ops.single_pass` of these arguments with the user's function in the surrogate's place."""
+    return _SinglePassOf.apply(*arguments, weigher_of(function))

@@ -22,7 +22,9 @@ def policy_metrics(statistics: Tensor, loss: Loss, entropy: Tensor | None, score
     if entropy is not None:
         metrics["entropy"] = (entropy if scored is None else entropy.masked_fill(~scored, 0)).sum() / tokens
     if loss.hyper.spec.off_policy_mask_threshold is not None:
-        metrics["off_policy/frac_dropped"] = column["dropped"].sum() / column["wrong"].sum().clamp(min=1)
+        metrics["off_policy/frac_dropped"] = (column["dropped"] * column["wrong"]).sum() / column["wrong"].sum().clamp(
+            min=1
+        )
     return metrics | loss.given.metrics
 
 

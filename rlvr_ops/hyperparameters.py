@@ -35,8 +35,12 @@ class Hyperparameters:
             raise ValueError(
                 f"top_entropy_quantile must lie in (0, 1], the share of tokens that are kept, got {self.top_entropy_quantile!r}"
             )
-        if self.sampling is not None and self.spec.surrogate.form == "vespo":
+        if self.sampling is not None and self.spec.surrogate.form == "vespo" and self.function is None:
             self._check_vespo(self.sampling)
+        if self.top_entropy_quantile < 1 and self.spec.surrogate.form == "gmpo":
+            raise ValueError(
+                "top_entropy_quantile < 1 does not go with surrogate gmpo, whose ratio is made of all of a rollout's tokens"
+            )
         if self.function is not None and self.spec.importance_sampling_level != "token":
             raise ValueError(
                 f"importance_sampling_level={self.spec.importance_sampling_level!r} does not go with a surrogate function, "
@@ -51,7 +55,7 @@ class Hyperparameters:
                 "already: use token_truncate or token_mask"
             )
         for name, on in (
-            ("confidence='old'", self.spec.confidence == "old" and self.spec.alpha > 0),
+            ("confidence='old'", self.spec.confidence == "old"),
             ("use_bias_correction_kl", self.spec.use_bias_correction_kl),
         ):
             if on:

@@ -109,7 +109,8 @@ def policy_loss(
             an entropy bonus at all (2506.01939); below 1 it needs schedule two_pass.
         off_policy_mask_threshold: a rollout whose mean of sampling (or old) - logp is above it has no surrogate where
             A < 0 (2512.02556).
-        sampling_per_token_logps: log-probabilities under the engine that sampled, NaN where it gave none.
+        sampling_per_token_logps: log-probabilities under the engine that sampled, NaN where it gave none: such a token's
+            correction is 1, and it adds nothing to the mean of the off-policy mask.
         sampling_correction: multiply the surrogate by exp(old - sampling): "token_truncate", "token_mask",
             "sequence_truncate" or "sequence_mask", see `rlvr_ops.sampling`; sampling_clip_max, sampling_clip_min bound it.
         temperature: the sampling temperature: a float, or one per rollout or per token.
@@ -122,8 +123,9 @@ def policy_loss(
         schedule: "single_pass" computes gradients while each chunk's logits exist (6NVH); "two_pass" recomputes the
             logits in backward (8NVH) for the rows that have a gradient; "forward_only" gives no gradient; "auto" takes
             single_pass if the longest rollout fits the workspace or the loss is local to tokens, and two_pass
-            otherwise, if less than 2/3 of the scored rows can have a gradient, or for float16, whose gradients would
-            underflow before a loss scale reached them. The metric `head/single_pass` says which it was.
+            otherwise; also where `score_inactive` scores rows of which less than 2/3 can have a gradient, and for
+            float16, whose gradients would underflow before a loss scale reached them. The metric `head/single_pass` says
+            which it was.
         workspace_bytes: the most that the logits and their gradient may occupy; None: 2 GiB on an accelerator, 160 MiB
             on CPU.
         backend: "auto", "triton" or "torch"; see `rlvr_ops.explain_backend`.
@@ -162,7 +164,7 @@ def policy_loss(
     if validate:
         arguments.check_all_finite(
             layout, hidden_states=hidden_states, advantages=advantages, old_per_token_logps=old_per_token_logps,
-            ref_per_token_logps=ref_per_token_logps,
+            ref_per_token_logps=ref_per_token_logps, sampling_per_token_logps=arguments.known(sampling_per_token_logps),
         )  # fmt: skip
         arguments.check_all_finite(None, lm_head_weight=lm_head_weight, lm_head_bias=lm_head_bias)
     weights = rollout_weights(loss_type, layout, num_items_in_batch, max_completion_length, given.advantages.dtype)
@@ -175,6 +177,8 @@ def policy_loss(
         default_workspace_bytes(device) if workspace_bytes is None else workspace_bytes, backend,
         with_entropy or hyper.wants_entropy,
     )  # fmt: skip
+    if call.workspace_bytes == 0 and call.with_entropy:
+        raise ValueError("workspace_bytes=0 gives log-probabilities alone: no entropy, so give a workspace")
     if call.workspace_bytes == 0 and schedule != "forward_only" and any(call.needs()):
         raise ValueError(
             "workspace_bytes=0 is forward only: call under torch.no_grad(), or give a workspace for the gradient"

@@ -256,6 +256,13 @@ def run_single_pass(
             done.logp, rows.old, rows.ref, rows.advantages, None, rows.cu_seqlens, rollout_weight, policy, backend,
             behaviour=rows.behaviour,
         )  # fmt: skip
+        if done.coef is not None and not torch.allclose(
+            done.coef, weighed.coef, rtol=1e-3, atol=1e-3 * _largest(weighed.coef)
+        ):
+            raise ValueError(
+                "surrogate must depend on nothing outside of a token's rollout for a single pass, which calls it for some rollouts "
+                "at a time: here the derivative of some differs from that of all together; use schedule='two_pass'"
+            )
         loss = weighed.losses.sum()
         if entropy_coef and done.entropy is not None:
             rollout = torch.repeat_interleave(rows.cu_seqlens.diff(), output_size=done.entropy.shape[0])
@@ -266,6 +273,11 @@ def run_single_pass(
         pulled_back = logp.new_full((), float(done.pulled_back))
         gradients = _or_empty(d_hidden, hidden), _or_empty(d_weight, hidden), _or_empty(d_bias, hidden)
         return loss, logp, entropy, weighed.statistics, pulled_back, *gradients
+
+
+def _largest(values: Tensor) -> float:
+    """The largest absolute value; a host sync."""
+    return float(values.abs().amax()) if values.numel() else 0.0
 
 
 def _compact(

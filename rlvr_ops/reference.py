@@ -277,7 +277,9 @@ def reference_policy_loss_from_logps(
         chosen = top_entropy_rows(per_token_entropies.detach().reshape(-1), active, top_entropy_quantile)
         adv = adv.where(chosen, 0.0)
 
-    per_token, low, high = surrogate_losses(numbers, importance_sampling_level, logp, drifted, adv, active, rollouts)
+    per_token, low, high = surrogate_losses(
+        numbers, importance_sampling_level, logp, drifted, adv, base, active, rollouts
+    )
     if ref is not None:
         kl = kl_penalty(logp, ref, kl_estimator, torch.exp(logp - old) if use_bias_correction_kl else None)
         per_token = per_token + beta * kl if beta > 0 else per_token

@@ -17,15 +17,22 @@ from rlvr_ops.aggregation import canonical
 
 
 def surrogate_losses(
-    surrogate: Surrogate, level: str, logp: Tensor, old: Tensor, adv: Tensor, active: Tensor, rollouts: list[slice]
+    surrogate: Surrogate,
+    level: str,
+    logp: Tensor,
+    old: Tensor,
+    adv: Tensor,
+    signs: Tensor,
+    active: Tensor,
+    rollouts: list[slice],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The surrogate's loss of every row, and which rows' ratio is below and above its bounds."""
     log_ratio = (logp - old).where(adv != 0, 0.0) if level == "token" else logp - old
-    a = torch.where(adv > 0, adv.new_tensor(surrogate.positive[0]), adv.new_tensor(surrogate.negative[0]))
-    b = torch.where(adv > 0, adv.new_tensor(surrogate.positive[1]), adv.new_tensor(surrogate.negative[1]))
+    a = torch.where(signs > 0, adv.new_tensor(surrogate.positive[0]), adv.new_tensor(surrogate.negative[0]))
+    b = torch.where(signs > 0, adv.new_tensor(surrogate.positive[1]), adv.new_tensor(surrogate.negative[1]))
     nowhere = torch.zeros_like(active)
     if surrogate.form == "gmpo":
-        kept = torch.clamp(log_ratio, a, b)
+        kept = torch.clamp(logp - old, a, b).where(signs != 0, 0.0)  # bounds by the sign before anything was dropped
         outside = (log_ratio < a) & (adv != 0), (log_ratio > b) & (adv != 0)
         return -adv * torch.exp(_over_rollouts(kept, active, rollouts, mean=True)), *outside
     if surrogate.form == "vespo":

@@ -32,6 +32,9 @@ class SamplingCorrection:
 
     def __post_init__(self) -> None:
         choose("sampling_correction", self.kind, CORRECTIONS)
+        for name, value in (("sampling_clip_max", self.clip_max), ("sampling_clip_min", self.clip_min)):
+            if not isinstance(value, int | float) and (name, value) != ("sampling_clip_min", None):
+                raise TypeError(f"{name} must be a number, got {value!r}")
         if not 0 < self.clip_max < float("inf"):
             raise ValueError(f"sampling_clip_max must be > 0 and finite, got {self.clip_max}")
         if self.clip_min is not None and not 0 <= self.clip_min <= self.clip_max:

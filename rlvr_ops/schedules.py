@@ -5,11 +5,12 @@ from typing import NamedTuple
 
 import torch
 from rlvr_kernels.tile import bytes_per_logit, whole_row_tile
+from rlvr_kernels.weigh import STATISTICS
 from torch import Tensor
 
 from rlvr_ops import ops
 from rlvr_ops.constants import Loss
-from rlvr_ops.custom import GivenSlope, SinglePassOf, weigher_of
+from rlvr_ops.custom import GivenSlope, single_pass_of, weigher_of
 from rlvr_ops.diagnostics import policy_metrics
 from rlvr_ops.entropy import top_entropy, weighted_sum
 from rlvr_ops.layout import Layout
@@ -112,8 +113,8 @@ def _too_long(call: HeadCall, loss: Loss) -> str:
     if limit == 0:
         return f"workspace_bytes must hold one row of logits for schedule='single_pass', {row} bytes, got {call.workspace_bytes}"
     longest = loss.layout.longest()
-    would_be_local = replace(loss.hyper, spec=replace(loss.hyper.spec, confidence="old")).is_token_local(has_old=True)
-    local = "confidence='old', " if would_be_local else ""
+    would_be_local = replace(loss.hyper.spec, confidence="old").is_token_local(has_old=True)
+    local = "confidence='old', " if would_be_local and loss.hyper.function is None else ""
     return (
         f"schedule='single_pass' needs each rollout in one chunk, and workspace_bytes={call.workspace_bytes} holds {limit} rows "
         f"but the longest rollout has {longest}: give workspace_bytes >= {longest * row}, {local}or schedule='two_pass'"
@@ -129,7 +130,7 @@ def single_pass(call: HeadCall, loss: Loss) -> LossOutput:
         *call.needs(), call.with_entropy, hyper.entropy_coef, call.workspace_bytes, call.backend,
     )  # fmt: skip
     function = hyper.function
-    out = SinglePassOf.apply(*arguments, weigher_of(function)) if function else ops.single_pass(*arguments)
+    out = ops.single_pass(*arguments) if function is None else single_pass_of(function, *arguments)
     value, logp, entropy, statistics, pulled_back, *_ = out
     metrics = policy_metrics(statistics, loss, entropy if call.with_entropy else None, call.scored)
     metrics |= _head_metrics(call, layout, pulled_back, single=True)
@@ -169,12 +170,23 @@ def weigh(
             logp, given.old, given.ref, advantages, mask, layout.cu_seqlens, weights, given.behaviour(hyper),
             encode(hyper.spec), backend,
         )  # fmt: skip
-        return losses.sum(), coef, statistics
+        return losses.sum(), coef, _counting_all_wrong(statistics, mask, loss, kept)
     found = weigher_of(hyper.function)(
         logp.detach(), given.old, given.ref, advantages, mask, layout.cu_seqlens, weights, hyper.spec, backend,
         behaviour=given.behaviour(hyper),
     )  # fmt: skip
-    return GivenSlope.apply(logp, found.losses, found.coef).sum(), found.coef, found.statistics
+    statistics = _counting_all_wrong(found.statistics, mask, loss, kept)
+    return GivenSlope.apply(logp, found.losses, found.coef).sum(), found.coef, statistics
+
+
+def _counting_all_wrong(statistics: Tensor, mask: Tensor | None, loss: Loss, kept: Tensor | None) -> Tensor:
+    """The statistics, with rollouts counted as wrong by the advantages that they had before some tokens lost theirs."""
+    if kept is None:
+        return statistics
+    negative = loss.given.advantages < 0 if mask is None else (loss.given.advantages < 0) & mask
+    column = torch.tensor([STATISTICS.index("wrong")], device=statistics.device)
+    wrong = (loss.layout.per_rollout(negative.long()) > 0).to(statistics.dtype)
+    return statistics.index_copy(1, column, wrong[:, None])
 
 
 def _head_metrics(call: HeadCall, layout: Layout, pulled_back: Tensor, *, single: bool) -> dict[str, Tensor]:

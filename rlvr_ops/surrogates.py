@@ -68,7 +68,7 @@ def dispo(positive: Bounds = (0.2, 10.0), negative: Bounds = (1.0, 100.0)) -> Su
     The formula is from a reading note of the paper. The default numbers are not verified.
     """
     for name, bounds in (("positive", positive), ("negative", negative)):
-        if len(bounds) != 2 or not all(0 <= epsilon < math.inf for epsilon in bounds):
+        if not isinstance(bounds, tuple | list) or len(bounds) != 2 or not all(0 <= e < math.inf for e in bounds):
             raise ValueError(f"{name} must be (low, high), both >= 0 and finite, got {bounds}")
     right, wrong = ((max(1.0 - low, 0.0), 1.0 + high) for low, high in (positive, negative))
     return Surrogate("weight", right, wrong)
@@ -134,7 +134,9 @@ def resolve(
         TypeError: `surrogate` is no name, Surrogate or function.
         ValueError: an unknown name, or a number of PPO's clip for another surrogate.
     """
-    if surrogate == "ppo_clip":
+    if surrogate in SURROGATES.values():
+        raise TypeError(f"surrogate must be a name, or what its function gives: call surrogates.{surrogate.__name__}()")  # type: ignore[attr-defined]
+    if isinstance(surrogate, str) and surrogate == "ppo_clip":
         return ppo_clip(epsilon_low, epsilon_high, delta)
     given = {"epsilon_low": (epsilon_low, EPSILON), "epsilon_high": (epsilon_high, None), "delta": (delta, None)}
     for name, (value, default) in given.items():

@@ -40,7 +40,7 @@ def _k3(gap: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def divergence_kernel(gap, log_ratio, KL: tl.constexpr, CORRECTED: tl.constexpr):
     """KL estimate and its derivative by logp, from gap = ref - logp."""
     if KL == "k1":
-        kl, slope = -gap, gap * 0.0 + 1.0
+        kl, slope = -gap, tl.zeros_like(gap) + 1.0
     elif KL == "k2":
         kl, slope = 0.5 * gap * gap, -gap
     else:

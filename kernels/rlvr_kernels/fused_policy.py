@@ -148,7 +148,7 @@ def fused_policy_kernel(
     if not DEFERRED:
         advantage = tl.load(advantage_ptr + row)
         scale = tl.load(scale_ptr + row)
-        log_ratio = logp * 0.0
+        log_ratio = tl.zeros_like(logp)
         ref = logp
         weight = 1.0
         if HAS_OLD:

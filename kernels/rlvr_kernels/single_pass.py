@@ -57,12 +57,16 @@ class Chunk(NamedTuple):
 
 
 class SinglePass(NamedTuple):
-    """logp and entropy (n,), the gradients (d_hidden for all hidden states), and how many rows were pulled back."""
+    """logp and entropy (n,), the gradients (d_hidden for all hidden states), and how many rows were pulled back.
+
+    coef (n,) is what each chunk's weigher said, if it was not `weigh`.
+    """
 
     logp: torch.Tensor
     entropy: torch.Tensor | None
     gradients: Gradients
     pulled_back: int
+    coef: torch.Tensor | None
 
 
 def chunks(lengths: list[int], limit: int, token_local: bool) -> Iterator[Chunk]:
@@ -123,6 +127,7 @@ def single_pass(
 
     logp = torch.empty_like(rows.inv_temperature)
     entropy = torch.empty_like(logp) if with_entropy else None
+    coef = None if weigher is weigh else torch.empty_like(logp)
     d_hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if needs.hidden else None
     d_weight = _weight_accumulator(weight, weight_dtype, len(plan)) if needs.weight else None
     d_bias = (
@@ -135,6 +140,8 @@ def single_pass(
         states = hidden[index].to(weight.dtype)
         out = step.run(states, rows, chunk, None if shift is None else shift[part])
         logp[part] = out.logp
+        if coef is not None:
+            coef[part] = out.coef
         if entropy is not None and out.entropy is not None:
             entropy[part] = out.entropy
         if out.keep is not None:
@@ -153,9 +160,8 @@ def single_pass(
             d_bias += out.gradient.sum(0, dtype=d_bias.dtype)
     if d_weight is not None and not plan:
         d_weight.zero_()
-    return SinglePass(
-        logp, entropy, Gradients(d_hidden, None if d_weight is None else d_weight.to(weight_dtype), d_bias), pulled_back
-    )
+    gradients = Gradients(d_hidden, None if d_weight is None else d_weight.to(weight_dtype), d_bias)
+    return SinglePass(logp, entropy, gradients, pulled_back, coef)
 
 
 def _weight_accumulator(weight: torch.Tensor, weight_dtype: torch.dtype, count: int) -> torch.Tensor:
@@ -184,6 +190,7 @@ class _Pulled(NamedTuple):
 
     logp: torch.Tensor
     entropy: torch.Tensor | None
+    coef: torch.Tensor
     keep: torch.Tensor | None
     gradient: torch.Tensor
     scale: torch.Tensor | None
@@ -219,10 +226,10 @@ class _Step:
             bias=self.bias, head=self.head, out=gradient, deferred=self.deferred, backend=self.backend,
         )  # fmt: skip
         coef = self._coef(fused.logp, rows, chunk) if self.deferred else fused.coef
-        keep = _rows_to_keep(coef)
+        keep, scale = _rows_to_keep(coef), coef
         if keep is not None:
-            gradient, coef = _move_up(gradient, keep), coef[keep]
-        return _Pulled(fused.logp, None, keep, gradient, coef if self.deferred else None)
+            gradient, scale = _move_up(gradient, keep), coef[keep]
+        return _Pulled(fused.logp, None, coef, keep, gradient, scale if self.deferred else None)
 
     def _separate(self, logits: torch.Tensor, rows: Rows, chunk: Chunk) -> _Pulled:
         part = slice(chunk.start, chunk.stop)
@@ -235,20 +242,23 @@ class _Step:
             keep, options = None, {"entropy": entropy, "entropy_coef": -self.entropy_coef * _scale(rows, part)}
         else:
             keep, options = _rows_to_keep(coef), {}
+        kept_coef = coef
         if keep is not None:
             logits = _move_up(logits, keep)
-            ids, inv_temperature, lse, coef = ids[keep], inv_temperature[keep], lse[keep], coef[keep]
+            ids, inv_temperature, lse, kept_coef = ids[keep], inv_temperature[keep], lse[keep], coef[keep]
         gradient = dlogits(
-            logits, ids, 0, lse, coef, inv_temperature, bias=self.bias, head=self.head,
+            logits, ids, 0, lse, kept_coef, inv_temperature, bias=self.bias, head=self.head,
             out=self.tile.gradient(*logits.shape), backend=self.backend, **options,
         )  # fmt: skip
-        return _Pulled(logp, entropy, keep, gradient, None)
+        return _Pulled(logp, entropy, coef, keep, gradient, None)
 
     def _coef(self, logp: torch.Tensor, rows: Rows, chunk: Chunk) -> torch.Tensor:
         """dL/dlogp of a chunk, which either is whole rollouts or needs none of them whole."""
         part = slice(chunk.start, chunk.stop)
-        some = slice(chunk.first, chunk.last)
-        bounds = rows.cu_seqlens[chunk.first : chunk.last + 1].clamp(chunk.start, chunk.stop) - chunk.start
+        # A weigher of the user's own is told of all rollouts, empty ones too, so that their numbers are the batch's.
+        first, last = (chunk.first, chunk.last) if self.weigher is weigh else (0, len(rows.lengths))
+        some = slice(first, last)
+        bounds = rows.cu_seqlens[first : last + 1].clamp(chunk.start, chunk.stop) - chunk.start
         old, ref, behaviour = (_cut(x, part) for x in (rows.old, rows.ref, rows.behaviour))
         return self.weigher(
             logp, old, ref, rows.advantages[part], None, bounds, rows.rollout_weight[some], self.spec, self.backend,

@@ -44,6 +44,9 @@ class Surrogate:
         choose("form", self.form, FORMS)
         if any(math.isnan(number) for number in (*self.positive, *self.negative)):
             raise ValueError(f"the numbers of a surrogate must not be NaN, got {self.positive} and {self.negative}")
+        bounded = self.form in ("clip", "weight", "gmpo")
+        if bounded and not (self.positive[0] <= self.positive[1] and self.negative[0] <= self.negative[1]):
+            raise ValueError(f"bounds must be (lower, upper), got {self.positive} and {self.negative}")
 
 
 PPO_CLIP = Surrogate("clip", positive=(0.0, 1.2), negative=(0.8, math.inf))
@@ -91,6 +94,12 @@ class PolicySpec:
             raise ValueError(
                 f"importance_sampling_level={level!r} does not go with surrogate {form}, which has a ratio of its own for the "
                 "whole rollout: leave it at 'token'"
+            )
+        numbers = (*self.surrogate.positive, *self.surrogate.negative)
+        if form == "weight" and level != "token" and len(set(numbers)) == 1:
+            raise ValueError(
+                f"importance_sampling_level={level!r} does not go with a surrogate whose weight is {numbers[0]:g} whatever the "
+                "ratio (reinforce): leave it at 'token'"
             )
         if form == "weight" and level == "sequence_token":
             raise ValueError(

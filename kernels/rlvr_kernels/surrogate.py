@@ -55,7 +55,8 @@ def surrogate_terms(
             return SurrogateTerms(-advantage * clipped, torch.where(below | above, 0, -advantage * ratio), below, above)
         case "sapo":
             gate = torch.sigmoid(a * (ratio - 1))
-            slope = -4 * advantage * gate * (1 - gate) * x.clamp(max=20).exp()  # 1 - gate is 0 long before that
+            closed = torch.sigmoid(a * (1 - ratio))  # 1 - gate, which would cancel
+            slope = -4 * advantage * gate * closed * x.clamp(max=20).exp()  # closed is 0 long before that
             return SurrogateTerms(-4 * advantage * gate / a, slope, below, above)
         case "gmpo":
             return SurrogateTerms(-advantage * ratio, -advantage * ratio, below, above)
@@ -86,7 +87,8 @@ def surrogate_kernel(x, logp, advantage, a, b, FORM: tl.constexpr):
     elif FORM == "sapo":
         gate = 1.0 / (1.0 + tl.exp(-a * (ratio - 1.0)))
         loss = -4.0 * advantage * gate / a
-        slope = -4.0 * advantage * gate * (1.0 - gate) * tl.exp(tl.minimum(x, 20.0))
+        closed = 1.0 / (1.0 + tl.exp(a * (ratio - 1.0)))
+        slope = -4.0 * advantage * gate * closed * tl.exp(tl.minimum(x, 20.0))
     elif FORM == "gmpo":
         loss = -advantage * ratio
         slope = -advantage * ratio

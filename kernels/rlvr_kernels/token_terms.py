@@ -96,7 +96,7 @@ def token_terms_kernel(
     a = tl.where(advantage > 0, positive_a, negative_a)
     b = tl.where(advantage > 0, positive_b, negative_b)
     loss, slope, low, high = surrogate_kernel(x, logp, advantage, a, b, FORM)
-    kl = logp * 0.0
+    kl = tl.zeros_like(loss)  # and not 0 * logp, which is NaN for a token that cannot be
     direct = kl
     if HAS_REF:
         kl, by_logp = divergence_kernel(ref - logp, log_ratio, KL, CORRECTED)

@@ -157,3 +157,87 @@ def test_a_level_of_importance_sampling_is_the_functions_own_affair():
         rlvr_ops.policy_loss_from_logps(
             torch.zeros(2, 3), torch.ones(2), surrogate=ppo, importance_sampling_level="sequence"
         )
+
+
+@pytest.mark.parametrize("room", [8 * 507 * 75, None])
+def test_a_rollouts_number_is_its_number_in_the_batch_whatever_the_chunks(room):
+    """A weight per rollout that a function brings along, several chunks of whole rollouts or one."""
+    batch = make_batch()
+    importance = torch.linspace(0.5, 2.0, len(batch.advantages), dtype=torch.float64)
+
+    def weighted(per_token_logps, rows):
+        assert rows.rollouts == len(importance)
+        return -importance[rows.rollout] * rows.advantages * per_token_logps
+
+    truth = run(rlvr_ops.policy_loss, replace(batch, advantages=batch.advantages * importance), surrogate="reinforce")
+    for schedule in ("single_pass", "two_pass"):
+        out, grads = run(rlvr_ops.policy_loss, batch, surrogate=weighted, workspace_bytes=room, schedule=schedule)
+        assert out.loss.item() == pytest.approx(truth[0].loss.item(), rel=1e-12)
+        for a, b in zip(grads[:2], truth[1][:2], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-14)
+
+
+def test_a_function_that_looks_beyond_a_rollout_is_refused_where_chunks_would_make_it_wrong():
+    def beyond(per_token_logps, rows):
+        return -(rows.advantages - rows.advantages.mean()) * per_token_logps
+
+    batch = make_batch()
+    run(rlvr_ops.policy_loss, batch, surrogate=beyond, schedule="two_pass")
+    run(rlvr_ops.policy_loss, batch, surrogate=beyond, schedule="single_pass", workspace_bytes=8 * 507 * 300)
+    with pytest.raises(ValueError, match="surrogate must depend on nothing outside of a token's rollout"):
+        run(rlvr_ops.policy_loss, batch, surrogate=beyond, schedule="single_pass", workspace_bytes=8 * 507 * 75)
+
+
+class Clip:
+    """A callable that is false as a truth value."""
+
+    def __len__(self):
+        return 0
+
+    def __call__(self, per_token_logps, rows):
+        return -3 * rows.advantages * per_token_logps
+
+
+def test_a_callable_that_counts_as_false_is_a_function_still():
+    batch = make_batch(SMALL, 17, 5)
+    one, two = (run(rlvr_ops.policy_loss, batch, surrogate=Clip(), schedule=s) for s in ("single_pass", "two_pass"))
+    assert one[0].loss.item() == pytest.approx(two[0].loss.item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("schedule", ["single_pass", "two_pass"])
+@pytest.mark.parametrize("old", [True, False])
+def test_it_runs_under_torch_compile_with_a_break_in_the_graph(schedule, old):
+    batch = make_batch(SMALL, 17, 5, poison=False)
+    given = {"old_per_token_logps": batch.old if old else None, "schedule": schedule, "surrogate": gspo}
+
+    def step(hidden, weight):
+        return rlvr_ops.policy_loss(hidden, weight, batch.ids, batch.advantages, **given).loss
+
+    torch.compiler.reset()
+    found, truth = [], []
+    for name, call in ((found, torch.compile(step, backend="aot_eager")), (truth, step)):
+        hidden, weight, _ = batch.leaves()
+        loss = call(hidden, weight)
+        name += [loss.detach(), *torch.autograd.grad(loss, (hidden, weight))]
+    for a, b in zip(found, truth, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_without_gradients_it_is_the_same_number(context):
+    batch = make_batch(SMALL, 17, 5)
+    truth = run(rlvr_ops.policy_loss, batch, surrogate=gspo, old_per_token_logps=batch.old)[0].loss.item()
+    with context():
+        out = rlvr_ops.policy_loss(
+            batch.hidden, batch.weight, batch.ids, batch.advantages, completion_mask=batch.mask, surrogate=gspo,
+            old_per_token_logps=batch.old,
+        )  # fmt: skip
+    assert out.loss.item() == pytest.approx(truth, rel=1e-12)
+
+
+def test_a_parameter_inside_it_does_not_hide_that_it_ignores_the_log_probabilities():
+    scale = torch.nn.Parameter(torch.ones(()))
+    with pytest.raises(ValueError, match="something differentiable in per_token_logps"):
+        rlvr_ops.policy_loss_from_logps(
+            torch.zeros(2, 3), torch.ones(2), surrogate=lambda logps, rows: scale * rows.advantages
+        )

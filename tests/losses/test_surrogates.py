@@ -312,6 +312,32 @@ SAMPLED = {**OLD, "sampling_per_token_logps": torch.zeros(2, 3)}
     ("kwargs", "message"),
     [
         ({"surrogate": "capo"}, "surrogate must be one of 'ppo_clip', .*did you mean 'sapo'"),
+        (
+            {"surrogate": surrogates.sapo},
+            r"surrogate must be a name, or what its function gives: call surrogates.sapo\(\)",
+        ),
+        ({"surrogate": "reinforce", "importance_sampling_level": "sequence"}, "weight is 1 whatever the ratio"),
+        (
+            {"surrogate": "gmpo", "top_entropy_quantile": 0.5, "per_token_entropies": torch.zeros(2, 3)},
+            "top_entropy_quantile < 1 does not go with surrogate gmpo",
+        ),
+        (
+            {"surrogate": "vespo", "sampling_correction": "token_mask", "confidence": "old", **SAMPLED},
+            "confidence='old' does not go with surrogate vespo and a sampling_correction",
+        ),
+        (
+            {"sampling_correction": "token_mask", "sampling_clip_max": "3", **SAMPLED},
+            "sampling_clip_max must be a number",
+        ),
+        (
+            {
+                "sampling_correction": "token_mask",
+                **OLD,
+                "sampling_per_token_logps": torch.full((2, 3), -math.inf),
+                "validate": True,
+            },
+            "sampling_per_token_logps must be finite, got -inf",
+        ),
         ({"surrogate": 3}, "surrogate must be a name, one of rlvr_ops.surrogates or a function, got 3"),
         ({"surrogate": "sapo", "epsilon_high": 0.3}, "epsilon_high=0.3 belongs to surrogate='ppo_clip'"),
         ({"surrogate": "cispo", "delta": 4.0}, "delta=4.0 belongs to surrogate='ppo_clip'"),
@@ -369,6 +395,8 @@ def test_what_makes_no_sense_is_refused(kwargs, message):
         (lambda: surrogates.cispo(0.0), "ratio_max must be > 0 and finite, got 0.0"),
         (lambda: surrogates.cispo_two_sided(-1.0), "epsilon_low must be > 0 and finite, got -1.0"),
         (lambda: surrogates.dispo(positive=(0.2,)), r"positive must be \(low, high\), both >= 0 and finite"),
+        (lambda: surrogates.dispo(positive=0.2), r"positive must be \(low, high\), both >= 0 and finite"),
+        (lambda: surrogates.Surrogate("weight", (2, 1), (1, 2)), r"bounds must be \(lower, upper\)"),
         (lambda: surrogates.dispo(negative=(0.2, math.inf)), r"negative must be \(low, high\), both >= 0 and finite"),
         (lambda: surrogates.sapo(tau_negative=0), "tau_negative must be > 0 and finite, got 0"),
         (lambda: surrogates.gmpo("a"), "epsilon_low must be a number, got 'a'"),
@@ -397,3 +425,45 @@ def test_a_single_pass_cannot_know_every_entropy_first():
 def test_a_named_loss_refuses_what_it_fixes(name, keyword):
     with pytest.raises(TypeError, match=rf"{name}_loss_from_logps\(\) has no argument '{keyword}': this loss fixes it"):
         getattr(rlvr_ops, f"{name}_loss_from_logps")(torch.zeros(2, 3), torch.ones(2), **{keyword: 1.0})
+
+
+@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=pytest.mark.interpret)])
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_a_token_that_cannot_be_has_no_nan_gradient(backend, level):
+    """A bias of -inf bans it: its log-probability is -inf, its ratio 0, and its derivative 0 (or its rollout's share)."""
+    logp = torch.tensor([[-1.0, -math.inf, -1.0]], requires_grad=True)
+    out = rlvr_ops.policy_loss_from_logps(
+        logp, torch.tensor([1.0]), old_per_token_logps=torch.full((1, 3), -1.0), importance_sampling_level=level,
+        epsilon_low=0.5, loss_type="luspo", backend=backend,
+    )  # fmt: skip
+    (coef,) = torch.autograd.grad(out.loss, logp)
+    assert coef[0].tolist() == ([-1.0, 0.0, -1.0] if level == "token" else [0.0, 0.0, 0.0])
+
+
+@pytest.mark.parametrize("ratio", [8.0, 12.0, 16.0, 20.0])
+def test_sapos_slope_keeps_its_digits_far_out(ratio):
+    """-4 sigmoid(x) sigmoid(-x) rho with x = rho - 1; 1 - sigmoid(x) would round it away in float32."""
+    logp = torch.zeros(1, 1, requires_grad=True)
+    out = rlvr_ops.policy_loss_from_logps(
+        logp, torch.ones(1), old_per_token_logps=torch.tensor([[-LN(ratio)]]), surrogate="sapo"
+    )
+    (coef,) = torch.autograd.grad(out.loss, logp)
+    x = ratio - 1
+    exact = -4 * ratio / ((1 + math.exp(-x)) * (1 + math.exp(x)))
+    assert coef.item() == pytest.approx(exact, rel=2e-5)  # rho itself is known to 1e-6, and exp(-rho) to rho times that
+
+
+def test_gmpo_takes_nothing_from_a_token_without_advantage():
+    """Log ratios 0.2, 5 and 0.1 with A = 1, 0, 1: the mean of 0.2, 0 and 0.1, as verl's sign(0) = 0 makes it."""
+    loss, coef = loss_and_coef([0.2, 5.0, 0.1], [1.0, 0.0, 1.0], surrogate="gmpo")
+    assert loss == pytest.approx(-2 * math.exp(0.1))
+    assert coef == pytest.approx([-2 / 3 * math.exp(0.1), 0.0, -2 / 3 * math.exp(0.1)])
+
+
+def test_wrong_rollouts_are_those_of_the_batch_and_not_of_the_most_uncertain_tokens():
+    logp, ref = torch.tensor([[-1.0, -1.0], [-1.0, -1.0]]), torch.tensor([[-2.0, -2.0], [-0.5, -0.5]])
+    out = rlvr_ops.policy_loss_from_logps(
+        logp, torch.tensor([-1.0, -1.0]), ref_per_token_logps=ref, alpha=1.0, top_entropy_quantile=0.25,
+        per_token_entropies=torch.tensor([[3.0, 0.0], [1.0, 2.0]]),
+    )  # fmt: skip
+    assert out.metrics["ace/shift/mean"].item() == pytest.approx((1.0 - 0.5) / 2)

@@ -73,10 +73,12 @@ def test_yaml_numbers_become_what_the_key_wants():
             "algorithm.surrogate=nowhere.py:loss",
             r"algorithm\.surrogate=nowhere\.py:loss cannot be loaded: .*No such file",
         ),
+        ("algorithm.surrogate=math:pi", r"algorithm\.surrogate=math:pi must be a function, got 3\.14"),
+        ("algorithm.name=[a]", r"unknown algorithm\.name \['a'\]"),
         ("algorithm.surrogate=json:loss", r"cannot be loaded: module 'json' has no attribute 'loss'"),
         (
             "algorithm.surrogate_parameters={ratio_max: 3}",
-            r"algorithm\.ppo_clip\(\) got an unexpected keyword argument",
+            r"algorithm\.surrogate_parameters do not fit: ppo_clip\(\) got an unexpected",
         ),
         ("algorithm.importance_sampling_level=rollout", r"unknown algorithm\.importance_sampling_level 'rollout'"),
         ("algorithm.top_entropy_quantile=0", r"algorithm\.top_entropy_quantile must lie in \(0, 1\]"),
@@ -179,3 +181,24 @@ def test_the_clip_of_a_preset_gives_way_to_another_surrogate(name):
     assert algorithm.loss_type == PRESETS[name].get("loss_type", "grpo")
     with pytest.raises(ConfigError, match=r"epsilon_high=0\.3 belongs to surrogate='ppo_clip'"):
         load(None, [f"algorithm.name={name}", "algorithm.surrogate=cispo", "algorithm.epsilon_high=0.3"])
+
+
+def test_what_a_file_cannot_give_is_said_before_anything_is_loaded(tmp_path):
+    (tmp_path / "broken.py").write_text("def loss(:\n")
+    with pytest.raises(ConfigError, match=r"cannot be loaded: .*invalid syntax"):
+        load(None, [f"algorithm.surrogate={tmp_path}/broken.py:loss"])
+    (tmp_path / "fine.py").write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n\n@dataclass\nclass Numbers:\n"
+        "    width: float = 1.0\n\ndef loss(logps, rows, width):\n    return -rows.advantages * logps\n"
+    )
+    where = f"algorithm.surrogate={tmp_path}/fine.py:loss"
+    assert load(None, [where, "algorithm.surrogate_parameters={width: 2}"]).algorithm.policy()
+    with pytest.raises(ConfigError, match="missing a required argument: 'width'"):
+        load(None, [where])
+
+
+def test_a_presets_clip_gives_way_to_numbers_of_its_surrogate():
+    overrides = ["algorithm.name=gspo", "algorithm.surrogate_parameters={epsilon_low: 0.1}"]
+    algorithm = load(None, overrides).algorithm
+    assert algorithm.policy()["surrogate"] == surrogates.ppo_clip(0.1)
+    assert algorithm.importance_sampling_level == "sequence"

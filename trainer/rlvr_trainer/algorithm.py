@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import inspect
 import os
 import sys
 from dataclasses import dataclass, field
@@ -30,15 +31,19 @@ PRESETS: dict[str, dict[str, Any]] = {
     "reinforce": {"surrogate": "reinforce", "advantages": "rloo"},
 }  # fmt: skip
 PRESETS |= {f"ace-{name}": {**preset, "alpha": 1.0} for name, preset in PRESETS.items()}
-_CLIP = ("epsilon_low", "epsilon_high", "delta", "importance_sampling_level")
+_CLIP = ("epsilon_low", "epsilon_high", "delta")
 
 
 def preset_under(algorithm: dict[str, Any]) -> dict[str, Any]:
-    """The preset that `algorithm.name` stands for, without PPO's numbers if what was written names another surrogate."""
+    """The preset that `algorithm.name` stands for, without PPO's numbers if what was written names others or another surrogate."""
     preset = PRESETS[algorithm["name"]]
-    if algorithm.get("surrogate", "ppo_clip") == "ppo_clip":
-        return preset
-    return {key: value for key, value in preset.items() if key not in _CLIP}
+    if algorithm.get("surrogate", "ppo_clip") != "ppo_clip":
+        return {key: value for key, value in preset.items() if key not in (*_CLIP, "importance_sampling_level")}
+    return {
+        key: value
+        for key, value in preset.items()
+        if key not in (_CLIP if algorithm.get("surrogate_parameters") else ())
+    }
 
 
 BINARY = ("bnpo", "psr", "nsr", "w_reinforce")
@@ -110,11 +115,22 @@ def load_surrogate(name: str, parameters: dict[str, Any]) -> SurrogateLike:
     where, colon, attribute = name.rpartition(":")
     if not colon:
         known = surrogates.SURROGATES.get(name)
-        return known(**parameters) if known and parameters else name
+        try:
+            return known(**parameters) if known and parameters else name
+        except TypeError as error:
+            raise ValueError(f"surrogate_parameters do not fit: {error}") from error
     try:
         function = getattr(_import(where), attribute)
-    except (ImportError, OSError, AttributeError) as error:
+    except (ImportError, OSError, AttributeError, SyntaxError) as error:
         raise ValueError(f"surrogate={name} cannot be loaded: {error}") from error
+    if not callable(function):
+        raise ValueError(f"surrogate={name} must be a function, got {function!r}")
+    try:
+        inspect.signature(function).bind(None, None, **parameters)
+    except TypeError as error:
+        raise ValueError(
+            f"surrogate={name} must take (per_token_logps, rows, **surrogate_parameters): {error}"
+        ) from error
     return partial(function, **parameters) if parameters else function
 
 
@@ -125,9 +141,10 @@ def _import(where: str) -> ModuleType:
         if os.getcwd() not in sys.path:
             sys.path.append(os.getcwd())
         return importlib.import_module(where)
-    spec = importlib.util.spec_from_file_location(Path(where).stem, where)
+    spec = importlib.util.spec_from_file_location(f"surrogate_of_{Path(where).stem}", where)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up there
     spec.loader.exec_module(module)
     return module

@@ -175,7 +175,7 @@ def from_tree(tree: dict[str, Any]) -> Config:
     if not isinstance(algorithm, dict):
         raise ConfigError(f"algorithm must be a section of keys, got {algorithm!r}: write algorithm.name=NAME")
     name = algorithm.get("name", AlgorithmConfig.name)
-    if name not in PRESETS:
+    if not isinstance(name, str) or name not in PRESETS:
         raise ConfigError(f"unknown algorithm.name {name!r}{nearest(str(name), PRESETS)}")
     config = build(Config, {**tree, "algorithm": {**preset_under({"name": name, **algorithm}), **algorithm}})
     assert isinstance(config, Config)
