@@ -178,7 +178,10 @@ def _check_binary(values: Tensor, name: str, hint: str) -> None:
 def _look_up(name: str) -> estimators.Estimator:
     if name in ESTIMATORS:
         return estimators.ESTIMATORS[name]
-    near = difflib.get_close_matches(str(name), ESTIMATORS, n=1, cutoff=0.4)
+    if str(name).lower() in ("reinforce++", "rf++", "reinforce_pp"):
+        near = ["reinforce_plus_plus"]
+    else:
+        near = difflib.get_close_matches(str(name), ESTIMATORS, n=1, cutoff=0.7)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     raise ValueError(f"estimator must be one of {', '.join(ESTIMATORS)}, got {name!r}.{hint}")
 

@@ -11,11 +11,10 @@ Under gradient accumulation or data parallelism the count is the global one, pas
 """
 
 import torch
-from rlvr_kernels.spec import choose
 from torch import Tensor
 
 from rlvr_ops.layout import Layout
-from rlvr_ops.surrogates import SURROGATES
+from rlvr_ops.names import unknown_loss_type
 
 LOSS_TYPES = ("grpo", "dapo", "dr_grpo", "bnpo", "luspo")
 VERL_NAMES = {
@@ -52,12 +51,8 @@ def canonical(loss_type: str) -> str:
     Raises:
         ValueError: neither.
     """
-    if loss_type in SURROGATES:
-        raise ValueError(
-            f"loss_type says how tokens are averaged, and {loss_type!r} is a surrogate: pass surrogate={loss_type!r}, and one of "
-            f"{', '.join(map(repr, LOSS_TYPES))} as loss_type"
-        )
-    choose("loss_type", loss_type, (*LOSS_TYPES, *VERL_NAMES))
+    if loss_type not in (*LOSS_TYPES, *VERL_NAMES):
+        raise ValueError(unknown_loss_type(loss_type, (*LOSS_TYPES, *VERL_NAMES)))
     return VERL_NAMES.get(loss_type, loss_type)
 
 

@@ -47,6 +47,8 @@ def stated_confidences(texts: Iterable[str]) -> Tensor:
     >>> stated_confidences(["<confidence>1</confidence>", "quite sure"])
     tensor([1., nan])
     """
+    if isinstance(texts, str):
+        raise TypeError("texts must be several completions, got one str: give [text], or call stated_confidence(text)")
     found = [stated_confidence(text) for text in texts]
     return torch.tensor([math.nan if value is None else value for value in found], dtype=torch.float32)
 

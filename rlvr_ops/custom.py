@@ -36,6 +36,9 @@ class SurrogateRows:
 
     def rollout_sum(self, values: Tensor) -> Tensor:
         """The sum (n,) of values (n,) over each token's rollout; differentiable."""
+        if values.shape != self.rollout.shape:
+            wanted = tuple(self.rollout.shape)
+            raise ValueError(f"values must have one number per token, (n,) = {wanted}, got {tuple(values.shape)}")
         return values.new_zeros(self.rollouts).index_add(0, self.rollout, values)[self.rollout]
 
     def rollout_mean(self, values: Tensor) -> Tensor:

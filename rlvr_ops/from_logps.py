@@ -41,7 +41,7 @@ def policy_loss_from_logps(
     top_entropy_quantile: float = 1.0,
     off_policy_mask_threshold: float | None = None,
     sampling_correction: str | None = None,
-    sampling_clip_max: float = 3.0,
+    sampling_clip_max: float | None = 3.0,
     sampling_clip_min: float | None = None,
     num_items_in_batch: float | Tensor | None = None,
     max_completion_length: int | None = None,

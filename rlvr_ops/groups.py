@@ -132,5 +132,5 @@ def check_finite(name: str, values: Tensor, group_size: int | None = None, group
         where += f" (group {worst // group_size})"
     elif group_ids is not None:
         where += f" (group {int(group_ids[worst])})"
-    hint = ": did its verifier fail?" if name == "rewards" else "."
+    hint = ": did its verifier fail, or could a confidence not be read?" if name == "rewards" else "."
     raise ValueError(f"{name} must be finite, got {values[worst].item()} for {where}{hint}")

@@ -92,7 +92,7 @@ def make_hyperparameters(
     top_entropy_quantile: float,
     off_policy_mask_threshold: float | None,
     sampling_correction: str | None,
-    sampling_clip_max: float,
+    sampling_clip_max: float | None,
     sampling_clip_min: float | None,
 ) -> Hyperparameters:
     """What a loss's keywords mean."""

@@ -42,7 +42,7 @@ def policy_loss(
     top_entropy_quantile: float = 1.0,
     off_policy_mask_threshold: float | None = None,
     sampling_correction: str | None = None,
-    sampling_clip_max: float = 3.0,
+    sampling_clip_max: float | None = 3.0,
     sampling_clip_min: float | None = None,
     temperature: float | Tensor = 1.0,
     lm_head_bias: Tensor | None = None,
@@ -112,7 +112,8 @@ def policy_loss(
         sampling_per_token_logps: log-probabilities under the engine that sampled, NaN where it gave none: such a token's
             correction is 1, and it adds nothing to the mean of the off-policy mask.
         sampling_correction: multiply the surrogate by exp(old - sampling): "token_truncate", "token_mask",
-            "sequence_truncate" or "sequence_mask", see `rlvr_ops.sampling`; sampling_clip_max, sampling_clip_min bound it.
+            "sequence_truncate" or "sequence_mask", see `rlvr_ops.sampling`; sampling_clip_max and sampling_clip_min
+            bound it, None is no bound.
         temperature: the sampling temperature: a float, or one per rollout or per token.
         lm_head_bias: (V,). softcap, logit_scale: z = softcap tanh(logit_scale (h W^T + b) / softcap) / temperature.
         num_items_in_batch: the global batch's active tokens (dapo) or rollouts (grpo, dr_grpo, luspo). None: this
@@ -129,7 +130,7 @@ def policy_loss(
         workspace_bytes: the most that the logits and their gradient may occupy; None: 2 GiB on an accelerator, 160 MiB
             on CPU.
         backend: "auto", "triton" or "torch"; see `rlvr_ops.explain_backend`.
-        validate: also check for NaN and inf, and ids on an accelerator; costs host syncs.
+        validate: also check the inputs for NaN and inf, and ids on an accelerator; costs host syncs.
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what is wanted.

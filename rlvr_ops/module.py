@@ -48,7 +48,7 @@ class ACELoss(nn.Module):
         top_entropy_quantile: float = 1.0,
         off_policy_mask_threshold: float | None = None,
         sampling_correction: str | None = None,
-        sampling_clip_max: float = 3.0,
+        sampling_clip_max: float | None = 3.0,
         sampling_clip_min: float | None = None,
         temperature: float = 1.0,
         softcap: float | None = None,

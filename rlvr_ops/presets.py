@@ -8,8 +8,11 @@ from typing import Any, ParamSpec
 
 from rlvr_ops.from_logps import policy_loss_from_logps
 from rlvr_ops.losses import LossOutput, policy_loss
+from rlvr_ops.names import AGGREGATION, numbers_of
+from rlvr_ops.surrogates import SURROGATES
 
 P = ParamSpec("P")
+_CLIP = ("epsilon_low", "epsilon_high", "delta")  # PPO's numbers, which another surrogate has not
 _ACE = ("alpha", "confidence", "confidence_reduction", "shape")
 
 
@@ -29,9 +32,8 @@ def _preset(
     def loss(*args: P.args, **kwargs: P.kwargs) -> LossOutput:
         for keyword in kwargs:
             if keyword not in known:
-                raise TypeError(
-                    f"{name}() has no argument {keyword!r}: {_refusal(keyword, known, without, base.__name__)}"
-                )
+                refusal = _refusal(keyword, known, without, base.__name__, defaults)
+                raise TypeError(f"{name}() has no argument {keyword!r}: {refusal}")
         return base(*args, **{**defaults, **kwargs})
 
     loss.__name__ = loss.__qualname__ = name
@@ -40,7 +42,13 @@ def _preset(
     return loss
 
 
-def _refusal(keyword: str, known: set[str], without: tuple[str, ...], base: str) -> str:
+def _refusal(keyword: str, known: set[str], without: tuple[str, ...], base: str, defaults: dict[str, Any]) -> str:
+    surrogate = defaults.get("surrogate")
+    if surrogate:
+        make = SURROGATES[surrogate]
+        if keyword in ("surrogate", *_CLIP, *inspect.signature(make).parameters):
+            numbers = f"{base}(..., surrogate={numbers_of(surrogate, make)}, loss_type={AGGREGATION[surrogate]!r})"
+            return f"this loss fixes its numbers, and with others it is {numbers}"
     if keyword in without:
         return f"this loss fixes it, {base} takes it"
     near = difflib.get_close_matches(keyword, known - set(without), n=1, cutoff=0.6)
@@ -57,7 +65,6 @@ def _pair(
     )
 
 
-_CLIP = ("epsilon_low", "epsilon_high", "delta")  # PPO's numbers, which another surrogate has not
 _PLAIN = ("loss_type", "surrogate", "importance_sampling_level", *_ACE)
 _OTHER = ("surrogate", *_CLIP)
 

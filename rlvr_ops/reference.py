@@ -139,7 +139,7 @@ def reference_policy_loss(
     top_entropy_quantile: float = 1.0,
     off_policy_mask_threshold: float | None = None,
     sampling_correction: str | None = None,
-    sampling_clip_max: float = 3.0,
+    sampling_clip_max: float | None = 3.0,
     sampling_clip_min: float | None = None,
     temperature: float | Tensor = 1.0,
     lm_head_bias: Tensor | None = None,
@@ -223,7 +223,7 @@ def reference_policy_loss_from_logps(
     top_entropy_quantile: float = 1.0,
     off_policy_mask_threshold: float | None = None,
     sampling_correction: str | None = None,
-    sampling_clip_max: float = 3.0,
+    sampling_clip_max: float | None = 3.0,
     sampling_clip_min: float | None = None,
     num_items_in_batch: float | Tensor | None = None,
     max_completion_length: int | None = None,
@@ -250,7 +250,13 @@ def reference_policy_loss_from_logps(
     if sampling_correction is not None:
         assert sampling is not None
         found = sampling_weights(
-            sampling_correction, sampling_clip_min, sampling_clip_max, old, sampling, active, rollouts
+            sampling_correction,
+            sampling_clip_min,
+            float("inf") if sampling_clip_max is None else sampling_clip_max,
+            old,
+            sampling,
+            active,
+            rollouts,
         )
         if numbers.form == "vespo":
             drifted = old - found.clamp(min=1e-8).log()

@@ -6,6 +6,7 @@ is a constant that multiplies the surrogate (not the KL term). Truncated it is a
 masked it is 0 outside them. Source: truncated importance sampling as in TRL and verl; masking as in IcePop 2510.18855.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -27,20 +28,29 @@ class SamplingCorrection:
     """
 
     kind: str
-    clip_max: float = 3.0
+    clip_max: float | None = 3.0
     clip_min: float | None = None
 
     def __post_init__(self) -> None:
         choose("sampling_correction", self.kind, CORRECTIONS)
         for name, value in (("sampling_clip_max", self.clip_max), ("sampling_clip_min", self.clip_min)):
-            if not isinstance(value, int | float) and (name, value) != ("sampling_clip_min", None):
-                raise TypeError(f"{name} must be a number, got {value!r}")
-        if not 0 < self.clip_max < float("inf"):
-            raise ValueError(f"sampling_clip_max must be > 0 and finite, got {self.clip_max}")
-        if self.clip_min is not None and not 0 <= self.clip_min <= self.clip_max:
+            if not isinstance(value, int | float | None):
+                raise TypeError(f"{name} must be a number, or None for no bound, got {value!r}")
+        low, high = self.bounds
+        if not high > 0:
+            raise ValueError(f"sampling_clip_max must be > 0, got {self.clip_max}")
+        if not 0 <= low <= high:
             raise ValueError(
-                f"sampling_clip_min must lie between 0 and sampling_clip_max = {self.clip_max}, got {self.clip_min}"
+                f"sampling_clip_min must lie between 0 and sampling_clip_max = {high}, got {self.clip_min}"
             )
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """The least and the largest weight; None is no bound."""
+        return (
+            0.0 if self.clip_min is None else self.clip_min,
+            math.inf if self.clip_max is None else self.clip_max,
+        )
 
     @property
     def per_rollout(self) -> bool:
@@ -52,10 +62,10 @@ class SamplingCorrection:
         gap = (old - sampling).nan_to_num(nan=0.0)
         gap = gap if layout.mask is None else gap.masked_fill(~layout.mask, 0)
         ratio = (layout.per_rollout(gap)[layout.rollout()] if self.per_rollout else gap).exp()
-        low = 0.0 if self.clip_min is None else self.clip_min
+        low, high = self.bounds
         if self.kind.endswith("truncate"):
-            return ratio.clamp(low, self.clip_max)
-        return ratio.masked_fill((ratio < low) | (ratio > self.clip_max), 0)
+            return ratio.clamp(low, high)
+        return ratio.masked_fill((ratio < low) | (ratio > high), 0)
 
 
 def geometric_mean(weights: Tensor, layout: Layout) -> Tensor:

@@ -8,7 +8,9 @@ the gradient. Each loss is minimised.
 import math
 from collections.abc import Callable
 
-from rlvr_kernels.spec import PPO_CLIP, Surrogate, choose
+from rlvr_kernels.spec import PPO_CLIP, Surrogate
+
+from rlvr_ops.names import numbers_of, unknown_surrogate
 
 __all__ = [
     "SURROGATES",
@@ -141,14 +143,17 @@ def resolve(
     given = {"epsilon_low": (epsilon_low, EPSILON), "epsilon_high": (epsilon_high, None), "delta": (delta, None)}
     for name, (value, default) in given.items():
         if value != default:
+            known = isinstance(surrogate, str) and surrogate in SURROGATES
+            instead = f", say surrogate={numbers_of(str(surrogate), SURROGATES[str(surrogate)])}" if known else ""
             raise ValueError(
-                f"{name}={value} belongs to surrogate='ppo_clip': give the numbers of another surrogate to its function in "
-                f"rlvr_ops.surrogates, got surrogate={surrogate!r}"
+                f"{name}={value} belongs to surrogate='ppo_clip', and surrogate is {surrogate!r}: give its own numbers to its "
+                f"function in rlvr_ops.surrogates{instead}"
             )
     if isinstance(surrogate, Surrogate):
         return surrogate
     if isinstance(surrogate, str):
-        choose("surrogate", surrogate, SURROGATES)
+        if surrogate not in SURROGATES:
+            raise ValueError(unknown_surrogate(surrogate, SURROGATES, ("grpo", "dapo", "dr_grpo", "bnpo", "luspo")))
         return SURROGATES[surrogate]()
     if not callable(surrogate):
         raise TypeError(f"surrogate must be a name, one of rlvr_ops.surrogates or a function, got {surrogate!r}")

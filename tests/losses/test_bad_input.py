@@ -245,7 +245,7 @@ def test_a_bad_hyper_parameter_is_named(changes, message):
         ({"schedule": "one_pass"}, "schedule must be one of .*, got 'one_pass'; did you mean"),
         ({"backend": "cuda"}, "backend must be one of .*, got 'cuda'"),
         ({"workspace_bytes": 0, "with_entropy": True}, "workspace_bytes=0 gives log-probabilities alone"),
-        ({"workspace_bytes": -1}, "workspace_bytes=0 gives log-probabilities alone"),
+        ({"workspace_bytes": -1}, "workspace_bytes must be at least 4"),
     ],
 )
 def test_a_bad_setting_is_named(changes, message):

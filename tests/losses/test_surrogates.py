@@ -1,5 +1,6 @@
 """Each surrogate, KL gradient, mask and correction on numbers worked out by hand."""
 
+import inspect
 import math
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 import rlvr_ops
 from rlvr_ops import surrogates
+from rlvr_ops.names import AGGREGATION
 
 LN = math.log
 
@@ -311,7 +313,16 @@ SAMPLED = {**OLD, "sampling_per_token_logps": torch.zeros(2, 3)}
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"surrogate": "capo"}, "surrogate must be one of 'ppo_clip', .*did you mean 'sapo'"),
+        (
+            {"surrogate": "sappo"},
+            "surrogate must be one of 'ppo_clip', .*or a function itself, got 'sappo'; did you mean 'sapo'",
+        ),
+        ({"surrogate": "capo"}, "got 'capo'$"),
+        ({"surrogate": "gspo"}, "got 'gspo': GSPO is gspo_loss, or importance_sampling_level='sequence'"),
+        ({"surrogate": "grpo"}, "got 'grpo': grpo is a loss_type, with surrogate 'ppo_clip'$"),
+        ({"surrogate": "geo_mean"}, "got 'geo_mean': that is surrogate='gmpo'"),
+        ({"loss_type": "gspo"}, "loss_type must be one of .*GSPO is gspo_loss"),
+        ({"loss_type": "vespo"}, "call vespo_loss, or pass surrogate='vespo' with loss_type='dapo'"),
         (
             {"surrogate": surrogates.sapo},
             r"surrogate must be a name, or what its function gives: call surrogates.sapo\(\)",
@@ -340,7 +351,10 @@ SAMPLED = {**OLD, "sampling_per_token_logps": torch.zeros(2, 3)}
         ),
         ({"surrogate": 3}, "surrogate must be a name, one of rlvr_ops.surrogates or a function, got 3"),
         ({"surrogate": "sapo", "epsilon_high": 0.3}, "epsilon_high=0.3 belongs to surrogate='ppo_clip'"),
-        ({"surrogate": "cispo", "delta": 4.0}, "delta=4.0 belongs to surrogate='ppo_clip'"),
+        (
+            {"surrogate": "cispo", "delta": 4.0},
+            r"delta=4.0 belongs to surrogate='ppo_clip', and .* 'cispo': .*say surrogate=surrogates.cispo\(ratio_max=5.0\)",
+        ),
         ({"surrogate": "gmpo", "importance_sampling_level": "sequence"}, "does not go with surrogate gmpo"),
         ({"surrogate": "vespo", "importance_sampling_level": "sequence_token"}, "does not go with surrogate vespo"),
         ({"surrogate": "cispo", "importance_sampling_level": "sequence_token"}, "constant to the gradient"),
@@ -348,7 +362,7 @@ SAMPLED = {**OLD, "sampling_per_token_logps": torch.zeros(2, 3)}
         ({"loss_type": "sequence-mean"}, "loss_type must be one of"),
         (
             {"loss_type": "sapo"},
-            "loss_type says how tokens are averaged, and 'sapo' is a surrogate: pass surrogate='sapo'",
+            "and 'sapo' is a surrogate: call sapo_loss, or pass surrogate='sapo' with loss_type='grpo'",
         ),
         ({"entropy_coef": 0.1}, "per_token_entropies is missing, and entropy_coef needs it"),
         ({"top_entropy_quantile": 0.2}, "per_token_entropies is missing, and top_entropy_quantile needs it"),
@@ -364,7 +378,10 @@ SAMPLED = {**OLD, "sampling_per_token_logps": torch.zeros(2, 3)}
         ({"sampling_correction": "truncate", **SAMPLED}, "sampling_correction must be one of 'token_truncate'"),
         (SAMPLED, "sampling_per_token_logps is given and nothing reads it"),
         ({"sampling_clip_max": 2.0}, "bounds of a sampling_correction, got none"),
-        ({"sampling_correction": "token_mask", "sampling_clip_max": 0.0, **SAMPLED}, "sampling_clip_max must be > 0"),
+        (
+            {"sampling_correction": "token_mask", "sampling_clip_max": 0.0, **SAMPLED},
+            "sampling_clip_max must be > 0, got 0.0",
+        ),
         (
             {"sampling_correction": "token_mask", "sampling_clip_min": 4.0, **SAMPLED},
             "sampling_clip_min must lie between 0 and sampling_clip_max = 3.0, got 4.0",
@@ -419,12 +436,37 @@ def test_a_single_pass_cannot_know_every_entropy_first():
 
 
 @pytest.mark.parametrize(
-    ("name", "keyword"),
-    [("gspo", "delta"), ("sapo", "epsilon_low"), ("cispo", "surrogate"), ("vespo", "importance_sampling_level")],
+    ("name", "keyword", "message"),
+    [
+        ("gspo", "delta", "this loss fixes it, policy_loss_from_logps takes it"),
+        ("vespo", "importance_sampling_level", "this loss fixes it"),
+        (
+            "cispo",
+            "epsilon_high",
+            r"with others it is policy_loss_from_logps\(..., surrogate=surrogates.cispo\(ratio_max=5.0\)",
+        ),
+        ("cispo", "surrogate", r"surrogate=surrogates.cispo\(ratio_max=5.0\), loss_type='dapo'"),
+        ("sapo", "tau_positive", r"surrogate=surrogates.sapo\(tau_positive=1.0, tau_negative=1.05\), loss_type='grpo'"),
+    ],
 )
-def test_a_named_loss_refuses_what_it_fixes(name, keyword):
-    with pytest.raises(TypeError, match=rf"{name}_loss_from_logps\(\) has no argument '{keyword}': this loss fixes it"):
+def test_a_named_loss_says_where_what_it_fixes_can_be_changed(name, keyword, message):
+    with pytest.raises(TypeError, match=rf"{name}_loss_from_logps\(\) has no argument '{keyword}': .*{message}"):
         getattr(rlvr_ops, f"{name}_loss_from_logps")(torch.zeros(2, 3), torch.ones(2), **{keyword: 1.0})
+
+
+@pytest.mark.parametrize("name", [name for name in surrogates.SURROGATES if name != "ppo_clip"])
+def test_the_aggregation_that_is_named_with_a_surrogate_is_its_presets(name):
+    preset = getattr(rlvr_ops, f"{name.removesuffix('_two_sided')}_loss")
+    assert inspect.signature(preset).parameters["loss_type"].default == AGGREGATION[name]
+
+
+def test_no_bound_is_none():
+    logp, sampling = torch.zeros(1, 1), torch.full((1, 1), -LN(50))
+    out = rlvr_ops.policy_loss_from_logps(
+        logp, torch.ones(1), old_per_token_logps=logp, sampling_per_token_logps=sampling,
+        sampling_correction="token_truncate", sampling_clip_max=None,
+    )  # fmt: skip
+    assert out.loss.item() == pytest.approx(-50)
 
 
 @pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=pytest.mark.interpret)])

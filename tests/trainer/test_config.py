@@ -202,3 +202,27 @@ def test_a_presets_clip_gives_way_to_numbers_of_its_surrogate():
     algorithm = load(None, overrides).algorithm
     assert algorithm.policy()["surrogate"] == surrogates.ppo_clip(0.1)
     assert algorithm.importance_sampling_level == "sequence"
+
+
+def test_a_surrogate_that_fails_is_said_before_a_model_is_loaded(tmp_path):
+    path = tmp_path / "mean.py"
+    path.write_text("def loss(logps, rows):\n    return logps.mean()\n")
+    algorithm = load(None, [f"algorithm.surrogate={path}:loss"]).algorithm
+    with pytest.raises(
+        ConfigError, match=r"mean\.py:loss failed on four tokens: .*one loss per token, \(n,\) = \(4,\), got \(\)"
+    ):
+        algorithm.probe()
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_passes_the_probe_and_is_called_by_its_name(name):
+    algorithm = load(None, [f"algorithm.name={name}"]).algorithm
+    algorithm.probe()
+    assert algorithm.title() == name
+
+
+def test_another_surrogate_is_in_the_title():
+    assert (
+        load(None, ["algorithm.name=ace-grpo", "algorithm.surrogate=sapo"]).algorithm.title()
+        == "ace-grpo with surrogate sapo"
+    )

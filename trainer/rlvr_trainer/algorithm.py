@@ -11,6 +11,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
+import torch
+
+import rlvr_ops
 from rlvr_ops import surrogates
 from rlvr_ops.hyperparameters import SurrogateLike, make_hyperparameters
 from rlvr_trainer.parsing import ConfigError
@@ -93,6 +96,27 @@ class AlgorithmConfig:
             )
         except (TypeError, ValueError) as error:
             raise ConfigError(f"algorithm.{error}") from error
+
+    def title(self) -> str:
+        """The name, and the surrogate if it is not the one that the name stands for."""
+        own = self.surrogate if self.surrogate != PRESETS[self.name].get("surrogate", "ppo_clip") else ""
+        return f"{self.name} with surrogate {own}" if own else self.name
+
+    def probe(self) -> None:
+        """Call the loss once on two made-up rollouts, so that a function of the user's own fails before a model is loaded.
+
+        Raises:
+            ConfigError: it failed; what it raised is the cause.
+        """
+        logps = torch.tensor([[-0.5, -1.0], [-1.5, -2.0]], requires_grad=True)
+        constant = logps.detach() - 0.1
+        try:
+            rlvr_ops.policy_loss_from_logps(
+                logps, torch.tensor([1.0, -1.0]), ref_per_token_logps=constant, old_per_token_logps=constant,
+                per_token_entropies=torch.ones(2, 2), max_completion_length=2, loss_type=self.loss_type, **self.policy(),
+            ).loss.backward()  # fmt: skip
+        except Exception as error:
+            raise ConfigError(f"algorithm.surrogate={self.surrogate} failed on four tokens: {error!r}") from error
 
     def policy(self) -> dict[str, Any]:
         """The keywords of `rlvr_ops.policy_loss` that say which loss it is, but for the aggregation."""

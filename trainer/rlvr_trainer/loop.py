@@ -47,12 +47,15 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False, quie
         ConfigError: settings that cannot be used, a folder that holds a run already, or nothing to resume from.
         FloatingPointError: a gradient that is not finite.
     """
+    config.algorithm.probe()
     run = Path(config.run.out)
     clock = Clock()
     made = claim_folder(run, resume=resume, overwrite=overwrite)
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
     task = make_task(config.task, config.run.seed)  # before the model: bad data should not cost a minute of loading
+    if config.policy.name == "tiny" and not resume and not quiet:
+        print(f"teaching tiny the format of {config.task.name}, {config.policy.warm_start_steps} updates", flush=True)
     policy = load_policy(config, task, made)
     reference = policy.frozen()
     trained = [parameter for parameter in policy.model.parameters() if parameter.requires_grad]
@@ -71,7 +74,9 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False, quie
     log = RunLog(run, first_step=step, quiet=quiet)
     (run / "config.yaml").write_text(config.to_yaml())
     clock.lap("load")
-    log.say(f"{config.policy.name} on {policy.device}, {config.task.name}, {config.algorithm.name}; writing to {run}")
+    log.say(
+        f"{config.policy.name} on {policy.device}, {config.task.name}, {config.algorithm.title()}; writing to {run}"
+    )
     try:
         if step == 0:
             _evaluate(policy, task, config, log, step)

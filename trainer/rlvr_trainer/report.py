@@ -24,7 +24,7 @@ def summarise(run: Path, config: Config, log: RunLog, step: int, seconds: dict[s
     summary = {
         "model": config.policy.name,
         "task": config.task.name,
-        "algorithm": config.algorithm.name,
+        "algorithm": config.algorithm.title(),
         "seed": config.run.seed,
         "steps": step,
         **compare(before, after),
