@@ -79,7 +79,7 @@ if __name__ == "__main__":
         label, ace = ("", "ACE") if alpha else (name, "")
         print(f"{label:22}{ace:5}{loss:10.5f}{norm:12.5f}{clipped:9.0%}{passes:8d}")
     print(
-        "\nLosses with log-probabilities in them (cispo, dispo, vespo, reinforce) are not comparable with the others; gradients are."
+        "\nLosses with log-probabilities in them (cispo, dispo, vespo, reinforce) cannot be compared with others; gradients can."
         "\nEqual on this batch: grpo and dual clip, cispo and dispo (no ratio is beyond their bounds); gspo's two forms (one"
         "\nadvantage per rollout). passes: over the vocabulary, with a workspace of ten rows."
     )
