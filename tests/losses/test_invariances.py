@@ -44,6 +44,10 @@ def merged(method, other):
     return method | other | ({"old": True} if "sampling_correction" in other else {})
 
 
+def name_of(value):
+    return getattr(value, "__name__", str(value))  # str() of a function has its address, which differs between workers
+
+
 base = st.fixed_dictionaries(
     {"loss_type": st.sampled_from(("grpo", "dapo", "dr_grpo", "bnpo", "luspo"))},
     optional={
@@ -275,7 +279,7 @@ def test_scaling_the_advantages_scales_the_gradient(lengths, method, schedule, f
         assert_same(grad, true_grad * factor, EXACT, name)
 
 
-@pytest.mark.parametrize("other", OTHERS, ids=str)
+@pytest.mark.parametrize("other", OTHERS, ids=lambda other: ",".join(map(name_of, other.values())))
 def test_a_rollout_that_spans_chunks_is_seen_whole(other):
     """Room for 7 rows of logits, rollouts of up to 70: the loss is what it is with room for all."""
     batch = make_batch()
