@@ -126,7 +126,7 @@ def test_nothing_that_counts_gives_zero_attached_with_zero_gradients(schedule, l
     batch = make_batch(SMALL, 17, 5)
     empty = replace(batch, mask=torch.zeros_like(batch.mask))
     if not lengths:
-        rows = ("hidden", "ids", "advantages", "mask", "old", "ref", "temperature")
+        rows = ("hidden", "ids", "advantages", "mask", "old", "ref", "sampling", "temperature")
         empty = replace(batch, **{name: getattr(batch, name)[:0] for name in rows})
     packed = replace(pack(empty), mask=None)
     for given_batch in (empty, packed):
