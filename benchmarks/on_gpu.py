@@ -64,6 +64,7 @@ def run(stage: str, chosen: argparse.Namespace, seconds: float) -> int:
     """One stage in a process of its own, ended after its seconds; its exit code, 124 if it was ended."""
     if stage == "tests":
         report = f"--junit-xml={chosen.out / 'tests.xml'}"
+        # A device on which everything fails says so after 25 tests; the time is then better spent on what can be measured.
         command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "--maxfail=25", report, "tests"]
         command += ["-k", "two_runs"] if chosen.tiny else []
     else:

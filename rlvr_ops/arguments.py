@@ -85,7 +85,7 @@ def check_finite(name: str, values: Tensor | None, layout: Layout | None = None)
         raise ValueError(f"{name} must be finite, got {float(values[where])} at {where}")
 
 
-def known(values: Tensor | None) -> Tensor | None:
+def zero_where_nan(values: Tensor | None) -> Tensor | None:
     """The values, 0 where they are NaN, which says of a sampler's log-probability that there is none."""
     return None if values is None else values.masked_fill(values.isnan(), 0)
 

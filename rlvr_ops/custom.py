@@ -21,10 +21,9 @@ class SurrogateRows:
     outside of its rollout. It is differentiated by the log-probabilities alone: whatever else it reads is a constant.
 
     advantages (n,): after ACE, the sampling correction and the masks, which multiply them, so that what they leave out
-    has an advantage of 0. old_per_token_logps (n,): on
-    policy the log-probabilities themselves, detached, so that a ratio is 1 and has a gradient. ref_per_token_logps and
-    sampling_per_token_logps (n,), or None if they were not given. rollout (n,): the number of each token's rollout in
-    the batch, of which there are `rollouts`.
+    has an advantage of 0. old_per_token_logps (n,): on policy the log-probabilities themselves, detached, so that a
+    ratio is 1 and has a gradient. ref_per_token_logps and sampling_per_token_logps (n,), or None if they were not given.
+    rollout (n,): the number of each token's rollout in the batch, of which there are `rollouts`.
     """
 
     advantages: Tensor

@@ -80,7 +80,7 @@ def policy_loss_from_logps(
     if validate:
         arguments.check_all_finite(
             layout, per_token_logps=per_token_logps, advantages=advantages, old_per_token_logps=old_per_token_logps,
-            ref_per_token_logps=ref_per_token_logps, sampling_per_token_logps=arguments.known(sampling_per_token_logps),
+            ref_per_token_logps=ref_per_token_logps, sampling_per_token_logps=arguments.zero_where_nan(sampling_per_token_logps),
             per_token_entropies=per_token_entropies,
         )  # fmt: skip
     weights = rollout_weights(loss_type, layout, num_items_in_batch, max_completion_length, dtype)

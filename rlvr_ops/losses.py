@@ -165,7 +165,7 @@ def policy_loss(
     if validate:
         arguments.check_all_finite(
             layout, hidden_states=hidden_states, advantages=advantages, old_per_token_logps=old_per_token_logps,
-            ref_per_token_logps=ref_per_token_logps, sampling_per_token_logps=arguments.known(sampling_per_token_logps),
+            ref_per_token_logps=ref_per_token_logps, sampling_per_token_logps=arguments.zero_where_nan(sampling_per_token_logps),
         )  # fmt: skip
         arguments.check_all_finite(None, lm_head_weight=lm_head_weight, lm_head_bias=lm_head_bias)
     weights = rollout_weights(loss_type, layout, num_items_in_batch, max_completion_length, given.advantages.dtype)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from rlvr_kernels.spec import PPO_CLIP, Surrogate
 
+from rlvr_ops.aggregation import LOSS_TYPES
 from rlvr_ops.names import numbers_of, unknown_surrogate
 
 __all__ = [
@@ -153,7 +154,7 @@ def resolve(
         return surrogate
     if isinstance(surrogate, str):
         if surrogate not in SURROGATES:
-            raise ValueError(unknown_surrogate(surrogate, SURROGATES, ("grpo", "dapo", "dr_grpo", "bnpo", "luspo")))
+            raise ValueError(unknown_surrogate(surrogate, SURROGATES, LOSS_TYPES))
         return SURROGATES[surrogate]()
     if not callable(surrogate):
         raise TypeError(f"surrogate must be a name, one of rlvr_ops.surrogates or a function, got {surrogate!r}")

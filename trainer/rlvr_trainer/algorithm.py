@@ -39,14 +39,12 @@ _CLIP = ("epsilon_low", "epsilon_high", "delta")
 
 def preset_under(algorithm: dict[str, Any]) -> dict[str, Any]:
     """The preset that `algorithm.name` stands for, without PPO's numbers if what was written names others or another surrogate."""
-    preset = PRESETS[algorithm["name"]]
+    gives_way: tuple[str, ...] = ()
     if algorithm.get("surrogate", "ppo_clip") != "ppo_clip":
-        return {key: value for key, value in preset.items() if key not in (*_CLIP, "importance_sampling_level")}
-    return {
-        key: value
-        for key, value in preset.items()
-        if key not in (_CLIP if algorithm.get("surrogate_parameters") else ())
-    }
+        gives_way = (*_CLIP, "importance_sampling_level")
+    elif algorithm.get("surrogate_parameters"):
+        gives_way = _CLIP
+    return {key: value for key, value in PRESETS[algorithm["name"]].items() if key not in gives_way}
 
 
 BINARY = ("bnpo", "psr", "nsr", "w_reinforce")
@@ -133,8 +131,7 @@ def load_surrogate(name: str, parameters: dict[str, Any]) -> SurrogateLike:
     """A published surrogate by name, or a function by import path, with its parameters.
 
     Raises:
-        ValueError: no such surrogate, module, file or function.
-        TypeError: parameters that it does not take.
+        ValueError: no such module, file or function, or parameters that it does not take.
     """
     where, colon, attribute = name.rpartition(":")
     if not colon:
