@@ -1,0 +1,205 @@
+"""What a schedule of the head costs, from counts alone: FLOPs, bytes moved, memory, and the seconds that follow.
+
+A step is a list of phases. A matrix product takes max(FLOPs / rate, bytes / bandwidth) where operands arrive behind the
+arithmetic (GPUs), the sum where the library repacks them first (CPUs). Everything else takes bytes / bandwidth, and so
+does adding to an accumulator. What `cheapest` decides hangs on the FLOPs per byte alone: 240 on an H100, 9 a CPU thread.
+
+Not in the model: exponentials, first touches of fresh pages, vectors (n,), reads that a cache answers, waiting for the
+device, the bias. docs/scaling.md holds it against measurements.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from rlvr_kernels.tile import vocabulary_tile, whole_row_tile
+
+
+class Rates(NamedTuple):
+    """Sustained FLOP/s of a large product, bytes/s read plus written, seconds a launch, and whether a product's traffic
+    hides behind its arithmetic."""
+
+    matmul_flops: float
+    bytes_per_second: float
+    overhead_seconds: float = 0.0
+    overlapped: bool = True
+
+
+ACCUMULATOR = 4  # bytes of an element of the float32 accumulators
+MOVES = 4  # a row that moves up in the tile is gathered out of it and copied back: two reads, two writes
+MARGIN = 1.05  # two passes must save this much to be chosen: the model is no better, and they have more launches
+# Published: 700 to 798 TFLOP/s in an 8192^3 product of bf16, a copy at 3.0 TB/s. Assumed: 5 us a launch. None measured here.
+H100_BF16 = Rates(720e12, 3.0e12, 5e-6)
+
+
+def cpu_fp32(threads: int) -> Rates:
+    """From docs/performance-log.md: 836 GFLOP in 4.9 s on two threads, traffic included; the 10 GB/s are assumed there."""
+    return Rates(90e9 * threads, 10e9, overlapped=False)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """rows of hidden states (rows, H), of which `scored` are scored and `active` have a gradient; weight (V, H).
+
+    logit_bytes is what a logit of the tile and its gradient take together (`tile.bytes_per_logit`). The defaults are
+    bf16 on CUDA, whose tile is float32.
+    """
+
+    rows: int
+    hidden: int
+    vocabulary: int
+    scored: int
+    active: int
+    operand_bytes: int = 2
+    logit_bytes: int = 6
+    weight_grad_bytes: int = 2
+    needs_hidden: bool = True
+    needs_weight: bool = True
+
+    @property
+    def tile_bytes(self) -> int:
+        """Of a logit alone: its gradient lies beside it, or overwrites it."""
+        return self.logit_bytes - self.operand_bytes or self.logit_bytes
+
+
+class Cost(NamedTuple):
+    """flops, bytes moved, seconds; workspace_bytes are tile and kept logits, peak_bytes all above the inputs."""
+
+    schedule: str
+    flops: float
+    bytes: float
+    seconds: float
+    workspace_bytes: int
+    peak_bytes: int
+    chunk_rows: int = 0
+    cached_rows: int = 0
+
+
+def accumulation_bytes(elements: int, products: int, itemsize: int) -> int:
+    """The first product writes the accumulator, every other one reads and writes it."""
+    return (2 * products - 1) * elements * itemsize
+
+
+class _Phases:
+    """The sum of what was added."""
+
+    def __init__(self, problem: Problem, rates: Rates):
+        self.p, self.rates = problem, rates
+        self.flops = self.bytes = self.seconds = 0.0
+
+    def add(self, moved: float, *, flops: float = 0.0, launches: float = 1) -> None:
+        arithmetic, traffic = flops / self.rates.matmul_flops, moved / self.rates.bytes_per_second
+        together = max(arithmetic, traffic) if self.rates.overlapped else arithmetic + traffic
+        self.seconds += together + launches * self.rates.overhead_seconds
+        self.flops, self.bytes = self.flops + flops, self.bytes + moved
+
+    def take(self, rows: int, out_of: int) -> int:
+        """Copy rows of hidden states unless it is all of them; the bytes of the copy."""
+        size = rows * self.p.hidden * self.p.operand_bytes if rows < out_of else 0
+        if size:
+            self.add(2 * size)
+        return size
+
+    def logits(self, rows: int, pieces: int, slices: int) -> None:
+        """Every piece of the rows reads the weight, every slice of the vocabulary the hidden states."""
+        p = self.p
+        read = (pieces * p.vocabulary + slices * rows) * p.hidden * p.operand_bytes
+        flops = 2.0 * rows * p.vocabulary * p.hidden
+        self.add(read + rows * p.vocabulary * p.tile_bytes, flops=flops, launches=pieces * slices)
+
+    def score(self, tile_bytes: int) -> int:
+        """Write the logits and fold them; the bytes of the tile."""
+        p = self.p
+        rows, cols = vocabulary_tile(p.scored, p.vocabulary, p.logit_bytes, tile_bytes)
+        pieces, slices = -(-p.scored // rows), -(-p.vocabulary // cols)
+        self.logits(p.scored, pieces, slices)
+        self.add(p.scored * p.vocabulary * p.tile_bytes, launches=pieces * slices)
+        return rows * cols * p.logit_bytes
+
+    def pull_back(self, pieces: int, slices: int) -> None:
+        """The logits' gradient, its two products, their accumulators: d_hidden's per slice, d_weight's per piece."""
+        p, launches = self.p, pieces * slices
+        logits, d_hidden, d_weight = p.active * p.vocabulary, p.active * p.hidden, p.vocabulary * p.hidden
+        self.add(logits * (p.tile_bytes + p.operand_bytes), launches=launches)
+        product = {"flops": 2.0 * logits * p.hidden, "launches": launches}
+        if p.needs_hidden:
+            self.add((logits + pieces * d_weight) * p.operand_bytes, **product)
+            self.add(accumulation_bytes(d_hidden, slices, ACCUMULATOR))
+            self.add(d_hidden * (ACCUMULATOR + p.operand_bytes))
+        if p.needs_weight:
+            self.add((logits + slices * d_hidden) * p.operand_bytes, **product)
+            direct = pieces <= 1
+            self.add(accumulation_bytes(d_weight, max(pieces, 1), p.weight_grad_bytes if direct else ACCUMULATOR))
+            if not direct and p.weight_grad_bytes < ACCUMULATOR:
+                self.add(d_weight * (ACCUMULATOR + p.weight_grad_bytes))
+
+    def cost(self, schedule: str, workspace: int, kept: int, **plan: int) -> Cost:
+        return Cost(schedule, self.flops, self.bytes, self.seconds, workspace, workspace + kept, **plan)
+
+
+def single_pass(p: Problem, rates: Rates, *, chunk_rows: int) -> Cost:
+    """(2 scored + 4 active) V H: rows without a gradient leave a chunk before its last two products."""
+    chunk_rows = max(1, min(chunk_rows, p.scored))
+    pieces, phases = -(-p.scored // chunk_rows), _Phases(p, rates)
+    taken = phases.take(p.scored, p.rows)
+    phases.logits(p.scored, pieces, 1)
+    phases.add(p.scored * p.vocabulary * p.tile_bytes, launches=pieces)
+    if p.active < p.scored:
+        phases.add(MOVES * p.active * p.vocabulary * p.tile_bytes, launches=2 * pieces)
+        phases.take(p.active, p.scored)
+    phases.pull_back(pieces, 1)
+    d_weight = p.needs_weight * p.vocabulary * p.hidden * p.weight_grad_bytes
+    d_hidden = p.needs_hidden * p.rows * p.hidden * p.operand_bytes
+    phases.add(2 * (d_weight + d_hidden))  # times the upstream gradient
+    if pieces > 1 and p.weight_grad_bytes < ACCUMULATOR:  # the accumulator is another tensor
+        d_weight += p.needs_weight * p.vocabulary * p.hidden * ACCUMULATOR
+    piece = p.needs_hidden * chunk_rows * p.hidden * ACCUMULATOR + taken // max(pieces, 1)
+    return phases.cost(
+        "single_pass", chunk_rows * p.vocabulary * p.logit_bytes, d_weight + d_hidden + piece, chunk_rows=chunk_rows
+    )
+
+
+def two_pass(p: Problem, rates: Rates, *, tile_bytes: int, cached_rows: int = 0) -> Cost:
+    """(2 scored + 6 active - 2 cached) V H: the logits of `cached_rows` of the active rows are kept from scoring on."""
+    phases = _Phases(p, rates)
+    phases.take(p.scored, p.rows)
+    tile = phases.score(tile_bytes)
+    taken = phases.take(p.active, p.rows)
+    rows, cols = vocabulary_tile(p.active, p.vocabulary, p.logit_bytes, tile_bytes)
+    pieces, slices = -(-p.active // rows), -(-p.vocabulary // cols)
+    phases.logits(p.active - cached_rows, pieces, slices)
+    phases.pull_back(pieces, slices)
+    d_weight = p.needs_weight * p.vocabulary * p.hidden * p.weight_grad_bytes
+    d_weight += p.needs_weight * (pieces > 1) * cols * p.hidden * ACCUMULATOR
+    d_hidden = p.needs_hidden * p.active * p.hidden * ACCUMULATOR
+    workspace = max(tile, rows * cols * p.logit_bytes) + cached_rows * p.vocabulary * p.tile_bytes
+    return phases.cost("two_pass", workspace, d_weight + d_hidden + taken, cached_rows=cached_rows)
+
+
+def forward_only(p: Problem, rates: Rates, *, tile_bytes: int) -> Cost:
+    """2 scored V H."""
+    phases = _Phases(p, rates)
+    taken = phases.take(p.scored, p.rows)
+    return phases.cost("forward_only", phases.score(tile_bytes), taken)
+
+
+def equal_chunks(p: Problem, workspace_bytes: int) -> int:
+    """Rows of a single pass's chunk: as few chunks as the workspace allows, of equal size; 0 if it holds no whole row."""
+    limit = whole_row_tile(p.vocabulary, p.logit_bytes, workspace_bytes)
+    return limit and -(-p.scored // max(1, -(-p.scored // limit)))
+
+
+def cheapest(p: Problem, workspace_bytes: int, rates: Rates, *, longest: int = 1) -> Cost:
+    """The schedule that takes the least time (by MARGIN) within the workspace, with its chunk_rows or cached_rows.
+
+    `longest` rows must share a chunk of a single pass. Two passes may give none, half or 3/4 of the workspace to kept
+    logits. Deterministic; about a tenth of a millisecond.
+    """
+    if not (p.needs_hidden or p.needs_weight):
+        return forward_only(p, rates, tile_bytes=workspace_bytes)
+    found = []
+    if whole_row_tile(p.vocabulary, p.logit_bytes, workspace_bytes) >= max(longest, 1):
+        found.append(single_pass(p, rates, chunk_rows=max(longest, equal_chunks(p, workspace_bytes))))
+    for tile_bytes in (workspace_bytes, workspace_bytes // 2, workspace_bytes // 4):
+        cached = min(p.active, (workspace_bytes - tile_bytes) // (p.vocabulary * p.tile_bytes))
+        found.append(two_pass(p, rates, tile_bytes=max(tile_bytes, p.logit_bytes), cached_rows=cached))
+    return min(found, key=lambda cost: cost.seconds * (MARGIN if cost.schedule == "two_pass" else 1))
