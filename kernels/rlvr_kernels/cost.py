@@ -2,7 +2,7 @@
 
 A step is a list of phases. A matrix product takes max(FLOPs / rate, bytes / bandwidth) where operands arrive behind the
 arithmetic (GPUs), the sum where the library repacks them first (CPUs). Everything else takes bytes / bandwidth, and so
-does adding to an accumulator. What `cheapest` decides hangs on the FLOPs per byte alone: 240 on an H100, 9 a CPU thread.
+does adding to an accumulator. What `cheapest` decides hangs on the FLOPs per byte alone: 240 on an H100, 9 to 18 on a CPU.
 
 Not in the model: exponentials, first touches of fresh pages, vectors (n,), reads that a cache answers, waiting for the
 device, the bias. docs/scaling.md holds it against measurements.
@@ -32,8 +32,9 @@ H100_BF16 = Rates(720e12, 3.0e12, 5e-6)
 
 
 def cpu_fp32(threads: int) -> Rates:
-    """From docs/performance-log.md: 836 GFLOP in 4.9 s on two threads, traffic included; the 10 GB/s are assumed there."""
-    return Rates(90e9 * threads, 10e9, overlapped=False)
+    """From docs/performance-log.md: 836 GFLOP in 4.9 s on two threads, traffic included. The 10 GB/s are its assumption for one
+    thread and for two; 5 GB/s for each of more are ours."""
+    return Rates(90e9 * threads, max(10e9, 5e9 * threads), overlapped=False)
 
 
 @dataclass(frozen=True)
