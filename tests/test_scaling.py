@@ -1,0 +1,197 @@
+import json
+import math
+
+import pytest
+import torch
+from rlvr_kernels.cost import H100_BF16, Problem, Rates, forward_only, single_pass, two_pass
+from rlvr_kernels.logits import TWIN_BLOCK_BYTES
+from rlvr_kernels.pull_back import Needs, pull_back
+from rlvr_kernels.score import score
+
+from benchmarks import scaling
+from benchmarks.cases import Case
+from benchmarks.layouts import INFINIBAND, NVLINK, Job, bandwidth, layouts, rows_dominate, step, weights_dominate
+from benchmarks.measure import peak_bytes
+from benchmarks.scaling_page import PAGE, rewrite
+from benchmarks.shards import combine, look, pull, split
+
+CPU = torch.device("cpu")
+TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12}
+
+
+def head(dtype, rows=24, hidden=16, vocabulary=101):
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(rows, hidden, generator=generator, dtype=torch.float64)
+    weight = torch.randn(vocabulary, hidden, generator=generator, dtype=torch.float64)
+    coef = torch.randn(rows, generator=generator, dtype=torch.float64) / rows
+    ids = torch.randint(vocabulary, (rows,), generator=generator)
+    return states.to(dtype), weight.to(dtype), ids, coef.to(dtype)
+
+
+def whole(states, weight, ids, coef, workspace_bytes):
+    ones = torch.ones_like(coef)
+    scores = score(states, weight, ids, ones, workspace_bytes=workspace_bytes)
+    gradients = pull_back(
+        states, weight, ids, ones, scores.lse, coef, needs=Needs(True, True, False), weight_dtype=weight.dtype,
+        workspace_bytes=workspace_bytes,
+    )  # fmt: skip
+    return scores, gradients
+
+
+def assert_near(got, want, dtype):
+    assert torch.linalg.vector_norm(got - want) <= TOLERANCE[dtype] * torch.linalg.vector_norm(want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("ranks", [1, 2, 3, 8])
+@pytest.mark.parametrize("workspace_bytes", [1 << 10, 1 << 20])
+def test_a_vocabulary_on_several_ranks_gives_the_unsharded_head(dtype, ranks, workspace_bytes):
+    states, weight, ids, coef = head(dtype)
+    scores, gradients = whole(states, weight, ids, coef, workspace_bytes)
+    shards = split(weight, ranks)
+    logp, lse = combine([look(states, shard, ids, workspace_bytes=workspace_bytes) for shard in shards])
+    parts = [pull(states, shard, ids, lse, coef, workspace_bytes=workspace_bytes) for shard in shards]
+    assert_near(logp, scores.logp, dtype)
+    assert_near(lse, scores.lse, dtype)
+    assert_near(torch.cat([part.weight for part in parts]), gradients.weight, dtype)
+    assert_near(torch.stack([part.hidden for part in parts]).sum(0), gradients.hidden, dtype)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_the_sharded_head_has_the_gradient_of_full_logits(ranks):
+    states, weight, ids, coef = head(torch.float64)
+    h, w = states.clone().requires_grad_(), weight.clone().requires_grad_()
+    logps = torch.log_softmax(h @ w.T, -1).gather(1, ids[:, None])[:, 0]
+    d_hidden, d_weight = torch.autograd.grad((coef * logps).sum(), (h, w))
+    shards = split(weight, ranks)
+    logp, lse = combine([look(states, shard, ids, workspace_bytes=1 << 20) for shard in shards])
+    parts = [pull(states, shard, ids, lse, coef, workspace_bytes=1 << 20) for shard in shards]
+    assert_near(logp, logps.detach(), torch.float64)
+    assert_near(torch.cat([part.weight for part in parts]), d_weight, torch.float64)
+    assert_near(sum(part.hidden for part in parts), d_hidden, torch.float64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_data_parallel_ranks_add_up_to_the_whole_batch(dtype, ranks):
+    states, weight, ids, coef = head(dtype)
+    scores, gradients = whole(states, weight, ids, coef, 1 << 20)
+    pieces = [whole(*some, 1 << 20) for some in zip(
+        states.chunk(ranks), [weight] * ranks, ids.chunk(ranks), coef.chunk(ranks), strict=True
+    )]  # fmt: skip
+    assert_near(torch.cat([piece.logp for piece, _ in pieces]), scores.logp, dtype)
+    assert_near(torch.cat([found.hidden for _, found in pieces]), gradients.hidden, dtype)
+    assert_near(sum(found.weight for _, found in pieces), gradients.weight, dtype)
+
+
+def ran(action):
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], with_flops=True) as profile:
+        action()
+    return sum(event.flops for event in profile.key_averages() if event.key in ("aten::mm", "aten::addmm"))
+
+
+def test_the_model_counts_the_products_that_run():
+    case = Case("ace", 32, 16, 101, 4)
+    problem = Problem(32, 16, 101, 32, 32, 4, 4, 4)
+    batch = case.batch(CPU)
+    assert ran(scaling.head(case, batch)) == single_pass(problem, H100_BF16, chunk_rows=32).flops
+    assert ran(scaling.one_rank(case, batch)) == two_pass(problem, H100_BF16, tile_bytes=1 << 20).flops
+    shard = split(batch.weight, 1)[0]
+    looked = ran(lambda: look(batch.hidden.flatten(0, 1), shard, batch.ids.flatten(), workspace_bytes=1 << 20))
+    assert looked == forward_only(problem, H100_BF16, tile_bytes=1 << 20).flops
+
+
+def test_rows_without_a_gradient_are_scored_and_in_no_other_product():
+    case = Case("ace", 32, 16, 101, 4, active=0.5)
+    batch = case.batch(CPU)
+    problem = Problem(32, 16, 101, 32, 16, 4, 4, 4)
+    step = scaling.head(case, batch, score_inactive=True)
+    assert ran(step) == single_pass(problem, H100_BF16, chunk_rows=32).flops
+
+
+def test_the_model_foresees_the_peak_of_memory_but_for_a_block_of_the_twins():
+    case = Case("ace", 64, 128, 20000, 8)
+    problem = Problem(64, 128, 20000, 64, 64, 4, 4, 4)
+    batch = case.batch(CPU)
+    said = single_pass(problem, H100_BF16, chunk_rows=64).peak_bytes
+    assert said <= peak_bytes(scaling.head(case, batch), CPU) <= 1.01 * said + TWIN_BLOCK_BYTES
+
+
+def test_an_exponent_is_that_of_the_power():
+    points = [{"rows": n, "median_ms": 3 * n**1.5} for n in (1, 2, 8)]
+    assert scaling.exponent(points, "rows", "median_ms") == pytest.approx(1.5)
+
+
+@pytest.mark.parametrize("overlapped", [True, False])
+def test_rates_are_fitted_from_the_products_alone(overlapped):
+    flops, bandwidth, points = 1e12, 1e11, []
+    for n, h, v in [(256, 512, 32000), (512, 512, 32000)]:
+        traffic = 0 if overlapped else 3 * 4 * (n * v + v * h + n * h) / bandwidth
+        points.append({"rows": n, "hidden": h, "vocabulary": v, "products_ms": 1e3 * (6 * n * h * v / flops + traffic)})
+    rates = scaling.fitted_rates(points, bandwidth, Case("ace", 8, 8, 8, 1), overlapped=overlapped)
+    assert rates == Rates(pytest.approx(flops), bandwidth, overlapped=overlapped)
+
+
+def test_a_sweep_varies_one_size_alone():
+    base = Case("ace", 64, 32, 400, 4)
+    for varied, size in scaling.SIZES.items():
+        found = scaling.cases(base, varied)
+        assert [getattr(case, size) / getattr(base, size) for case in found] == [0.25, 0.5, 1, 2, 4]
+        assert {case.rows * case.hidden * case.vocabulary for case in found} == {
+            round(base.rows * base.hidden * base.vocabulary * factor) for factor in scaling.FACTORS
+        }
+    assert [case.vocabulary for case in scaling.cases(base, "ranks")] == [400, 200, 100, 50]
+
+
+def test_one_command_measures_and_keeps_what_the_page_needs(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(scaling, "COPIED_BYTES", {"cpu": 1 << 16})
+    arguments = ["--device", "cpu", "--seconds", "0", "--shape", "32", "8", "80"]
+    scaling.main([*arguments, "--out", str(tmp_path)])
+    stored = json.loads((tmp_path / "scaling.json").read_text())
+    assert {"device", "versions", "command", "points", "exponents", "rates"} <= set(stored)
+    assert set(stored["exponents"]) == {"N", "V", "H", "ranks"}
+    assert [point["varied"] for point in stored["points"]] == ["N"] * 5 + ["V"] * 5 + ["H"] * 5 + ["ranks"] * 4
+    for point in stored["points"]:
+        assert min(point[key] for key in ("median_ms", "products_ms", "predicted_ms", "predicted_peak_bytes")) > 0
+        assert point["measured_over_predicted"] == pytest.approx(point["median_ms"] / point["predicted_ms"])
+    assert "ranks" in capsys.readouterr().out
+
+
+def test_the_page_is_what_the_command_writes():
+    page = PAGE.read_text()
+    assert rewrite(page) == page
+
+
+def test_sharding_the_vocabulary_divides_the_weight_and_leaves_the_arithmetic():
+    found = layouts(Job(1 << 16, 4096, 131072, 8))
+    assert list(found) == [1, 2, 4, 8]
+    assert found[1].rows_exchanged == found[8].weight_reduced == 0
+    # 7/8 of 65536 rows, each 4096 * 2 bytes gathered, 4096 * 4 scattered and 2 * 12 for its log-sum-exp, at 450 GB/s
+    assert 1e3 * found[8].rows_exchanged == pytest.approx(3.14, abs=0.01)
+    # 2 * 7/8 of 131072 * 4096 * 4 bytes at 450 GB/s
+    assert 1e3 * found[1].weight_reduced == pytest.approx(8.35, abs=0.01)
+    floor = 6 * 65536 * 4096 * 131072 / 8 / H100_BF16.matmul_flops
+    assert all(floor < each.compute < 1.4 * floor for each in found.values())
+
+
+def test_a_ring_is_as_fast_as_its_links():
+    assert bandwidth(8) == bandwidth(4, 2) == NVLINK
+    assert bandwidth(64) == 8 * INFINIBAND  # all eight adapters of a node carry it
+    assert bandwidth(8, 8) == bandwidth(4, 16) == INFINIBAND  # one GPU of each node
+
+
+def test_the_thresholds_are_where_communication_takes_as_long_as_the_products():
+    floor = 6 * 131072 * 4096 / H100_BF16.matmul_flops  # seconds a row of the whole vocabulary
+    shards = rows_dominate(131072, NVLINK)
+    assert (shards - 1) / shards * 6 * 4096 / NVLINK == pytest.approx(floor / shards)
+    tokens = weights_dominate(NVLINK)
+    assert pytest.approx(tokens * floor) == 2 * 131072 * 4096 * 4 / NVLINK
+
+
+def test_more_shards_than_pay_off_take_longer_again():
+    job = Job(1 << 20, 4096, 262144, 64)
+    times = [each.seconds for each in layouts(job).values()]
+    best = times.index(min(times))
+    assert 0 < best < len(times) - 1
+    assert step(job, 64).memory_bytes > step(job, 8).memory_bytes
+    assert math.isclose(step(job, 8).seconds, times[3])
