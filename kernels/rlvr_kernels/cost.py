@@ -150,7 +150,8 @@ def single_pass(p: Problem, rates: Rates, *, chunk_rows: int) -> Cost:
     phases.pull_back(pieces, 1)
     d_weight = p.needs_weight * p.vocabulary * p.hidden * p.weight_grad_bytes
     d_hidden = p.needs_hidden * p.rows * p.hidden * p.operand_bytes
-    phases.add(2 * (d_weight + d_hidden))  # times the upstream gradient
+    if rates.overlapped:  # times the upstream gradient; a CPU sees when that is 1
+        phases.add(2 * (d_weight + d_hidden))
     if pieces > 1 and p.weight_grad_bytes < ACCUMULATOR:  # the accumulator is another tensor
         d_weight += p.needs_weight * p.vocabulary * p.hidden * ACCUMULATOR
     piece = p.needs_hidden * chunk_rows * p.hidden * ACCUMULATOR + taken // max(pieces, 1)
