@@ -1,12 +1,11 @@
-"""What is measured: the shapes, and one batch of inputs for each."""
+"""One case: the shape, what is computed, and one batch of inputs for it. benchmarks/suite.py has the list."""
 
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-
-from benchmarks.eager import logps_by_cross_entropy
+from torch.nn.functional import cross_entropy
 
 
 class Batch(NamedTuple):
@@ -27,7 +26,11 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class Case:
-    """One line of the table: the loss, the shape, and how many rollouts have an advantage other than zero."""
+    """The loss ("ace", "grpo", or "logps": scores alone, without gradient), the shape, and what is varied.
+
+    active: share of rollouts with an advantage other than zero. peaked: about 0.3 nats of entropy. entropy: the mean
+    entropy is wanted too. frozen: the weight needs no gradient.
+    """
 
     loss: str
     rows: int
@@ -37,22 +40,39 @@ class Case:
     dtype: str = "float32"
     active: float = 1.0
     peaked: bool = False
+    entropy: bool = False
+    frozen: bool = False
 
     @property
     def name(self) -> str:
         """File name and test id."""
+        kinds = [kind for kind in ("peaked", "entropy", "frozen") if getattr(self, kind)]
         shape = f"{self.rows}x{self.hidden}x{self.vocabulary}"
-        kind = "peaked-" if self.peaked else ""
-        return f"{self.loss}-{shape}-{self.dtype}-{kind}{round(100 * self.active)}-active"
+        return "-".join([self.loss, shape, self.dtype, *kinds, f"{round(100 * self.active)}-active"])
+
+    @property
+    def forward(self) -> bool:
+        """Whether no gradient is asked for."""
+        return self.loss == "logps"
 
     @property
     def active_rows(self) -> int:
-        """Rows of rollouts that have an advantage."""
-        return round(self.rollouts * self.active) * (self.rows // self.rollouts)
+        """Rows of rollouts that have an advantage; all rows where there is no loss."""
+        return self.rows if self.forward else round(self.rollouts * self.active) * (self.rows // self.rollouts)
+
+    @property
+    def products(self) -> int:
+        """The matrix products of size NVH that nobody can do without: logits, d_hidden, d_weight."""
+        return 1 if self.forward else 2 if self.frozen else 3
+
+    @property
+    def flops(self) -> int:
+        """What is useful: 2NVH a product, of the active rows."""
+        return 2 * self.products * self.active_rows * self.hidden * self.vocabulary
 
     def describe(self) -> dict[str, Any]:
         """The fields, for JSON."""
-        return asdict(self) | {"active_rows": self.active_rows}
+        return asdict(self) | {"active_rows": self.active_rows, "products": self.products}
 
     def batch(self, device: torch.device) -> Batch:
         """Random hidden states and weight; old log-probabilities so near the policy's that no token is clipped.
@@ -75,8 +95,7 @@ class Case:
             unlikely = torch.rand(size, device=device, generator=generator) < 0.05
             ids = torch.where(unlikely, ids.roll(1), ids)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
-        with torch.no_grad():
-            logps = logps_by_cross_entropy(hidden, weight, ids)
+        logps = torch.stack([_logps(states, weight, row) for states, row in zip(hidden, ids, strict=True)])
         old = logps + (0.05 * normal(*size)).clamp(-0.15, 0.15)
         ref = logps + 0.3 * normal(*size)
         # Right and wrong rollouts take turns; the last ones have no advantage.
@@ -85,16 +104,5 @@ class Case:
         return Batch(hidden, weight, ids, advantages, old, ref)
 
 
-CPU_CASES = [
-    Case("ace", 256, 256, 32000, 8),
-    Case("ace", 256, 256, 32000, 8, active=0.5),
-    Case("ace", 1024, 896, 151936, 8),
-    Case("ace", 1024, 896, 151936, 8, active=0.5),
-    Case("grpo", 256, 256, 32000, 8),
-]
-GPU_SHAPES = [(8192, 4096, 151936), (8192, 4096, 131072), (4096, 4096, 131072), (4096, 2048, 131072)]
-GPU_CASES = [
-    Case("ace", rows, hidden, vocabulary, 16, "bfloat16", active, peaked)
-    for rows, hidden, vocabulary in GPU_SHAPES
-    for active, peaked in [(1.0, False), (1.0, True), (0.5, False)]
-] + [Case("grpo", 8192, 4096, 131072, 16, "bfloat16")]
+def _logps(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
+    return -cross_entropy((hidden @ weight.T).float(), ids, reduction="none")

@@ -1,80 +1,89 @@
-"""Draw docs/chart.png and write the tables of docs/benchmarks.md, from the stored results and nothing else.
+"""Write the results into docs/benchmarks.md and draw its plots, from the stored JSON and nothing else.
 
-python -m benchmarks.chart [DEVICE_FOLDER]
+python -m benchmarks.chart
 """
 
-import math
-import sys
+import functools
+import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from benchmarks.report import RESULTS, Result, load, markdown, provenance
+from benchmarks.plots import Data, bars, draw, draw_bars, draw_errors, draw_scaling, error_data, scaling_data
+from benchmarks.provenance import ROOT
+from benchmarks.report import RESULTS, devices, load, markdown, provenance
 
-DOCS = Path(__file__).parents[1] / "docs"
+DOCS = ROOT / "docs"
+PAGE = DOCS / "benchmarks.md"
 BEGIN, END = "<!-- results: written by python -m benchmarks.chart -->", "<!-- end of results -->"
-COLOURS = {
-    "rlvr_ops": "#1b6ca8",
-    "eager, cross_entropy": "#a8a8a8",
-    "eager, logsumexp": "#c4c4c4",
-    "eager, cross_entropy on active rows": "#dedede",
-}
+Plot = tuple[Data, Callable[[Any, Data], None]]
+TIME = functools.partial(draw_bars, label="milliseconds, median")
+MEMORY = functools.partial(draw_bars, label="peak MB above the inputs, returned gradients included")
 
 
-def draw(results: list[Result], path: Path) -> None:
-    """Time and memory of ace_loss at the largest shape, all rows and some rows active; eager beside it."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    ace = [r for r in results if r["case"]["loss"] == "ace" and not r["case"]["peaked"]]
-    size = max(r["case"]["rows"] * r["case"]["vocabulary"] for r in ace)
-    shown = [r for r in ace if r["case"]["rows"] * r["case"]["vocabulary"] == size]
-    figure, (time, memory) = pyplot.subplots(1, 2, figsize=(9, 3.6), constrained_layout=True)
-    for axes, key, unit, label in [
-        (time, "median_ms", 1e3, "seconds"),
-        (memory, "peak_bytes", 1e9, "GB above the inputs"),
-    ]:
-        for i, (name, colour) in enumerate(COLOURS.items()):
-            heights = [_value(result, name, key) / unit for result in shown]
-            places = [group + 0.22 * (i - 1) for group in range(len(shown))]
-            bars = axes.bar(places, heights, 0.2, color=colour, label=name)
-            axes.bar_label(bars, ["" if math.isnan(height) else f"{height:.2f}" for height in heights], fontsize=8)
-        axes.set_xticks(range(len(shown)), [_rows(result) for result in shown])
-        axes.set_ylabel(label)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(*time.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=8)
-    case = shown[0]["case"]
-    figure.suptitle(
-        f"ace_loss forward + backward, N={case['rows']} H={case['hidden']} V={case['vocabulary']} {case['dtype']}\n"
-        f"{shown[0]['device']}, torch {shown[0]['versions']['torch']}",
-        fontsize=10,
-    )
-    figure.savefig(path, dpi=150, metadata={"Software": None})
+def plots(place: Path) -> dict[str, Plot]:
+    """A device's plots by the name of their file."""
+    found: dict[str, Plot] = {}
+    stored, scaling = load(place), place / "scaling.json"
+    if stored:
+        found[f"plots/{place.name}-time.svg"] = (bars(stored, "median_ms", 1), TIME)
+        found[f"plots/{place.name}-memory.svg"] = (bars(stored, "peak_bytes", 1e6), MEMORY)
+        if (errors := error_data(stored))["rows"]:
+            found[f"plots/{place.name}-error.svg"] = (errors, draw_errors)
+    if scaling.exists():
+        found[f"plots/{place.name}-scaling.svg"] = (scaling_data(json.loads(scaling.read_text())), draw_scaling)
+    return found
 
 
-def _value(result: Result, system: str, key: str) -> float:
-    """The measured value, or not a number for a system that this case does not have."""
-    return float(next((row[key] for row in result["systems"] if row["system"] == system), math.nan))
+def overview(results: Path) -> dict[str, Plot]:
+    """The README's chart: time and memory of the first case on the first device."""
+    stored = load(devices(results)[0])
+    panels: Data = {}
+    for key, unit, what in (("median_ms", 1.0, "milliseconds"), ("peak_bytes", 1e6, "peak MB above the inputs")):
+        data = bars(stored, key, unit)
+        title, rows = next(iter(data["panels"].items()))
+        panels[f"{title}: {what}"] = rows
+    return {"chart.png": (data | {"panels": panels}, functools.partial(draw_bars, label=""))}
 
 
-def _rows(result: Result) -> str:
-    share = result["case"]["active"]
-    return "every rollout has an advantage" if share == 1 else f"{share:.0%} of them have"
+def every_plot(results: Path) -> dict[str, Plot]:
+    """All plots, by their place in docs/."""
+    drawn = overview(results)
+    for place in devices(results):
+        drawn |= plots(place)
+    return drawn
 
 
-def tables(results: list[Result]) -> str:
+def section(place: Path) -> str:
+    """A device's part of the page."""
+    stored, lines = load(place), [f"### {place.name}"]
+    if stored:
+        lines.append(provenance(stored))
+    for name in plots(place):
+        lines.append(f"![{Path(name).stem.rpartition('-')[2]} on {place.name}]({name})")
+    return "\n\n".join([*lines, markdown(stored)] if stored else lines)
+
+
+def generated(results: Path) -> str:
     """What stands between the markers in docs/benchmarks.md."""
-    return f"{BEGIN}\n{provenance(results)}\n\n{markdown(results)}\n{END}"
+    return "\n\n".join([BEGIN, *(section(place) for place in devices(results)), END])
 
 
-def rewrite(page: str, results: list[Result]) -> str:
-    """The page with its tables replaced."""
+def rewrite(page: str, results: Path) -> str:
+    """The page with its results replaced."""
     before, rest = page.split(BEGIN)
-    return before + tables(results) + rest.split(END)[1]
+    return before + generated(results) + rest.split(END)[1]
+
+
+def main(results: Path = RESULTS, page: Path = PAGE) -> None:
+    """Write the page and its plots, and remove the plots of what is no longer there."""
+    drawn = every_plot(results)
+    for stale in {*page.parent.glob("plots/*.svg")} - {page.parent / name for name in drawn}:
+        stale.unlink()
+    for name, (data, how) in drawn.items():
+        draw(data, page.parent / name, how)
+    page.write_text(rewrite(page.read_text(), results))
 
 
 if __name__ == "__main__":
-    stored = load(Path(sys.argv[1]) if len(sys.argv) > 1 else sorted(RESULTS.iterdir())[0])
-    draw(stored, DOCS / "chart.png")
-    page = DOCS / "benchmarks.md"
-    page.write_text(rewrite(page.read_text(), stored))
+    main()

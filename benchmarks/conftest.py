@@ -1,18 +1,21 @@
-"""Prints the results of a benchmark run at its end."""
+"""Prints the results of a benchmark run at its end, and where they are stored."""
 
 import pytest
 
-from benchmarks.report import SAVED, caption, provenance, table
+from benchmarks.recorder import RECORDER
+from benchmarks.report import caption, missing, provenance, table
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     """One table a case."""
-    results = config.stash.get(SAVED, [])
-    for result in results:
+    recorder = config.stash.get(RECORDER, None)
+    if recorder is None or not recorder.results:
+        return
+    for result in recorder.results:
         terminalreporter.write_line("")
-        terminalreporter.write_line(caption(result))
-        for line in table(result):
+        for line in [caption(result), *table(result)]:
             terminalreporter.write_line(line)
-    if results:
-        terminalreporter.write_line("")
-        terminalreporter.write_line(provenance(results))
+    for line in ["", *missing(recorder.results), "", provenance(recorder.results)]:
+        terminalreporter.write_line(line)
+    for place in sorted({str(place) for place in recorder.places}):
+        terminalreporter.write_line(f"stored in {place}")

@@ -12,7 +12,7 @@ import torch
 
 from benchmarks.gpu_stage import Stage, stage
 from benchmarks.measure import interleave, spread
-from benchmarks.on_gpu import write
+from benchmarks.report import write
 
 SHAPES = [(n, 4096, c) for n in (2048, 4096, 8192) for c in (8192, 16384, 32768, 131072)]
 

@@ -1,4 +1,4 @@
-"""Time, memory and error of one system, and of the bare matrix products beside it.
+"""Time and memory of one system, and the bare matrix products beside it.
 
 Time: the systems take turns, so that a slow minute hits all of them; CUDA events on a GPU. Memory: the most bytes that
 the allocator had handed out above what was there before, gradients included; on a CPU from torch.profiler's record of
@@ -8,6 +8,7 @@ every allocation, which leaves out the scratch space of the matmul library, on a
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +17,34 @@ from benchmarks.cases import Batch, Case
 from benchmarks.entrants import System
 
 Step = Callable[[], object]
-Gradients = tuple[Tensor, Tensor, Tensor]
+
+
+class Computed(NamedTuple):
+    """What a system has computed: loss 0-d, logps (B, T), entropy (B, T) or its mean, and the gradients."""
+
+    loss: Tensor | None = None
+    logps: Tensor | None = None
+    entropy: Tensor | None = None
+    d_hidden: Tensor | None = None
+    d_weight: Tensor | None = None
+
+    @property
+    def gradient_bytes(self) -> int:
+        """What the returned gradients occupy."""
+        return sum(x.nbytes for x in (self.d_hidden, self.d_weight) if x is not None)
+
+
+def compute(system: System, batch: Batch, case: Case) -> Computed:
+    """Everything that the case asks for, once."""
+    if case.forward:
+        with torch.no_grad():
+            return Computed(*system.run(batch))
+    hidden, weight = batch.hidden.detach().requires_grad_(), batch.weight.detach().requires_grad_(not case.frozen)
+    out = system.run(batch._replace(hidden=hidden, weight=weight))
+    assert out.loss is not None, system.name
+    gradients = torch.autograd.grad(out.loss, (hidden,) if case.frozen else (hidden, weight))
+    loss, logps, entropy = (None if x is None else x.detach() for x in out)
+    return Computed(loss, logps, entropy, *gradients)
 
 
 def peak_bytes(step: Step, device: torch.device) -> int:
@@ -75,37 +103,22 @@ def spread(times: list[float]) -> dict[str, float]:
     return found | {"runs": len(times)}
 
 
-def relative_error(got: Sequence[Tensor], want: Sequence[Tensor]) -> float:
-    """The largest |got - want| of the losses, and |got - want| / |want| (norms) of the gradients.
+def bare_matmuls(case: Case, batch: Batch, *, recompute: bool = False) -> Step:
+    """The products that the case cannot do without, over the active rows, into memory that is there already: the floor.
 
-    The loss is not divided: advantages are -1, 0 and 1, and the losses of right and wrong rollouts may cancel.
+    With `recompute` the logits twice: the floor of two passes.
     """
-    norm = torch.linalg.vector_norm
-    loss = (got[0].float() - want[0].float()).abs()
-    return max(
-        float(loss),
-        *(float(norm(g.float() - w.float()) / norm(w.float())) for g, w in zip(got[1:], want[1:], strict=True)),
-    )
-
-
-def differentiate(system: System, batch: Batch) -> Gradients:
-    """The loss and its gradients for hidden states and weight."""
-    hidden, weight = batch.hidden.detach().requires_grad_(), batch.weight.detach().requires_grad_()
-    loss = system.loss(batch._replace(hidden=hidden, weight=weight))
-    d_hidden, d_weight = torch.autograd.grad(loss, (hidden, weight))
-    return loss.detach(), d_hidden, d_weight
-
-
-def bare_matmuls(case: Case, batch: Batch) -> Step:
-    """The three products of 6NVH over the active rows, into memory that is there already: the floor."""
     hidden = batch.hidden.detach().flatten(0, 1)[: case.active_rows].contiguous()
     weight = batch.weight.detach()
     logits = torch.empty(case.active_rows, case.vocabulary, dtype=weight.dtype, device=weight.device)
     d_hidden, d_weight = torch.empty_like(hidden), torch.empty_like(weight)
 
     def step() -> None:
-        torch.mm(hidden, weight.T, out=logits)
-        torch.mm(logits, weight, out=d_hidden)
-        torch.mm(logits.T, hidden, out=d_weight)
+        for _ in range(2 if recompute else 1):
+            torch.mm(hidden, weight.T, out=logits)
+        if case.products >= 2:
+            torch.mm(logits, weight, out=d_hidden)
+        if case.products == 3:
+            torch.mm(logits.T, hidden, out=d_weight)
 
     return step

@@ -1,11 +1,12 @@
 """Everything that a machine with an accelerator can tell, in one command and a given time, the most valuable first.
 
-    python -m benchmarks.on_gpu --minutes 20 --out results [--only tests products cases tuning]
+    python -m benchmarks.on_gpu --minutes 20 --out results [--only tests products suite launches tuning]
 
 Needs no network. In order: what the device is; the tests marked gpu; the matrix products that the schedules are built from;
-the benchmark's cases; the sizes that the library has chosen without measuring. JSON is written after every single one, so
-that a run that is cut off still counts. Each stage runs in a process of its own: what crashes one leaves the others. A
-short table comes last.
+the cases of the suite, measured as `pytest --benchmark` measures them; launch overhead, CUDA graphs and the sizes that the
+library has chosen without measuring. JSON is written after every single one, so that a run that is cut off still counts.
+Each stage runs in a process of its own: what crashes one leaves the others. A short table against the targets comes last.
+The suite's files lie in a folder named after the device, ready to be copied into benchmarks/results/.
 """
 
 import argparse
@@ -15,14 +16,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from benchmarks.report import Result, device_name, versions
+from benchmarks.provenance import ROOT, clocks, commit, device_name, versions
+from benchmarks.report import Result, devices, load, write
+from benchmarks.targets import compared
 
-ROOT = Path(__file__).parents[1]
-SHARES = {"tests": 0.3, "products": 0.1, "cases": 0.85, "tuning": 1.0}
+SHARES = {"tests": 0.3, "products": 0.1, "suite": 0.85, "launches": 0.5, "tuning": 1.0}
 """How much of the time that is left a stage may take."""
 
 
@@ -83,36 +84,18 @@ def run(stage: str, chosen: argparse.Namespace, seconds: float) -> int:
 
 def machine(device: torch.device) -> Result:
     """The device, its clocks and the versions."""
-    found: Result = {"device": device_name(device), "versions": versions()}
-    if device.type == "cuda":
-        fields = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit,temperature.gpu"
-        query = subprocess.run(["nvidia-smi", f"--query-gpu={fields}", "--format=csv"], capture_output=True, text=True)
-        found["nvidia-smi"] = query.stdout.splitlines()
-    return found
-
-
-def write(path: Path, value: Any) -> None:
-    """Replace the file whole, so that a cut-off run leaves no half of one."""
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(value, indent=1) + "\n")
-    part.replace(path)
+    return {"device": device_name(device), "clocks": clocks(device), "versions": versions(), "commit": commit()}
 
 
 def table(out: Path) -> str:
-    """One line per test run, product, case and tuned size that there is a result for."""
-    lines = []
-    for path in sorted((out / "cases").glob("*.json")):
-        result = json.loads(path.read_text())
-        bare = next(row["median_ms"] for row in result["systems"] if row["kind"] == "matmuls")
-        lines += [
-            f"{path.stem}: {row['system']}  {row['median_ms']:.2f} ms  {row['median_ms'] / bare:.2f} x products  "
-            f"{row['ratio_to_eager']:.2f} x eager  {(row['peak_bytes'] or 0) / 1e6:.0f} MB"
-            for row in result["systems"]
-        ]
-    for name in ("products", "tuning"):
+    """A line for each product, tuned size and target that was measured, and the tests' last."""
+    lines: list[str] = []
+    for name in ("products", "tuning", "launches"):
         if (out / f"{name}.json").exists():
             rows = json.loads((out / f"{name}.json").read_text())
             lines += [f"{name}: " + "  ".join(f"{key}={value}" for key, value in row.items()) for row in rows]
+    for place in devices(out):
+        lines += compared(load(place), place.name.partition("-")[0])
     tail = (out / "tests.log").read_text().splitlines()[-1:] if (out / "tests.log").exists() else []
     return "\n".join([*lines, *(f"tests: {line}" for line in tail)])
 

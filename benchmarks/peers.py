@@ -1,86 +1,115 @@
-"""What other libraries offer for the same loss, as installed; whoever is missing is named, with the reason."""
+"""What other libraries and PyTorch itself offer for the same loss: each a way to the log-probabilities, as installed.
 
-import importlib
-import importlib.metadata
-from collections.abc import Callable
+Their trainers put the loss on top in plain PyTorch, and so do these. All are loaded only when a case begins.
+"""
+
+from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.cases import Batch, Case
-from benchmarks.eager import clipped_loss
-from benchmarks.entrants import Absent, Logps, System
+from benchmarks.cases import Case
+from benchmarks.eager import by_cross_entropy, scored
+from benchmarks.entrants import Missing, Run, need_cuda
 
 TRL_CHUNK = 32768  # what TRL's trainers pass
+FEW_LOGITS = 1 << 23
 
 
-def peers(case: Case) -> list[System | Absent]:
-    """All that can do `case`."""
-    found = [
-        _scored(case, "TRL ChunkedLogProbFunction", "trl", "trl", _trl),
-        _scored(case, "verl FusedLinearForPPO", "verl", "verl, torch", _verl),
-    ]
-    if case.loss == "grpo":
-        found.append(_liger())
-    return found
+def compiled_eager(case: Case) -> Run:
+    """Eager through torch.compile, the loss included."""
+    _seldom_on_a_cpu(case)
+    torch._dynamo.reset()  # the cases before do not count against the number of shapes that are specialised
+    return torch.compile(scored(case, by_cross_entropy), dynamic=False)
 
 
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+def trl_chunked(case: Case) -> Run:
+    """TRL's always-on kernel: chunks of logits, recomputed in backward."""
+    function: Any = import_module("trl.kernels").ChunkedLogProbFunction
+
+    def score(hidden: Tensor, weight: Tensor, ids: Tensor, entropy: bool) -> tuple[Tensor, Tensor | None]:
+        wanted = ("entropy",) if entropy else ()
+        out = function.apply(hidden.flatten(0, 1), weight, None, ids.flatten(), 1.0, TRL_CHUNK, None, 1.0, wanted)
+        return out[0].view(ids.shape), out[1].view(ids.shape) if entropy else None
+
+    return scored(case, score)
 
 
-def _scored(case: Case, name: str, package: str, kind: str, load: Callable[[], Logps]) -> System | Absent:
-    """A peer that gives log-probabilities, under the loss in plain PyTorch that its trainer has, too."""
-    version = _version(package)
-    if version is None:
-        return Absent(name, f"{package} is not installed")
-    try:
-        logps = load()
-    except ImportError as error:
-        return Absent(f"{name} {version}", f"cannot be imported: {error}")
+def verl_torch(case: Case) -> Run:
+    """verl's chunks of 512 rows in PyTorch; the entropy comes with it whether wanted or not."""
+    function: Any = import_module("verl.utils.experimental.torch_functional").FusedLinearForPPOFunction
 
-    def loss(batch: Batch) -> Tensor:
-        ref = batch.ref if case.loss == "ace" else None
-        return clipped_loss(logps(batch.hidden, batch.weight, batch.ids), batch.old, batch.advantages, ref)
+    def score(hidden: Tensor, weight: Tensor, ids: Tensor, entropy: bool) -> tuple[Tensor, Tensor | None]:
+        logps, entropies = function.apply(hidden.flatten(0, 1), weight, ids.flatten())
+        return logps.view(ids.shape), entropies.view(ids.shape) if entropy else None
 
-    return System(f"{name} {version}", kind, loss)
+    return scored(case, score)
 
 
-def _trl() -> Logps:
-    function: Any = importlib.import_module("trl.kernels").ChunkedLogProbFunction
+def verl_triton(case: Case) -> Run:
+    """verl's Triton kernels; the entropy comes with it whether wanted or not."""
+    need_cuda()
+    function: Any = import_module("verl.utils.kernel.linear_cross_entropy").linear_cross_entropy
 
-    def logps(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
-        found = function.apply(hidden.flatten(0, 1), weight, None, ids.flatten(), 1.0, TRL_CHUNK, None, 1.0, ())
-        return found[0].view(ids.shape)
+    def score(hidden: Tensor, weight: Tensor, ids: Tensor, entropy: bool) -> tuple[Tensor, Tensor | None]:
+        logps, entropies = function(hidden.flatten(0, 1), weight, ids.flatten(), 1.0, "none", None)
+        return logps.view(ids.shape), entropies.view(ids.shape) if entropy else None
 
-    return logps
-
-
-def _verl() -> Logps:
-    function: Any = importlib.import_module("verl.utils.experimental.torch_functional").FusedLinearForPPOFunction
-
-    def logps(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
-        return function.apply(hidden.flatten(0, 1), weight, ids.flatten())[0].view(ids.shape)
-
-    return logps
+    return scored(case, score)
 
 
-def _liger() -> System | Absent:
-    name = "Liger LigerFusedLinearGRPOLoss"
-    version = _version("liger-kernel")
-    if version is None:
-        return Absent(name, "liger-kernel is not installed")
-    fused_loss: Any = importlib.import_module("liger_kernel.chunked_loss").LigerFusedLinearGRPOLoss
-    # On a GPU it compiles by default; on a CPU that would time the C++ compiler's code, which is not how it is used.
-    compiled = torch.cuda.is_available()
-    fused = fused_loss(beta=0.0, use_ref_model=False, loss_type="grpo", compiled=compiled)
+def liger_scaled(case: Case) -> Run:
+    """Liger's CuTe DSL kernels for Hopper. On other GPUs and on a CPU the same function runs verl's chunks."""
+    need_cuda((9, 0))
+    import_module("liger_kernel.ops.cutedsl.ops.fused_scaled_cross_entropy_sm90")  # says what is missing, if it is
+    function: Any = import_module("liger_kernel.ops").LigerFusedLinearScaledCrossEntropyFunction
 
-    def loss(batch: Batch) -> Tensor:
-        mask = torch.ones_like(batch.ids)
-        return fused(batch.hidden, batch.weight, batch.ids, mask, batch.advantages, old_per_token_logps=batch.old)[0]
+    def score(hidden: Tensor, weight: Tensor, ids: Tensor, entropy: bool) -> tuple[Tensor, Tensor | None]:
+        out = function.apply(hidden.flatten(0, 1), weight, ids.flatten(), return_entropy=entropy)
+        nll, entropies = out if entropy else (out, None)
+        return -nll.view(ids.shape), None if entropies is None else entropies.view(ids.shape)
 
-    return System(f"{name} {version}", "liger", loss)
+    return scored(case, score)
+
+
+def cut_cross_entropy(case: Case) -> Run:
+    """Apple's cut-cross-entropy with its gradient filter off, which on random logits drops most of the gradient."""
+    need_cuda()
+    function: Any = import_module("cut_cross_entropy").linear_cross_entropy
+
+    def score(hidden: Tensor, weight: Tensor, ids: Tensor, entropy: bool) -> tuple[Tensor, Tensor | None]:
+        return -function(hidden, weight, ids, reduction="none", filter_eps=None), None
+
+    return scored(case, score)
+
+
+def torch_linear_cross_entropy(case: Case) -> Run:
+    """PyTorch's own chunked linear cross entropy, without reduction: its backward recomputes the logits."""
+    function, options = torch_chunked(case)
+
+    def score(hidden: Tensor, weight: Tensor, ids: Tensor, entropy: bool) -> tuple[Tensor, Tensor | None]:
+        nll = function(hidden.flatten(0, 1), weight, ids.flatten(), reduction="none", options=options)
+        return -nll.view(ids.shape), None
+
+    return scored(case, score)
+
+
+def _seldom_on_a_cpu(case: Case) -> None:
+    """Refuse all but a few small cases on a CPU, to those that are so slow there that they would fill the whole run.
+
+    Raises:
+        Missing: this is not one of them.
+    """
+    plain = case.active == 1 and not (case.peaked or case.entropy or case.frozen)
+    if not torch.cuda.is_available() and not (plain and case.rows * case.vocabulary <= FEW_LOGITS):
+        raise Missing("slow on a CPU, so there it takes part in the small plain cases only")
+
+
+def torch_chunked(case: Case) -> tuple[Any, Any]:
+    """PyTorch's function, and the options that make it chunk as it does by default: on a CPU a few rows at a time."""
+    _seldom_on_a_cpu(case)
+    options = getattr(torch.nn, "LinearCrossEntropyOptions", None)
+    if options is None:
+        raise Missing(f"torch {torch.__version__} has no chunked F.linear_cross_entropy")
+    return torch.nn.functional.linear_cross_entropy, options()

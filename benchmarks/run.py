@@ -1,67 +1,108 @@
-"""One case, measured: every system's error and memory, then the times of all, taken in turns."""
+"""One case, measured: every system's numbers and memory, then the times of all, taken in turns."""
 
+from collections.abc import Collection
 from functools import partial
 from typing import Any
 
 import torch
 
 from benchmarks.cases import Batch, Case
-from benchmarks.entrants import Absent, System
-from benchmarks.measure import (
-    Gradients,
-    Step,
-    bare_matmuls,
-    differentiate,
-    interleave,
-    peak_bytes,
-    relative_error,
-    spread,
-)
-from benchmarks.report import Result
-from benchmarks.systems import systems
+from benchmarks.entrants import Absent, Entry, System, reason
+from benchmarks.measure import Computed, Step, bare_matmuls, compute, interleave, peak_bytes, spread
+from benchmarks.systems import NEEDED, entries
+from benchmarks.truth import Truth, assert_ours, errors, is_comparable, truth
+
+Row = dict[str, Any]
 
 
-def rounds(device: torch.device) -> dict[str, Any]:
+def rounds(device: torch.device, *, quick: bool = False) -> dict[str, Any]:
     """How often: seconds of turns at the least, and the least and the most turns."""
     if device.type == "cuda":
-        return {"seconds": 5, "least": 20, "most": 100}
-    return {"seconds": 6, "least": 3, "most": 40}
+        return {"seconds": 1 if quick else 5, "least": 20, "most": 100}
+    return {"seconds": 1 if quick else 6, "least": 3, "most": 40}
 
 
-def measure(case: Case, device: torch.device, **turns: Any) -> tuple[list[Result], list[Absent]]:
-    """A row per system and one of the bare matrix products, and who is missing. Numerics are asserted before anything is timed.
+def measure(
+    case: Case, device: torch.device, keys: Collection[str] | None = None, **turns: Any
+) -> tuple[list[Row], list[Absent], dict[str, list[float]]]:
+    """A row for each system among `keys` (None: all), who is missing, and each system's times in milliseconds.
+
+    Numerics are asserted before anything is timed.
 
     Raises:
-        AssertionError: a system's gradients are further from the truth than eager's.
+        AssertionError: rlvr_ops is further from the truth than eager.
     """
+    chosen = [entry for entry in entries(case) if keys is None or entry.key in {*keys, *NEEDED}]
     batch = case.batch(device)
-    here, absent = systems(case)
-    wide = batch._replace(hidden=batch.hidden.detach().float(), weight=batch.weight.detach().float())
-    truth = differentiate(here[0], wide)
-    del wide
-    rows: list[Result] = []
-    for system in here:
-        results: list[Gradients] = []
-        peak = peak_bytes(partial(_differentiate_into, results, system, batch), device)
-        error = relative_error(results[0], truth)
-        rows.append({"system": system.name, "kind": system.kind, "peak_bytes": peak, "error": error})
-    _assert_numerics(rows, device)
-
-    steps: list[Step] = [partial(differentiate, system, batch) for system in here]
-    steps.append(bare_matmuls(case, batch))
-    rows.append({"system": "matrix products alone", "kind": "matmuls", "peak_bytes": None, "error": None})
-    for row, times in zip(rows, interleave(steps, device, **(turns or rounds(device))), strict=True):
-        row.update(spread(times))
-    return rows, absent
+    systems, absent = _enter(chosen, case)
+    rows, failed = _numbers(systems, batch, case, device)
+    steps = [_step(system, batch, case) for system in systems if system.key in rows]
+    if device.type == "cuda":
+        interleave(steps, device, seconds=0, least=2, most=2)  # warm up
+    times = dict(zip(rows, interleave(steps, device, **(turns or rounds(device))), strict=True))
+    for key, row in rows.items():
+        row |= spread(times[key])
+    return _compared(list(rows.values()), case), absent + failed, times
 
 
-def _differentiate_into(results: list[Gradients], system: System, batch: Batch) -> None:
-    results.append(differentiate(system, batch))
+def _enter(chosen: list[Entry], case: Case) -> tuple[list[System], list[Absent]]:
+    entered = [entry.enter(case) for entry in chosen]
+    return [s for s in entered if isinstance(s, System)], [s for s in entered if isinstance(s, Absent)]
 
 
-def _assert_numerics(rows: list[Result], device: torch.device) -> None:
-    """float32: 1e-5 of eager. bfloat16: no further from float32 than the best eager bfloat16 is."""
-    bound = min(row["error"] for row in rows if row["kind"] == "eager") if device.type == "cuda" else 1e-5
+def _step(system: System, batch: Batch, case: Case) -> Step:
+    if system.kind == "products":
+        return bare_matmuls(case, batch, recompute=system.key == "products-8NVH")
+    return partial(compute, system, batch, case)
+
+
+def _numbers(
+    systems: list[System], batch: Batch, case: Case, device: torch.device
+) -> tuple[dict[str, Row], list[Absent]]:
+    """Errors and memory of each; whoever fails in its first call, or computes something else, is not timed."""
+    rows: dict[str, Row] = {}
+    failed: list[Absent] = []
+    want = truth(case, batch)
+    for system in systems:
+        row: Row = {"key": system.key, "system": system.name, "kind": system.kind}
+        if system.kind == "products":
+            rows[system.key] = row
+            continue
+        try:
+            found, memory = _once(system, batch, case, device, want)
+        except Exception as error:  # out of memory, or a kernel that does not know this GPU
+            if system.kind == "ours":
+                raise
+            failed.append(Absent(system.key, system.name, reason(error)))
+            continue
+        if system.kind == "ours":
+            assert_ours(system, found, [r["errors"] for r in rows.values() if r["kind"] == "eager"])
+        if is_comparable(found, case):
+            rows[system.key] = row | memory | {"errors": found}
+        else:
+            assert system.kind != "ours", f"{system.name} computes something else: {found}"
+            failed.append(Absent(system.key, system.name, f"computes something else here: errors {found}"))
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    return rows, failed
+
+
+def _once(
+    system: System, batch: Batch, case: Case, device: torch.device, want: Truth
+) -> tuple[dict[str, float], dict[str, int]]:
+    """Its errors, and its peak memory above the inputs and above the inputs and the returned gradients."""
+    got: list[Computed] = []
+    peak = peak_bytes(lambda: got.append(compute(system, batch, case)), device)
+    memory = {"peak_bytes": peak, "workspace_bytes": max(0, peak - got[0].gradient_bytes)}
+    return errors(got[0], want, batch, case, system.kind), memory
+
+
+def _compared(rows: list[Row], case: Case) -> list[Row]:
+    """The rows with their rate and their ratios, to the bare products and to the faster eager form of the same run."""
+    products = next(row["median_ms"] for row in rows if row["key"] == "products")
+    eager = min((row["median_ms"] for row in rows if row["kind"] == "eager"), default=None)
     for row in rows:
-        if row["kind"].startswith(("rlvr_ops", "eager, ")):
-            assert row["error"] <= bound, f"{row['system']}: error {row['error']:.2e} is above {bound:.2e}"
+        row["tflops"] = 1e-9 * case.flops / row["median_ms"]
+        row["share_of_products"] = products / row["median_ms"]
+        row["ratio_to_eager"] = None if eager is None else row["median_ms"] / eager
+    return rows

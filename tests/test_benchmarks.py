@@ -1,26 +1,103 @@
-import json
-
 import pytest
 import torch
 
-from benchmarks import on_gpu
-from benchmarks.cases import CPU_CASES, GPU_CASES, Case
-from benchmarks.chart import BEGIN, END, rewrite
-from benchmarks.measure import bare_matmuls, differentiate, interleave, peak_bytes, relative_error, spread
-from benchmarks.systems import systems
+from benchmarks import entrants, run
+from benchmarks.cases import Case
+from benchmarks.eager import by_cross_entropy, clipped_loss, scored
+from benchmarks.entrants import Absent, Entry, Missing, Outputs, System
+from benchmarks.measure import bare_matmuls, compute, interleave, peak_bytes, spread
+from benchmarks.run import measure
+from benchmarks.suite import cases, variations
+from benchmarks.systems import ENTRIES, entries
+from benchmarks.truth import assert_ours, errors, is_comparable, truth
 
 CPU = torch.device("cpu")
-TINY = [Case("ace", 16, 8, 50, 4), Case("ace", 16, 8, 50, 4, active=0.5), Case("grpo", 16, 8, 50, 4, peaked=True)]
+ONCE = {"seconds": 0, "least": 1, "most": 1}
+TINY = variations(Case("ace", 16, 8, 50, 4))
+IN_PLAIN_PYTORCH = {"rlvr_ops", "rlvr_ops-two_pass", "eager-active_rows", "verl-torch", "liger-grpo"}
 
 
 @pytest.mark.parametrize("case", TINY, ids=lambda case: case.name)
-def test_every_system_computes_the_same_loss_and_gradients(case):
+def test_every_system_computes_what_the_truth_does(case):
+    rows, absent, times = measure(case, CPU, IN_PLAIN_PYTORCH, **ONCE)
+    assert {row["key"] for row in rows} >= {"products", "eager-cross_entropy", "eager-logsumexp", "rlvr_ops"}
+    assert not [one for one in absent if "computes something else" in one.reason]
+    for row in rows:
+        assert all(error < 1e-5 for error in row.get("errors", {}).values()), row
+        assert row["kind"] == "products" or row["peak_bytes"] >= row["workspace_bytes"] >= 0
+        assert len(times[row["key"]]) == 1
+
+
+@pytest.mark.parametrize("case", TINY[:4], ids=lambda case: case.name)
+def test_the_truth_is_the_loss_differentiated_in_float64_over_all_rows_at_once(case):
     batch = case.batch(CPU)
-    here, _ = systems(case)
-    truth = differentiate(here[0], batch)
-    assert {system.kind for system in here} >= {"eager", "rlvr_ops"}
-    for system in here:
-        assert relative_error(differentiate(system, batch), truth) < 1e-5, system
+    hidden, weight = (x.double().requires_grad_() for x in (batch.hidden, batch.weight))
+    logits = hidden @ weight.T
+    logps = logits.log_softmax(-1).gather(-1, batch.ids[..., None])[..., 0]
+    want = truth(case, batch)
+    torch.testing.assert_close(want.logps, logps.detach())
+    torch.testing.assert_close(want.entropy, torch.distributions.Categorical(logits=logits).entropy().mean().detach())
+    if not case.forward:
+        ref = batch.ref.double() if case.loss == "ace" else None
+        clipped_loss(logps, batch.old.double(), batch.advantages.double(), ref).backward()
+        torch.testing.assert_close((want.d_hidden, want.d_weight), (hidden.grad, weight.grad))
+
+
+def test_what_cannot_be_loaded_or_called_is_named_with_the_reason_and_the_others_go_on(monkeypatch):
+    def no_package(case):
+        raise Missing("it needs a hammer")
+
+    def fails(batch):
+        raise RuntimeError("no kernel image\nsecond line")
+
+    def wrong(batch):
+        loss = scored(TINY[0], by_cross_entropy)(batch).loss
+        return Outputs(3 * loss)
+
+    chosen = [
+        *ENTRIES[:5],
+        Entry("a", "A", lambda case: fails, package="surely-not-installed"),
+        Entry("b", "B", no_package),
+        Entry("c", "C", lambda case: fails),
+        Entry("d", "D", lambda case: wrong),
+    ]
+    monkeypatch.setattr(run, "entries", lambda case: chosen)
+    rows, absent, _ = measure(TINY[0], CPU, **ONCE)
+    assert {row["key"] for row in rows} == {entry.key for entry in ENTRIES[:5]}
+    reasons = {one.key: one.reason for one in absent}
+    assert reasons["a"] == "surely-not-installed is not installed"
+    assert reasons["b"] == "it needs a hammer"
+    assert reasons["c"] == "RuntimeError: no kernel image"
+    assert reasons["d"].startswith("computes something else")
+
+
+def test_a_version_stands_in_the_name():
+    entered = Entry("x", "PyTorch", lambda case: lambda batch: Outputs(), package="torch").enter(TINY[0])
+    assert entered.name == f"PyTorch {entrants.installed_version('torch')}"
+    assert isinstance(Entry("x", "X", lambda case: 1 / 0).enter(TINY[0]), Absent)
+
+
+def test_a_gradient_of_ours_that_is_further_off_than_eagers_fails_the_case():
+    ours = System("rlvr_ops", "rlvr_ops", "ours", lambda batch: Outputs())
+    eager = [{"d_weight": 2e-3, "logps": 1e-3, "loss": 1e-9}, {"d_weight": 3e-3, "logps": 2e-3, "loss": 0.0}]
+    assert_ours(ours, {"d_weight": 2e-3, "logps": 1e-3, "loss": 9e-4}, eager)
+    with pytest.raises(AssertionError, match=r"rlvr_ops: d_weight is 2\.10e-03 from the truth"):
+        assert_ours(ours, {"d_weight": 2.1e-3}, eager)
+
+
+def test_not_a_number_is_never_comparable():
+    assert not is_comparable({"d_hidden": float("nan")}, TINY[0])
+
+
+def test_a_floor_is_held_to_the_mean_negative_log_probability():
+    case = TINY[0]
+    batch = case.batch(CPU)
+
+    def mean(batch):
+        return Outputs(-by_cross_entropy(batch.hidden, batch.weight, batch.ids, False)[0].mean())
+
+    got = compute(System("floor", "floor", "floor", mean), batch, case)
+    assert errors(got, truth(case, batch), batch, case, "floor")["loss"] < 1e-6
 
 
 @pytest.mark.parametrize("case", TINY, ids=lambda case: case.name)
@@ -28,7 +105,8 @@ def test_no_token_of_a_batch_is_clipped_and_the_share_of_active_rollouts_is_as_s
     batch = case.batch(CPU)
     logps = torch.log_softmax(batch.hidden @ batch.weight.T, -1).gather(-1, batch.ids[..., None])[..., 0]
     assert ((logps - batch.old).exp() - 1).abs().max() < 0.2
-    assert batch.active.sum() * (case.rows // case.rollouts) == case.active_rows
+    if not case.forward:
+        assert batch.active.sum() * (case.rows // case.rollouts) == case.active_rows
 
 
 def test_peak_memory_counts_what_lives_at_once_and_not_what_came_and_went():
@@ -51,59 +129,37 @@ def test_the_spread_of_one_run_is_that_run():
     assert spread([7.0]) == {"median_ms": 7.0, "p20_ms": 7.0, "p80_ms": 7.0, "min_ms": 7.0, "runs": 1}
 
 
-def test_the_bare_products_cover_the_active_rows_alone():
-    case = TINY[1]
-    step = bare_matmuls(case, case.batch(CPU))
+@pytest.mark.parametrize(("case", "products"), [(TINY[1], 3), (TINY[2], 1), (TINY[6], 2)], ids=lambda x: str(x))
+def test_the_bare_products_are_the_useful_flops_of_the_active_rows(case, products):
+    assert case.flops == 2 * products * case.active_rows * case.hidden * case.vocabulary
+    assert flops_of(bare_matmuls(case, case.batch(CPU))) == case.flops
+
+
+def test_two_passes_compute_the_logits_twice():
+    case = TINY[0]
+    assert flops_of(bare_matmuls(case, case.batch(CPU), recompute=True)) == case.flops * 4 / 3
+
+
+def flops_of(step):
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], with_flops=True) as profile:
         step()
-    flops = sum(event.flops for event in profile.key_averages())
-    assert flops == 6 * case.active_rows * case.hidden * case.vocabulary
+    return sum(event.flops for event in profile.key_averages())
 
 
-def test_case_names_are_distinct_because_they_are_file_names():
-    for cases in (CPU_CASES, GPU_CASES):
-        assert len({case.name for case in cases}) == len(cases)
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("quick", [False, True])
+def test_a_suite_has_distinct_names_because_they_are_file_names_and_every_kind_of_case(device, quick):
+    chosen = cases(device, quick=quick)
+    assert len({case.name for case in chosen}) == len(chosen)
+    assert {case.loss for case in chosen} == {"ace", "grpo", "logps"}
+    assert {case.active for case in chosen} == {1.0, 0.7, 0.5, 0.25}
+    for kind in ("peaked", "entropy", "frozen"):
+        assert any(getattr(case, kind) for case in chosen)
+    assert all(case.rows % case.rollouts == 0 for case in chosen)
 
 
-def test_rewriting_the_page_twice_changes_nothing():
-    row = {"system": "rlvr_ops", "median_ms": 1.0, "p20_ms": 1.0, "p80_ms": 1.0, "runs": 3, "ratio_to_eager": 0.5}
-    row |= {"peak_bytes": 1000, "error": 0.0}
-    case = TINY[0].describe()
-    result = {
-        "case": case,
-        "systems": [row],
-        "absent": {},
-        "device": "d",
-        "versions": {"torch": "1"},
-        "command": "c",
-        "load_average": 0.5,
-    }
-    once = rewrite(f"before\n{BEGIN}\nold\n{END}\nafter\n", [result])
-    assert "old" not in once
-    assert once.startswith("before")
-    assert once.endswith("after\n")
-    assert rewrite(once, [result]) == once
-
-
-def test_the_command_for_a_machine_with_a_gpu_runs_every_stage_and_keeps_what_it_found(tmp_path, capsys):
-    """On toy shapes and a CPU; that a stage fails does not stop the next."""
-    stages = ["products", "cases", "tuning"]
-    on_gpu.main(["--tiny", "--device", "cpu", "--minutes", "4", "--out", str(tmp_path), "--only", *stages])
-    printed = capsys.readouterr().out
-    assert all(f"{stage}: exit 0" in printed for stage in stages), printed
-    assert {path.stem for path in (tmp_path / "cases").glob("*.json")} == {
-        "ace-16x8x50-float32-100-active",
-        "grpo-16x8x50-float32-100-active",
-    }
-    assert {row["form"] for row in json.loads((tmp_path / "products.json").read_text())} >= {
-        "logits",
-        "d_weight += fp32",
-    }
-    tuned = {row["what"] for row in json.loads((tmp_path / "tuning.json").read_text())}
-    assert tuned == {"single_pass", "two_pass", "fused_policy", "lse_fold", "dlogits", "weigh"}
-    assert "x products" in printed
-
-
-def test_a_stage_that_runs_out_of_time_is_ended_and_said(tmp_path, capsys):
-    on_gpu.main(["--tiny", "--device", "cpu", "--minutes", "0.02", "--out", str(tmp_path), "--only", "cases"])
-    assert "cases: exit 124" in capsys.readouterr().out
+def test_systems_have_distinct_keys_and_only_those_that_give_an_entropy_are_asked_for_one():
+    assert len({entry.key for entry in ENTRIES}) == len(ENTRIES)
+    asked = {entry.key for entry in entries(Case("ace", 16, 8, 50, 4, entropy=True))}
+    assert {"rlvr_ops", "trl", "verl-torch", "verl-triton", "liger-scaled_ce"} <= asked
+    assert not {"torch-chunked", "cce-exact", "torch-floor", "quack-floor"} & asked

@@ -63,5 +63,7 @@ def test_benchmarks_are_collected_with_the_flag_and_only_with_it():
     quiet = ("-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider")
     assert "bench_loss[" not in run(*quiet, "benchmarks", code=5)
     listed = run(*quiet, "--benchmark")
-    assert "bench_loss[ace-1024x896x151936-float32-100-active]" in listed or "bench_loss[ace-8192x4096" in listed
+    assert (
+        "bench_loss[ace-1024x896x151936-float32-100-active-rlvr_ops]" in listed or "bench_loss[ace-8192x4096" in listed
+    )
     assert "tests/" not in listed

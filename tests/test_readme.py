@@ -98,11 +98,3 @@ def test_the_readme_names_the_commands_that_users_start_with():
     assert "make demo" in text
     assert "make test" in text
     assert "pytest --benchmark" in text
-
-
-def test_the_benchmark_page_holds_the_stored_results_and_no_others():
-    from benchmarks.chart import RESULTS, load, tables
-
-    page = (ROOT / "docs" / "benchmarks.md").read_text()
-    stored = load(sorted(RESULTS.iterdir())[0])
-    assert tables(stored) in page

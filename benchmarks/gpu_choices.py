@@ -1,0 +1,93 @@
+"""What the library has chosen without measuring, each beside its neighbours: a label, and the step under it."""
+
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
+from types import ModuleType
+from typing import Any
+from unittest import mock
+
+import torch
+from rlvr_kernels import dlogits, fused_policy, linear_lse, lse_fold, single_pass, weigh
+
+import rlvr_ops
+from benchmarks.cases import Batch, Case
+
+MIB = 1 << 20
+Choice = tuple[dict[str, Any], Callable[[], object]]
+
+
+def loss_step(batch: Batch, schedule: str, workspace_bytes: int | None = None) -> object:
+    """Forward and backward of ACE-GRPO."""
+    hidden, weight = batch.hidden.detach().requires_grad_(), batch.weight.detach().requires_grad_()
+    out = rlvr_ops.ace_loss(
+        hidden, weight, batch.ids, batch.advantages, ref_per_token_logps=batch.ref, old_per_token_logps=batch.old,
+        schedule=schedule, workspace_bytes=workspace_bytes,
+    )  # fmt: skip
+    return torch.autograd.grad(out.loss, (hidden, weight))
+
+
+def under(patches: list[Any], step: Callable[[], object]) -> object:
+    """The step while `patches` hold."""
+    with ExitStack() as stack:
+        for patch in patches:
+            stack.enter_context(patch)
+        return step()
+
+
+def fused_or_separate(batch: Batch, case: Case) -> Iterator[Choice]:
+    """fused_policy's one launch against lse_fold, weigh and dlogits one after the other."""
+
+    def separate(step: Any, logits: Any, rows: Any, chunk: Any, shift: Any) -> Any:
+        return step._separate(logits, rows, chunk)
+
+    whole = partial(loss_step, batch, "single_pass")
+    yield {"what": "fused_policy, one launch"}, whole
+    patch = mock.patch.object(single_pass._Step, "_fused", separate)
+    yield {"what": "fused_policy, three launches"}, partial(under, [patch], whole)
+
+
+def tilings(batch: Batch, case: Case) -> Iterator[Choice]:
+    """linear_lse as it is tiled, and with other tiles, warps and stages."""
+    given = batch.hidden.flatten(0, 1), batch.weight, batch.ids.flatten()
+    step = partial(linear_lse.linear_lse, *given)
+    yield {"what": "linear_lse as chosen"}, step
+    if batch.hidden.device.type != "cuda":
+        return
+    chosen = linear_lse.tiling(*given[:2])
+    tiles = ((128, 256), (256, 128), (128, 128), (64, 256))
+    for (rows, cols), warps, stages in itertools.product(tiles, (4, 8), (3, 4)):
+        other = replace(chosen, rows=rows, cols=cols, num_warps=warps, num_stages=stages)
+        patch = mock.patch.object(linear_lse, "tiling", lambda *_, other=other: other)
+        yield {"what": "linear_lse", "tiling": str(other)}, partial(under, [patch], step)
+
+
+def workspaces(batch: Batch, case: Case) -> Iterator[Choice]:
+    """Both schedules with room for so many rows of logits in float32 and their gradient in bf16."""
+    for schedule, rows in itertools.product(("single_pass", "two_pass"), (512, 1024, 2048, 4096, 8192)):
+        room = rows * case.vocabulary * 6
+        label = {"what": schedule, "rows": rows, "workspace_mib": room // MIB}
+        yield label, partial(loss_step, batch, schedule, room)
+
+
+def blocks(batch: Batch, case: Case) -> Iterator[Choice]:
+    """Block and warps of each kernel that goes over a row."""
+    modules: tuple[tuple[ModuleType, str], ...] = (
+        (fused_policy, "single_pass"), (lse_fold, "two_pass"), (dlogits, "two_pass")
+    )  # fmt: skip
+    for (module, schedule), block, warps in itertools.product(modules, (2048, 4096, 8192), (4, 8, 16)):
+        patch = mock.patch.multiple(module, BLOCK=block, NUM_WARPS=warps)
+        label = {"what": module.__name__.rpartition(".")[2], "block": block, "warps": warps}
+        yield label, partial(under, [patch], partial(loss_step, batch, schedule))
+    for block, warps in itertools.product((512, 1024, 2048), (4, 8)):
+        patch = mock.patch.multiple(weigh, BLOCK=block, NUM_WARPS=warps)
+        weighed = partial(
+            rlvr_ops.ace_loss_from_logps, batch.ref, batch.advantages, ref_per_token_logps=batch.ref,
+            old_per_token_logps=batch.old,
+        )  # fmt: skip
+        yield {"what": "weigh", "block": block, "warps": warps}, partial(under, [patch], weighed)
+
+
+GROUPS = (fused_or_separate, tilings, workspaces, blocks)

@@ -1,0 +1,38 @@
+"""The suite's cases one after another, a file of results each; a case that fails is said and passed over."""
+
+import traceback
+
+import torch
+
+from benchmarks.cases import Case
+from benchmarks.gpu_stage import stage
+from benchmarks.provenance import device_folder
+from benchmarks.report import save
+from benchmarks.run import measure, rounds
+from benchmarks.suite import cases
+
+TINY = [Case("ace", 16, 8, 50, 4), Case("grpo", 16, 8, 50, 4, active=0.5), Case("logps", 16, 8, 50, 4)]
+TINY_KEYS = ("rlvr_ops", "rlvr_ops-two_pass")
+
+
+def main() -> None:
+    """Measure until the time is up."""
+    here = stage()
+    place = here.out / device_folder(here.device)
+    turns = {"seconds": 0, "least": 1, "most": 1} if here.tiny else rounds(here.device)
+    for case in TINY if here.tiny else cases(here.device.type, quick=False):
+        if here.over():
+            print(f"no time for {case.name}", flush=True)
+            continue
+        try:
+            rows, absent, _ = measure(case, here.device, TINY_KEYS if here.tiny else None, **turns)
+            save(case, rows, absent, here.device, "python -m benchmarks.on_gpu", place)
+            print(case.name, "done", flush=True)
+        except (AssertionError, RuntimeError):  # out of memory is a RuntimeError
+            print(case.name, traceback.format_exc(), flush=True)
+        if here.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()
