@@ -1,0 +1,96 @@
+"""Other libraries are called as they want to be, also those that need a GPU: there with what does the work replaced."""
+
+from contextlib import nullcontext
+from dataclasses import replace
+
+import pytest
+import torch
+
+from benchmarks import peers, peers_fused
+from benchmarks.cases import Case
+from benchmarks.entrants import Missing, System, need_cuda
+from benchmarks.measure import compute
+from benchmarks.truth import errors, truth
+
+CPU = torch.device("cpu")
+CASE = Case("grpo", 16, 16, 50, 4)
+FORMS = [CASE, replace(CASE, entropy=True), replace(CASE, loss="logps"), replace(CASE, frozen=True)]
+
+
+@pytest.fixture
+def as_if_on_a_gpu(monkeypatch):
+    for module in (peers, peers_fused):
+        monkeypatch.setattr(module, "need_cuda", lambda *_: None)
+
+
+def is_exact(load, case):
+    batch = case.batch(CPU)
+    got = compute(System("peer", "peer", "peer", load(case)), batch, case)
+    assert (got.entropy is not None) == case.entropy
+    return max(errors(got, truth(case, batch), batch, case, "peer").values()) < 1e-5
+
+
+@pytest.mark.parametrize("case", FORMS, ids=lambda case: case.name)
+def test_trl(case):
+    pytest.importorskip("trl")
+    assert is_exact(peers.trl_chunked, case)
+
+
+@pytest.mark.parametrize("case", [CASE, replace(CASE, loss="logps")], ids=lambda case: case.name)
+def test_pytorchs_chunks(case):
+    assert is_exact(peers.torch_linear_cross_entropy, case)
+
+
+@pytest.mark.parametrize("case", FORMS, ids=lambda case: case.name)
+def test_ligers_scaled_cross_entropy_by_what_it_does_on_a_cpu(case, as_if_on_a_gpu, monkeypatch):
+    pytest.importorskip("liger_kernel")
+    found = peers.import_module
+    monkeypatch.setattr(peers, "import_module", lambda name: None if "sm90" in name else found(name))
+    assert is_exact(peers.liger_scaled, case)
+
+
+@pytest.mark.parametrize("case", FORMS, ids=lambda case: case.name)
+def test_verls_triton_kernels_by_the_same_in_pytorch(case, as_if_on_a_gpu, monkeypatch):
+    kernels = pytest.importorskip("verl.utils.kernel.kernels")
+
+    def forward(hidden, weight, ids, reduction, temperature, group):
+        assert (reduction, temperature, group, ids.ndim) == (0, 1.0, None, 1)
+        log_p = (hidden @ weight.T).log_softmax(-1)
+        logps, entropy = log_p.gather(-1, ids[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
+        return logps, entropy, logps, logps, logps
+
+    def backward(d_logps, d_entropy, hidden, weight, ids, *_):
+        assert d_logps.is_contiguous()
+        assert not d_entropy.any()
+        p = (hidden @ weight.T).softmax(-1)
+        dz = d_logps[:, None] * (torch.nn.functional.one_hot(ids, len(weight)) - p)
+        return dz @ weight, dz.T @ hidden
+
+    monkeypatch.setattr(kernels, "efficient_entropy_forward", forward)
+    monkeypatch.setattr(kernels, "efficient_entropy_backward", backward)
+    monkeypatch.setattr(torch.cuda.nvtx, "range", lambda *_: nullcontext())
+    assert is_exact(peers.verl_triton, case)
+
+
+def test_ligers_loss_leaves_the_precision_of_matmuls_as_it_was(as_if_on_a_gpu):
+    pytest.importorskip("liger_kernel")
+    before = torch.get_float32_matmul_precision()
+    assert is_exact(peers_fused.liger_grpo_tf32, CASE)
+    assert torch.get_float32_matmul_precision() == before
+
+
+def test_what_would_take_minutes_on_a_cpu_stays_out_of_the_large_cases(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for load in (peers.compiled_eager, peers.torch_linear_cross_entropy, peers_fused.torch_cross_entropy_floor):
+        with pytest.raises(Missing, match="slow on a CPU"):
+            load(Case("ace", 1024, 896, 151936, 8))
+
+
+def test_a_missing_gpu_or_another_one_is_said(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(Missing, match="needs a CUDA GPU"):
+        need_cuda()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    with pytest.raises(Missing, match=r"needs compute capability 9\.0, this GPU has 8\.0"):
+        need_cuda((9, 0))
