@@ -2,77 +2,28 @@
 
     z = h W^T through bias, scale, softcap and temperature,   lse_n = log sum_j exp z_nj,   logp_n = z_n,id(n) - lse_n
 
-Tiling: a program owns `rows` rows and one split of the vocabulary, walks the split in tiles of `cols` columns,
-accumulates each tile over H and folds it into a running maximum and sum. The programs of a group of row blocks run side
-by side, so that a slice of the weight comes from memory once per group and from L2 for the rest of it. A second kernel
-combines the splits. FLOPs: 2NVH. Bytes: the weight N / (rows * GROUP) times, the hidden states about once, and 8 bytes
-of partial sums per row and split. How the vocabulary is split depends on V and never on N: a row's bits do not depend on
-the rows beside it.
+Tiling: a program takes one tile of logits after another, accumulates it over H, folds it to a maximum and a sum per row
+and writes those. The tiles of a group of row blocks are taken side by side, so that a slice of the weight comes from
+memory once per group and from L2 for the rest of it. A second kernel combines a row's tiles. FLOPs: 2NVH. Bytes: the
+weight N / (rows * GROUP) times, the hidden states about once, and 8 bytes per row and tile. Which tiles there are
+depends on V and never on N, and who takes them does not matter: a row's bits do not depend on the rows beside it.
 """
 
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from rlvr_kernels._triton import device_guard, interpreting, jit, tl, triton
+from rlvr_kernels._triton import device_guard, jit, tl, triton
 from rlvr_kernels.backend import use_triton
+from rlvr_kernels.linear_lse_tiling import Tiling, tiling
 from rlvr_kernels.logits import Head, accumulator_dtype
 from rlvr_kernels.lse_fold import RowState, lse_fold
 
 GROUP = 8  # row blocks that share what they read of the weight
-ROWS_PER_LAUNCH = 16384  # bounds the partial sums, and the grid
-WANTED_SPLITS = 256  # enough programs for one row block to fill a GPU
-TILES_PER_SPLIT = 8  # and no more than this, so that a split stays short enough to balance the last wave
-COMBINE_ROWS, COMBINE_SPLITS = 32, 64
+PARTIAL_BYTES = 40 << 20  # of maxima and sums at a time: 8704 rows of 151936 columns in tiles of 256
+PROCESSORS = 4  # where there is no GPU to ask
+COMBINE_ROWS, COMBINE_TILES = 32, 64
 TWIN_ROWS, TWIN_COLS = 512, 1024  # a float32 block of logits of 2 MiB
-
-
-@dataclass(frozen=True)
-class Tiling:
-    """The constants of a launch: rows x cols logits at a time, accumulated over `inner` of H per step."""
-
-    rows: int
-    cols: int
-    inner: int
-    num_warps: int
-    num_stages: int
-    upcast: bool = False
-
-    def splits(self, vocabulary: int) -> tuple[int, int]:
-        """(tiles per split, number of splits) of a vocabulary."""
-        tiles = -(-vocabulary // self.cols)
-        per_split = min(TILES_PER_SPLIT, max(1, tiles // WANTED_SPLITS))
-        return per_split, -(-tiles // per_split)
-
-
-def tiling(hidden: torch.Tensor, weight: torch.Tensor) -> Tiling:
-    """The launch's constants: a fixed table by dtype, layout and GPU, so that nothing is timed at run time.
-
-    Predicted from registers and shared memory (see compile_table.py); no timing on a GPU has confirmed it yet.
-    Operands of half precision go to the tensor cores as they are. Anything else is multiplied in exact float32, and so
-    is everything under the interpreter, whose dot cannot multiply bfloat16.
-    """
-    if interpreting():
-        return Tiling(16, 32, 16, 4, 1, upcast=True)
-    wide = _loads_wide(hidden) and _loads_wide(weight)
-    if hidden.dtype != weight.dtype:
-        # Too few rows for Blackwell's tensor cores: there Triton 3.7 rounds a float32 operand to tf32 beside one that it
-        # saw widened, in spite of input_precision="ieee" (triton-lang/triton#10176).
-        return Tiling(32, 128, 16, 4, 3, upcast=True) if wide else Tiling(32, 64, 16, 4, 2, upcast=True)
-    if hidden.dtype.itemsize > 2:
-        return Tiling(64, 128, 16, 8, 3, upcast=True) if wide else Tiling(64, 64, 16, 8, 2, upcast=True)
-    if not wide:
-        return Tiling(64, 64, 32, 4, 2)  # an address for every element: a larger tile spills them
-    target = triton.runtime.driver.active.get_current_target()
-    by_target = {("cuda", 90): Tiling(128, 256, 64, 8, 3), ("cuda", 100): Tiling(128, 128, 64, 8, 4)}
-    other = Tiling(128, 128, 32, 8, 4) if target.backend == "cuda" else Tiling(128, 128, 64, 8, 2)
-    return by_target.get((target.backend, target.arch), other)
-
-
-def _loads_wide(matrix: torch.Tensor) -> bool:
-    """Whether a row of the matrix can be read 16 bytes at a time and ends where a tile does."""
-    aligned = matrix.data_ptr() % 16 == 0 and matrix.stride(0) * matrix.element_size() % 16 == 0
-    return matrix.stride(1) == 1 and matrix.shape[1] % 64 == 0 and aligned
 
 
 @torch.no_grad()
@@ -163,69 +114,88 @@ def _linear_lse_triton(
     hidden: torch.Tensor, weight: torch.Tensor, ids: torch.Tensor, bias: torch.Tensor | None,
     inv_temperature: torch.Tensor, head: Head,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Launch both kernels, at most ROWS_PER_LAUNCH rows at a time."""
+    """Launch both kernels, over as many rows at a time as PARTIAL_BYTES allow."""
     (rows, h), v = hidden.shape, weight.shape[0]
     logp = torch.full_like(inv_temperature, -float("inf"))
     lse = torch.empty_like(inv_temperature)
     with device_guard(hidden):
         tile = tiling(hidden, weight)
-        per_split, splits = tile.splits(v)
-        partials = (2, splits, min(rows, ROWS_PER_LAUNCH))
-        maxima, totals = torch.empty(partials, dtype=torch.float32, device=hidden.device)
-        for start in range(0, rows, ROWS_PER_LAUNCH):
-            part = slice(start, start + ROWS_PER_LAUNCH)
-            n = min(rows - start, ROWS_PER_LAUNCH)
-            linear_lse_kernel[(triton.cdiv(n, tile.rows) * splits,)](
-                hidden[part], weight, bias, ids[part], inv_temperature[part], logp[part], maxima, totals,
-                n, v, h, per_split, splits, *hidden.stride(), *weight.stride(), ids.stride(0),
-                0 if bias is None else bias.stride(0), maxima.stride(0),
+        tiles = triton.cdiv(v, tile.cols)
+        at_once = max(1, PARTIAL_BYTES // (8 * tiles * tile.rows)) * tile.rows
+        maxima, totals = torch.empty((2, tiles, min(rows, at_once)), dtype=torch.float32, device=hidden.device)
+        for start in range(0, rows, at_once):
+            part = slice(start, start + at_once)
+            n = min(rows - start, at_once)
+            items = triton.cdiv(n, tile.rows) * tiles
+            linear_lse_kernel[(_programs(items, tile, hidden.device),)](
+                _operand(hidden[part], tile.rows, tile), _operand(weight, tile.cols, tile), bias, ids[part],
+                inv_temperature[part], logp[part], maxima, totals, n, v, h, *hidden.stride(), *weight.stride(),
+                ids.stride(0), 0 if bias is None else bias.stride(0), maxima.stride(0),
                 BLOCK_N=tile.rows, BLOCK_V=tile.cols, BLOCK_H=tile.inner, GROUP=GROUP, EVEN_H=h % tile.inner == 0,
-                UPCAST=tile.upcast, HAS_BIAS=bias is not None, num_warps=tile.num_warps, num_stages=tile.num_stages,
-                **head.kernel_arguments(),
+                UPCAST=tile.upcast, DESCRIBED=tile.described, SPECIALIZED=tile.specialized, HALVED=tile.halved,
+                HAS_BIAS=bias is not None, num_warps=tile.num_warps, num_stages=tile.num_stages, **head.kernel_arguments(),
             )  # fmt: skip
-            combine_splits_kernel[(triton.cdiv(n, COMBINE_ROWS),)](
-                maxima, totals, logp[part], lse[part], n, splits, maxima.stride(0),
-                BLOCK_N=COMBINE_ROWS, BLOCK_S=COMBINE_SPLITS, num_warps=4,
+            combine_tiles_kernel[(triton.cdiv(n, COMBINE_ROWS),)](
+                maxima, totals, logp[part], lse[part], n, tiles, maxima.stride(0),
+                BLOCK_N=COMBINE_ROWS, BLOCK_S=COMBINE_TILES, num_warps=4,
             )  # fmt: skip
     return logp, lse
 
 
+def _operand(matrix: torch.Tensor, block: int, tile: Tiling) -> Any:
+    """The matrix as the kernel takes it: a tensor descriptor of blocks (block, inner), or the matrix for its address."""
+    if not tile.described:
+        return matrix
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor.from_tensor(matrix, [block, tile.inner])
+
+
+def _programs(items: int, tile: Tiling, device: torch.device) -> int:
+    """How many programs to launch: one for every tile, or as many as stay on the GPU to walk over them."""
+    if not tile.described:
+        return items
+    cuda = device.type == "cuda"
+    processors = torch.cuda.get_device_properties(device).multi_processor_count if cuda else PROCESSORS
+    return min(items, processors * tile.per_processor)
+
+
 @jit
 def linear_lse_kernel(
-    hidden_ptr, weight_ptr, bias_ptr, ids_ptr, inv_temperature_ptr, target_ptr, maxima_ptr, totals_ptr,
-    n_rows, n_cols, n_inner, tiles_per_split, n_splits,
-    hidden_stride, hidden_inner_stride, weight_stride, weight_inner_stride, ids_stride, bias_stride, split_stride,
+    hidden, weight, bias_ptr, ids_ptr, inv_temperature_ptr, target_ptr, maxima_ptr, totals_ptr, n_rows, n_cols, n_inner,
+    hidden_stride, hidden_inner_stride, weight_stride, weight_inner_stride, ids_stride, bias_stride, tile_stride,
     logit_scale, softcap,
-    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr, GROUP: tl.constexpr,
-    EVEN_H: tl.constexpr, UPCAST: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr, GROUP: tl.constexpr, EVEN_H: tl.constexpr,
+    UPCAST: tl.constexpr, DESCRIBED: tl.constexpr, SPECIALIZED: tl.constexpr, HALVED: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """One program reduces BLOCK_N rows over one split of the vocabulary, and writes the target's logit if it is there."""
-    program = tl.program_id(0)
-    first_block = program // (GROUP * n_splits) * GROUP
-    group_size = tl.minimum(tl.cdiv(n_rows, BLOCK_N) - first_block, GROUP)
-    within = program % (GROUP * n_splits)
-    split = (within // group_size).to(tl.int64)
-    rows = (first_block + within % group_size).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    present = rows < n_rows
-    safe_rows = tl.minimum(rows, n_rows - 1)  # rows and columns past the end read the last one, and are dropped below
-    inner = tl.arange(0, BLOCK_H).to(tl.int64)
-    hidden_ptrs = hidden_ptr + safe_rows[:, None] * hidden_stride + inner[None, :] * hidden_inner_stride
-    ids = tl.load(ids_ptr + safe_rows * ids_stride)
-    ids = tl.where((ids >= 0) & (ids < n_cols), ids, -1).to(tl.int32)  # no id can equal a column past V
-    inv_temperature = tl.load(inv_temperature_ptr + safe_rows)
-    maximum = tl.full((BLOCK_N,), -float("inf"), tl.float32)
-    total = tl.zeros((BLOCK_N,), tl.float32)
-    target = tl.full((BLOCK_N,), -float("inf"), tl.float32)
-    first_tile = (within // group_size) * tiles_per_split
-    last_tile = tl.minimum(first_tile + tiles_per_split, tl.cdiv(n_cols, BLOCK_V))
-    for tile in range(first_tile, last_tile):
-        cols = tile * BLOCK_V + tl.arange(0, BLOCK_V)
-        safe_cols = tl.minimum(cols, n_cols - 1).to(tl.int64)
-        a_ptrs = hidden_ptrs
-        b_ptrs = weight_ptr + safe_cols[None, :] * weight_stride + inner[:, None] * weight_inner_stride
+    """One program reduces every num_programs-th tile of BLOCK_N x BLOCK_V logits, in log2 units, to (BLOCK_N,)."""
+    if DESCRIBED:
+        tl.assume(n_inner > 0)
+    row_blocks = tl.cdiv(n_rows, BLOCK_N)
+    tiles = tl.cdiv(n_cols, BLOCK_V)
+    # Flattened, the steps over H of all tiles are one loop, whose reads run ahead across the end of a tile.
+    for item in tl.range(
+        tl.program_id(0), row_blocks * tiles, tl.num_programs(0), flatten=DESCRIBED, warp_specialize=SPECIALIZED
+    ):
+        first_block = item // (GROUP * tiles) * GROUP
+        group_size = tl.minimum(row_blocks - first_block, GROUP)
+        within = item % (GROUP * tiles)
+        tile = within // group_size
+        first_row = (first_block + within % group_size) * BLOCK_N
+        first_col = tile * BLOCK_V
+        if not DESCRIBED:  # what lies past the end reads the last row or column, and is dropped below
+            safe_rows = tl.minimum(first_row + tl.arange(0, BLOCK_N), n_rows - 1).to(tl.int64)
+            safe_cols = tl.minimum(first_col + tl.arange(0, BLOCK_V), n_cols - 1).to(tl.int64)
+            inner = tl.arange(0, BLOCK_H).to(tl.int64)
+            a_ptrs = hidden + safe_rows[:, None] * hidden_stride + inner[None, :] * hidden_inner_stride
+            b_ptrs = weight + safe_cols[None, :] * weight_stride + inner[:, None] * weight_inner_stride
         z = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
         for start in range(0, n_inner, BLOCK_H):
-            if EVEN_H:
+            if DESCRIBED:
+                a = hidden.load([first_row, start])
+                b = weight.load([first_col, start]).T
+            elif EVEN_H:
                 a = tl.load(a_ptrs)
                 b = tl.load(b_ptrs)
             else:
@@ -235,50 +205,90 @@ def linear_lse_kernel(
                 a = a.to(tl.float32)
                 b = b.to(tl.float32)
             z = tl.dot(a, b, z, input_precision="ieee")
-            a_ptrs += BLOCK_H * hidden_inner_stride
-            b_ptrs += BLOCK_H * weight_inner_stride
-        if HAS_BIAS:
-            z += tl.load(bias_ptr + safe_cols * bias_stride).to(tl.float32)[None, :]
-        if HAS_SOFTCAP:
-            z = softcap - 2.0 * softcap / (
-                1.0 + tl.exp(z * (2.0 * logit_scale / softcap))
-            )  # tanh; exp = inf gives softcap
-            z *= inv_temperature[:, None]
+            if not DESCRIBED:
+                a_ptrs += BLOCK_H * hidden_inner_stride
+                b_ptrs += BLOCK_H * weight_inner_stride
+        rows = first_row + tl.arange(0, BLOCK_N)  # here, for in the loop above every vector occupies registers
+        present = rows < n_rows
+        inv_temperature = tl.load(inv_temperature_ptr + rows, mask=present, other=0.0)
+        ids = tl.load(ids_ptr + rows.to(tl.int64) * ids_stride, mask=present, other=-1)
+        ids = tl.where((ids >= 0) & (ids < n_cols), ids, -1).to(tl.int32)  # no id can equal a column past V
+        target_ptrs = target_ptr + rows
+        if HALVED:
+            left, right = z.reshape(BLOCK_N, 2, BLOCK_V // 2).permute(0, 2, 1).split()
+            left_maximum, left_total = _fold_tile(
+                left, first_col, ids, target_ptrs, bias_ptr, bias_stride, inv_temperature, n_cols, logit_scale, softcap,
+                HAS_BIAS, HAS_SOFTCAP,
+            )  # fmt: skip
+            right_maximum, right_total = _fold_tile(
+                right, first_col + BLOCK_V // 2, ids, target_ptrs, bias_ptr, bias_stride, inv_temperature, n_cols,
+                logit_scale, softcap, HAS_BIAS, HAS_SOFTCAP,
+            )  # fmt: skip
+            maximum = tl.maximum(left_maximum, right_maximum)
+            anchor = tl.where(maximum == -float("inf"), 0.0, maximum)
+            total = left_total * tl.exp2(left_maximum - anchor) + right_total * tl.exp2(right_maximum - anchor)
         else:
-            z *= (inv_temperature * logit_scale)[:, None]
-        z = tl.where((cols < n_cols)[None, :], z, -float("inf"))
-        target = tl.maximum(target, tl.max(tl.where(cols[None, :] == ids[:, None], z, -float("inf")), 1))
-        peak = tl.maximum(maximum, tl.max(z, 1))
-        anchor = tl.where(peak == -float("inf"), 0.0, peak)  # nothing but masked columns so far
-        total = total * tl.exp(maximum - anchor) + tl.sum(tl.exp(z - anchor[:, None]), 1)
-        maximum = peak
-    tl.store(maxima_ptr + split * split_stride + rows, maximum, mask=present)
-    tl.store(totals_ptr + split * split_stride + rows, total, mask=present)
-    met = (ids >= first_tile * BLOCK_V) & (ids < last_tile * BLOCK_V)  # by one split alone
-    tl.store(target_ptr + rows, target, mask=present & met)
+            maximum, total = _fold_tile(
+                z, first_col, ids, target_ptrs, bias_ptr, bias_stride, inv_temperature, n_cols, logit_scale, softcap,
+                HAS_BIAS, HAS_SOFTCAP,
+            )  # fmt: skip
+        at = tile.to(tl.int64) * tile_stride + rows
+        tl.store(maxima_ptr + at, maximum, mask=present)
+        tl.store(totals_ptr + at, total, mask=present)
 
 
 @jit
-def combine_splits_kernel(
-    maxima_ptr, totals_ptr, logp_ptr, lse_ptr, n_rows, n_splits, split_stride,
+def _fold_tile(
+    z, first_col, ids, target_ptrs, bias_ptr, bias_stride, inv_temperature, n_cols, logit_scale, softcap,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """Store the targets among raw z (n, c), and return (maximum, sum of exp2 below it), (n,), of the logits times log2(e)."""
+    cols = first_col + tl.arange(0, z.shape[1])
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + cols.to(tl.int64) * bias_stride, mask=cols < n_cols, other=0.0)
+        z += bias.to(tl.float32)[None, :]
+    log2_e = 1.4426950408889634  # exp(z) = exp2(z * log2_e), and the multiplication is there anyway
+    if HAS_SOFTCAP:
+        z = softcap - 2.0 * softcap / (1.0 + tl.exp2(z * (2.0 * log2_e * logit_scale / softcap)))  # tanh; inf: softcap
+        z *= (inv_temperature * log2_e)[:, None]
+    else:
+        z *= (inv_temperature * (log2_e * logit_scale))[:, None]
+    if first_col + z.shape[1] > n_cols:
+        z = tl.where((cols < n_cols)[None, :], z, -float("inf"))
+    held = (ids >= first_col) & (ids < first_col + z.shape[1])  # by one tile alone
+    if tl.max(held.to(tl.int32), 0) > 0:  # most tiles hold nobody's id
+        tl.store(target_ptrs, tl.max(tl.where(cols[None, :] == ids[:, None], z, -float("inf")), 1), mask=held)
+    maximum = tl.max(z, 1)
+    anchor = tl.where(maximum == -float("inf"), 0.0, maximum)  # nothing but masked columns
+    return maximum, tl.sum(tl.exp2(z - anchor[:, None]), 1)
+
+
+@jit
+def combine_tiles_kernel(
+    maxima_ptr, totals_ptr, logp_ptr, lse_ptr, n_rows, n_tiles, tile_stride,
     BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """One program combines BLOCK_N rows' splits; logp holds the target's logit before, the log-probability after."""
+    """One program combines BLOCK_N rows' tiles; logp holds the target's logit before, the log-probability after."""
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     present = rows < n_rows
     maximum = tl.full((BLOCK_N,), -float("inf"), tl.float32)
     total = tl.zeros((BLOCK_N,), tl.float32)
-    for start in range(0, n_splits, BLOCK_S):
-        splits = (start + tl.arange(0, BLOCK_S)).to(tl.int64)
-        inside = (splits < n_splits)[:, None] & present[None, :]
-        at = splits[:, None] * split_stride + rows[None, :]
+    for start in range(0, n_tiles, BLOCK_S):
+        tiles = (start + tl.arange(0, BLOCK_S)).to(tl.int64)
+        inside = (tiles < n_tiles)[:, None] & present[None, :]
+        at = tiles[:, None] * tile_stride + rows[None, :]
         maxima = tl.load(maxima_ptr + at, mask=inside, other=-float("inf"))
         totals = tl.load(totals_ptr + at, mask=inside, other=0.0)
         peak = tl.maximum(maximum, tl.max(maxima, 0))
         anchor = tl.where(peak == -float("inf"), 0.0, peak)
-        total = total * tl.exp(maximum - anchor) + tl.sum(totals * tl.exp(maxima - anchor[None, :]), 0)
+        total = total * tl.exp2(maximum - anchor) + tl.sum(totals * tl.exp2(maxima - anchor[None, :]), 0)
         maximum = peak
-    log_total = tl.log(tl.where(total == 0, 1.0, total))  # a row of masked columns alone: its maximum, -inf, is its lse
+    log_total = tl.log2(
+        tl.where(total == 0, 1.0, total)
+    )  # a row of masked columns alone: its maximum, -inf, is its lse
     target = tl.load(logp_ptr + rows, mask=present, other=0.0)
-    tl.store(lse_ptr + rows, maximum + log_total, mask=present)
-    tl.store(logp_ptr + rows, (target - maximum) - log_total, mask=present)  # a row that is one-hot gives exactly 0
+    ln_2 = 0.6931471805599453
+    tl.store(lse_ptr + rows, (maximum + log_total) * ln_2, mask=present)
+    tl.store(
+        logp_ptr + rows, ((target - maximum) - log_total) * ln_2, mask=present
+    )  # a row that is one-hot gives exactly 0

@@ -1,13 +1,26 @@
 """linear_lse: the twin and, under the interpreter, the Triton kernels, against float64 logits that are written out."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from rlvr_kernels import linear_lse as module
-from rlvr_kernels.linear_lse import Tiling, linear_lse
+from rlvr_kernels import linear_lse_tiling
+from rlvr_kernels.linear_lse import linear_lse
+from rlvr_kernels.linear_lse_tiling import CANDIDATES, DESCRIBED, tiling
 
-N, H, V = 37, 45, 131  # nothing divides anything: three row blocks, five column tiles, three steps of H
-BACKENDS = ["torch", pytest.param("triton", marks=pytest.mark.interpret)]
+N, H, V = 37, 40, 131  # nothing divides anything: three row blocks, five column tiles, three steps of H
+KERNELS = [pytest.param(name, marks=pytest.mark.interpret) for name in ("pointers", "descriptors")]
+BACKENDS = ["torch", *KERNELS]
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # exp = inf is meant in a softcap
+
+
+@pytest.fixture
+def backend(request, monkeypatch):
+    """What to pass as backend=, once the kernel is told how to read its operands: rows of 40 may be read either way."""
+    if request.param == "pointers":
+        monkeypatch.setattr(linear_lse_tiling, "_describable", lambda matrix: False)
+    return "torch" if request.param == "torch" else "triton"
 
 
 def make(n=N, h=H, v=V, dtype=torch.float32, spread=0.5):
@@ -47,7 +60,7 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_log_probabilities_are_those_of_whole_logits(backend, dtype, options):
@@ -57,7 +70,7 @@ def test_log_probabilities_are_those_of_whole_logits(backend, dtype, options):
     check(found, truth(*tensors, **options))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 @pytest.mark.parametrize(
     ("n", "h", "v"), [(1, 1, 1), (16, 16, 32), (17, 16, 33), (1, 123, 300), (70, 1, 65), (15, 33, 31)]
 )
@@ -66,12 +79,12 @@ def test_every_shape_is_whole(backend, n, h, v):
     check(linear_lse(*tensors, backend=backend), truth(*tensors))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 def test_no_rows_give_no_numbers(backend):
     assert [x.shape for x in linear_lse(*make(0), backend=backend)] == [(0,), (0,)]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 def test_strides_and_offsets_are_honoured(backend):
     hidden, weight, ids = make()
     wide = torch.full((N + 2, 2 * H + 3), float("nan"))
@@ -85,21 +98,21 @@ def test_strides_and_offsets_are_honoured(backend):
     )
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 def test_one_expanded_row_serves_every_row(backend):
     hidden, weight, ids = make()
     hidden = hidden[:1].expand(N, H)
     check(linear_lse(hidden, weight, ids, backend=backend), truth(hidden, weight, ids))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 def test_operands_of_two_dtypes_are_multiplied_in_float32(backend):
     hidden, weight, ids = make()
     hidden = hidden.bfloat16()
     check(linear_lse(hidden, weight, ids.int(), backend=backend), truth(hidden, weight, ids))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 def test_a_masked_vocabulary_has_no_mass_and_makes_no_nan(backend):
     hidden, weight, ids = make()
     bias = torch.zeros(V)
@@ -110,7 +123,7 @@ def test_a_masked_vocabulary_has_no_mass_and_makes_no_nan(backend):
     check((found[0][::2], found[1]), (expected[0][::2], expected[1]))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 def test_columns_past_the_vocabulary_hold_no_mass_and_match_no_id(backend):
     hidden, weight, ids = make()
     ids[0], ids[1], ids[2], ids[3] = V, V + 1, -100, 2**32 + 7  # the last is 7 to 32 bits
@@ -126,7 +139,7 @@ def test_columns_past_the_vocabulary_hold_no_mass_and_match_no_id(backend):
     )
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 @pytest.mark.parametrize("offset", [-5000.0, 5000.0])
 def test_far_away_logits_neither_overflow_nor_underflow(backend, offset):
     hidden, weight, ids = make()
@@ -136,13 +149,13 @@ def test_far_away_logits_neither_overflow_nor_underflow(backend, offset):
         torch.testing.assert_close(a.double(), b, rtol=1e-6, atol=2e-3)  # float32 has 5e-4 between numbers around 5000
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 def test_far_away_logits_meet_the_softcap(backend):
     tensors = make(spread=500.0)
     check(linear_lse(*tensors, softcap=5.0, backend=backend), truth(*tensors, softcap=5.0))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 def test_a_certain_token_has_log_probability_zero(backend):
     hidden, weight, ids = make()
     bias = torch.full((V,), -1000.0)
@@ -150,7 +163,7 @@ def test_a_certain_token_has_log_probability_zero(backend):
     assert (linear_lse(hidden, weight, torch.full_like(ids, 17), bias=bias, backend=backend)[0] == 0).all()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 def test_nan_is_passed_on(backend):
     hidden, weight, ids = make()
     hidden[3, 7] = float("nan")
@@ -159,42 +172,59 @@ def test_nan_is_passed_on(backend):
             assert found.isnan().nonzero().tolist() == [[3]]
 
 
-@pytest.mark.interpret
-def test_the_kernels_agree_with_their_twin():
-    tensors = make(70, 123, 300)
+@pytest.mark.parametrize("backend", KERNELS, indirect=True)
+def test_the_kernels_agree_with_their_twin(backend):
+    tensors = make(70, 120, 300)
     options = {"bias": torch.randn(300), "temperature": torch.rand(70) + 0.5, "softcap": 6.0}
     twin = linear_lse(*tensors, **options, backend="torch")
-    check(linear_lse(*tensors, **options, backend="triton"), [x.double() for x in twin])
+    check(linear_lse(*tensors, **options, backend=backend), [x.double() for x in twin])
 
 
-@pytest.mark.interpret
-def test_a_row_has_the_same_bits_in_any_company():
+@pytest.mark.parametrize("backend", KERNELS, indirect=True)
+def test_a_row_has_the_same_bits_in_any_company(backend):
     hidden, weight, ids = make()
-    together = linear_lse(hidden, weight, ids, backend="triton")
+    together = linear_lse(hidden, weight, ids, backend=backend)
     for rows in (slice(0, 1), slice(5, 30), slice(N - 1, N)):
-        alone = linear_lse(hidden[rows], weight, ids[rows], backend="triton")
+        alone = linear_lse(hidden[rows], weight, ids[rows], backend=backend)
         assert all(torch.equal(a, b[rows]) for a, b in zip(alone, together, strict=True))
 
 
 @pytest.mark.interpret
-@pytest.mark.parametrize("name", ["ROWS_PER_LAUNCH", "GROUP", "WANTED_SPLITS"])
-def test_how_the_work_is_cut_does_not_change_the_numbers(name, monkeypatch):
+def test_either_way_of_reading_the_operands_gives_the_same_bits(monkeypatch):
+    tensors = make(dtype=torch.bfloat16)
+    described = linear_lse(*tensors, backend="triton")
+    monkeypatch.setattr(linear_lse_tiling, "_describable", lambda matrix: False)
+    assert all(torch.equal(a, b) for a, b in zip(linear_lse(*tensors, backend="triton"), described, strict=True))
+
+
+@pytest.mark.parametrize("backend", KERNELS, indirect=True)
+@pytest.mark.parametrize(("name", "value"), [("PARTIAL_BYTES", 8 * 5 * 16), ("GROUP", 2), ("PROCESSORS", 1)])
+def test_how_the_work_is_cut_does_not_change_the_bits(backend, name, value, monkeypatch):
     tensors = make()
-    whole = linear_lse(*tensors, backend="triton")
-    monkeypatch.setattr(module, name, {"ROWS_PER_LAUNCH": 20, "GROUP": 2, "WANTED_SPLITS": 2}[name])
-    for found, expected in zip(linear_lse(*tensors, backend="triton"), whole, strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    whole = linear_lse(*tensors, backend=backend)
+    monkeypatch.setattr(module, name, value)
+    assert all(torch.equal(a, b) for a, b in zip(linear_lse(*tensors, backend=backend), whole, strict=True))
 
 
 @pytest.mark.interpret
-def test_every_element_is_written(monkeypatch):
+@pytest.mark.parametrize(
+    "cut", [{"cols": 64}, {"cols": 64, "halved": True}, {"rows": 32, "inner": 32, "per_processor": 2}]
+)
+def test_any_tiling_gives_the_numbers(cut, monkeypatch):
+    tensors, options = make(), {"bias": torch.linspace(-1, 1, V), "softcap": 4.0}
+    monkeypatch.setattr(module, "tiling", lambda *operands: replace(tiling(*operands), **cut))
+    check(linear_lse(*tensors, **options, backend="triton"), truth(*tensors, **options))
+
+
+@pytest.mark.parametrize("backend", KERNELS, indirect=True)
+def test_every_element_is_written(backend, monkeypatch):
     def poisoned(*args, **kwargs):
         return empty(*args, **kwargs).fill_(float("nan"))
 
     empty, tensors = torch.empty, make()
     monkeypatch.setattr(torch, "empty", poisoned)
     monkeypatch.setattr(torch, "empty_like", lambda tensor: torch.full_like(tensor, float("nan")))
-    check(linear_lse(*tensors, backend="triton"), truth(*tensors))
+    check(linear_lse(*tensors, backend=backend), truth(*tensors))
 
 
 @pytest.mark.parametrize("backend", ["auto", "torch"])
@@ -221,13 +251,30 @@ def test_the_twin_never_holds_the_logits():
     assert biggest <= 4 * module.TWIN_ROWS * module.TWIN_COLS < 4 * 1500 * 3000
 
 
-@pytest.mark.parametrize("vocabulary", [1, 255, 32000, 151936, 262144, 10_000_000])
-def test_the_splits_cover_the_vocabulary_once(vocabulary):
-    tiling = Tiling(128, 256, 64, 8, 3)
-    per_split, splits = tiling.splits(vocabulary)
-    columns = per_split * tiling.cols
-    assert (splits - 1) * columns < vocabulary <= splits * columns
-    assert 1 <= per_split <= module.TILES_PER_SPLIT
+@pytest.mark.interpret
+@pytest.mark.parametrize(
+    ("operand", "described"),
+    [
+        (torch.zeros(4, 40, dtype=torch.bfloat16), True),
+        (torch.zeros(4, 44, dtype=torch.bfloat16), False),  # rows that begin at 8 bytes
+        (torch.zeros(5, 40, dtype=torch.bfloat16).flatten()[4:164].view(4, 40), False),  # so does the first
+        (torch.zeros(40, 8, dtype=torch.bfloat16).T, False),
+        (torch.zeros(4, 80, dtype=torch.bfloat16)[:, ::2], False),
+        (torch.zeros(1, 40, dtype=torch.bfloat16).expand(4, 40), False),
+        (torch.zeros(4, 80, dtype=torch.bfloat16)[:, :20], True),
+        (torch.zeros(4, 0, dtype=torch.bfloat16), False),
+    ],
+    ids=["dense", "narrow", "shifted", "transposed", "strided", "expanded", "part of wider rows", "empty"],
+)
+def test_descriptors_stand_for_aligned_dense_rows_alone(operand, described):
+    assert tiling(operand, operand).described is described
+
+
+@pytest.mark.parametrize("target", DESCRIBED)
+def test_what_is_launched_is_the_first_of_the_candidates(target):
+    assert CANDIDATES[target][0] == DESCRIBED[target]
+    assert len(set(CANDIDATES[target])) == len(CANDIDATES[target])
+    assert all(tile.described and not tile.upcast for tile in CANDIDATES[target])
 
 
 def on_gpu(*tensors):
@@ -242,6 +289,31 @@ def test_on_a_gpu_the_error_is_below_that_of_whole_logits_in_the_same_dtype(dtyp
     found, expected = linear_lse(hidden, weight, ids)[0], truth(hidden, weight, ids)[0]
     error, allowed = ((x.double() - expected).abs().max() for x in (found, eager))
     assert error <= 2 * allowed + 1e-6
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize(("n", "h", "v"), [(1000, 896, 32003), (37, 40, 131), (4096, 64, 151936)])
+def test_on_a_gpu_descriptors_and_pointers_agree(n, h, v, options, monkeypatch):
+    tensors = on_gpu(*make(n, h, v, dtype=torch.bfloat16, spread=0.1))
+    options = {name: torch.linspace(0.5, 2, v if name == "bias" else n).to(tensors[0].device)
+               if isinstance(value, torch.Tensor) and value.dim() else value for name, value in options.items()}  # fmt: skip
+    found = linear_lse(*tensors, **options)
+    monkeypatch.setattr(linear_lse_tiling, "_describable", lambda matrix: False)
+    for a, b in zip(found, linear_lse(*tensors, **options), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_every_candidate_gives_the_numbers(monkeypatch):
+    tensors = on_gpu(*make(1000, 896, 32003, dtype=torch.bfloat16, spread=0.1))
+    expected, target = truth(*tensors), torch.cuda.get_device_capability()
+    for tile in CANDIDATES.get(("cuda", 10 * target[0] + target[1]), ()):
+        monkeypatch.setattr(module, "tiling", lambda *operands, tile=tile: tile)
+        for name, a, b in zip(("logp", "lse"), linear_lse(*tensors), expected, strict=True):
+            torch.testing.assert_close(
+                a.double(), b, rtol=1e-5, atol=2e-5, msg=lambda m, n=name, t=tile: f"{t} {n}: {m}"
+            )
 
 
 @pytest.mark.gpu
@@ -274,8 +346,8 @@ def bad(name, value):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (bad("hidden", lambda t: t["hidden"][None]), r"hidden must have shape \(N, H\), got \(1, 37, 45\)"),
-        (bad("weight", lambda t: t["weight"].T), r"weight must have shape \(V, H\) = \(V, 45\) .* got \(45, 131\)"),
+        (bad("hidden", lambda t: t["hidden"][None]), r"hidden must have shape \(N, H\), got \(1, 37, 40\)"),
+        (bad("weight", lambda t: t["weight"].T), r"weight must have shape \(V, H\) = \(V, 40\) .* got \(40, 131\)"),
         (bad("ids", lambda t: t["ids"][1:]), r"ids must have shape \(37,\), got \(36,\)"),
         (bad("ids", lambda t: t["ids"].float()), "ids must be int64 or int32, got torch.float32"),
         (bad("bias", lambda t: torch.zeros(3)), r"bias must have shape \(131,\), got \(3,\)"),
