@@ -20,8 +20,8 @@ LIMIT = 1.5
 
 def overhead(case: Case, here: Stage) -> dict[str, Any]:
     """The whole call beside eager, where launches weigh most."""
-    turns = {"seconds": 0, "least": 1, "most": 1} if here.tiny else {}
-    rows, *_ = measure(case, here.device, ["rlvr_ops"], **turns)
+    turns: dict[str, Any] = {"seconds": 0, "least": 1, "most": 1} if here.tiny else {}
+    rows, *_ = measure(case, here.device, ["rlvr_ops"], strict=False, **turns)
     mine = next(row for row in rows if row["key"] == "rlvr_ops")
     ratio = mine["ratio_to_eager"]
     verdict = "ok" if ratio <= LIMIT else "NOT MET"

@@ -30,7 +30,7 @@ def main() -> None:
             print(f"no time for {case.name}", flush=True)
             continue
         try:
-            rows, absent, _ = measure(case, here.device, keys, **turns)
+            rows, absent, _ = measure(case, here.device, keys, strict=False, **turns)
             save(case, rows, absent, here.device, "python -m benchmarks.on_gpu", place)
             print(case.name, "done", flush=True)
         except (AssertionError, RuntimeError):  # out of memory is a RuntimeError

@@ -135,7 +135,9 @@ def draw_scaling(figure: Any, data: Data) -> None:
     for column, (varied, curve) in enumerate(curves.items()):
         for axes, index, unit, what in ((grid[0][column], 1, 1, "time"), (grid[1][column], 2, 1e6, "memory")):
             sizes = [point[0] for point in curve["points"]]
-            axes.loglog(sizes, [point[index] / unit for point in curve["points"]], "o-", color=COLOURS["ours"])
+            values = [point[index] / unit for point in curve["points"]]
+            axes.loglog(sizes, values, "o-", color=COLOURS["ours"])
+            axes.set_yticks(values, [f"{value:.3g}" for value in values])
             axes.set_title(f"{what} ~ {varied}^{curve['exponents'][what]:.2f}", fontsize=9)
             axes.set_xticks(sizes, [str(size) for size in sizes], rotation=45)
             axes.minorticks_off()

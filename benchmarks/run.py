@@ -23,19 +23,20 @@ def rounds(device: torch.device, *, quick: bool = False) -> dict[str, Any]:
 
 
 def measure(
-    case: Case, device: torch.device, keys: Collection[str] | None = None, **turns: Any
+    case: Case, device: torch.device, keys: Collection[str] | None = None, *, strict: bool = True, **turns: Any
 ) -> tuple[list[Row], list[Absent], dict[str, list[float]]]:
     """A row for each system among `keys` (None: all), who is missing, and each system's times in milliseconds.
 
-    Numerics are asserted before anything is timed.
+    Numerics are asserted before anything is timed. Without `strict` rlvr_ops may be further off than eager, so that a rare
+    machine's times are not lost over it; the errors say so.
 
     Raises:
-        AssertionError: rlvr_ops is further from the truth than eager.
+        AssertionError: rlvr_ops is further from the truth than eager, or computes something else.
     """
     chosen = [entry for entry in entries(case) if keys is None or entry.key in {*keys, *NEEDED}]
     batch = case.batch(device)
     systems, absent = _enter(chosen, case)
-    rows, failed = _numbers(systems, batch, case, device)
+    rows, failed = _numbers(systems, batch, case, device, strict)
     steps = [_step(system, batch, case) for system in systems if system.key in rows]
     if device.type == "cuda":
         interleave(steps, device, seconds=0, least=2, most=2)  # warm up
@@ -57,7 +58,7 @@ def _step(system: System, batch: Batch, case: Case) -> Step:
 
 
 def _numbers(
-    systems: list[System], batch: Batch, case: Case, device: torch.device
+    systems: list[System], batch: Batch, case: Case, device: torch.device, strict: bool
 ) -> tuple[dict[str, Row], list[Absent]]:
     """Errors and memory of each; whoever fails in its first call, or computes something else, is not timed."""
     rows: dict[str, Row] = {}
@@ -75,7 +76,7 @@ def _numbers(
                 raise
             failed.append(Absent(system.key, system.name, reason(error)))
             continue
-        if system.kind == "ours":
+        if system.kind == "ours" and strict:
             assert_ours(system, found, [r["errors"] for r in rows.values() if r["kind"] == "eager"])
         if is_comparable(found, case):
             rows[system.key] = row | memory | {"errors": found}
