@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import fields
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -11,6 +11,7 @@ from unittest import mock
 
 import torch
 from rlvr_kernels import dlogits, fused_policy, linear_lse, lse_fold, single_pass, weigh
+from rlvr_kernels.linear_lse_tiling import CANDIDATES, Tiling
 
 import rlvr_ops
 from benchmarks.cases import Batch, Case
@@ -50,18 +51,24 @@ def fused_or_separate(batch: Batch, case: Case) -> Iterator[Choice]:
 
 
 def tilings(batch: Batch, case: Case) -> Iterator[Choice]:
-    """linear_lse as it is tiled, and with other tiles, warps and stages."""
-    given = batch.hidden.flatten(0, 1), batch.weight, batch.ids.flatten()
-    step = partial(linear_lse.linear_lse, *given)
+    """linear_lse as it is tiled, as it could be on this GPU, and with tiles that any GPU takes."""
+    step = partial(linear_lse.linear_lse, batch.hidden.flatten(0, 1), batch.weight, batch.ids.flatten())
     yield {"what": "linear_lse as chosen"}, step
     if batch.hidden.device.type != "cuda":
         return
-    chosen = linear_lse.tiling(*given[:2])
-    tiles = ((128, 256), (256, 128), (128, 128), (64, 256))
-    for (rows, cols), warps, stages in itertools.product(tiles, (4, 8), (3, 4)):
-        other = replace(chosen, rows=rows, cols=cols, num_warps=warps, num_stages=stages)
+    known = CANDIDATES.get(("cuda", 10 * torch.cuda.get_device_capability()[0]), ())
+    tiles = itertools.product(((128, 256), (128, 128), (64, 256)), (32, 64), (4, 8), (3, 4))
+    plain = (Tiling(rows, cols, inner, warps, stages) for (rows, cols), inner, warps, stages in tiles)
+    for other in (*known, *plain):
         patch = mock.patch.object(linear_lse, "tiling", lambda *_, other=other: other)
-        yield {"what": "linear_lse", "tiling": str(other)}, partial(under, [patch], step)
+        yield {"what": "linear_lse", "tiling": _unlike(other)}, partial(under, [patch], step)
+
+
+def _unlike(tiling: Tiling) -> str:
+    """A tiling without what it leaves as it is by default."""
+    shown = {field.name: getattr(tiling, field.name) for field in fields(tiling)}
+    plain = {field.name: field.default for field in fields(tiling)}
+    return " ".join(f"{name}={value}" for name, value in shown.items() if value != plain[name])
 
 
 def workspaces(batch: Batch, case: Case) -> Iterator[Choice]:
