@@ -44,14 +44,10 @@ def dlogits(
         z = head.logits(tile[rows], bias, inv_temperature[rows], overwrite=in_place)
         logp = torch.sub(z, lse[rows, None], out=z if in_place else None)
         gradient = softmax_gradient(logp, ids[rows] - first_col, coef[rows], entropy, entropy_coef, rows)
-        store(out[rows], head.chain_(gradient, z, inv_temperature[rows]))
+        head.chain_(gradient, z, inv_temperature[rows])
+        if not in_place or out.dtype != gradient.dtype:  # else it was computed where it belongs
+            out[rows] = gradient
     return out
-
-
-def store(place: torch.Tensor, values: torch.Tensor) -> None:
-    """Write values to their place, unless they were computed there."""
-    if place.data_ptr() != values.data_ptr() or place.dtype != values.dtype:
-        place.copy_(values)
 
 
 def softmax_gradient(

@@ -13,8 +13,9 @@ import torch
 
 from rlvr_kernels._triton import dense, device_guard, jit, tl
 from rlvr_kernels.backend import use_triton
-from rlvr_kernels.dlogits import store
+from rlvr_kernels.dlogits import dlogits
 from rlvr_kernels.logits import Head, chain, load_logits, row_blocks
+from rlvr_kernels.lse_fold import RowState, lse_fold
 from rlvr_kernels.spec import PolicySpec
 from rlvr_kernels.token_terms import (
     asymmetric_weight,
@@ -39,12 +40,16 @@ class PolicyRows(NamedTuple):
 
 
 class FusedRows(NamedTuple):
-    """logp, lse, loss, coef = dL/dlogp of each row, all (n,); deferred rows have loss 0 and coef 1."""
+    """logp, lse, loss, coef = dL/dlogp of each row, all (n,); deferred rows have loss 0 and coef 1.
+
+    scale (n,) is what the tile's rows must still be multiplied by to be the gradient; None: they are it.
+    """
 
     logp: torch.Tensor
     lse: torch.Tensor
     loss: torch.Tensor
     coef: torch.Tensor
+    scale: torch.Tensor | None
 
 
 def fused_policy(
@@ -64,22 +69,33 @@ def fused_policy(
     out = tile if out is None else out
     if use_triton(tile, backend):
         return _fused_triton(tile, ids, rows, inv_temperature, spec, bias, head, out, deferred)
-    result = FusedRows(*(torch.empty_like(inv_temperature) for _ in FusedRows._fields))
-    in_place = out.data_ptr() == tile.data_ptr() and head.softcap is None  # the softcap's derivative needs z
+    if out.data_ptr() == tile.data_ptr() and tile.dtype == inv_temperature.dtype and head.softcap is None:
+        return _exponentials_in_place(tile, ids, rows, inv_temperature, spec, bias, head, deferred)
+    state = RowState.empty(tile.shape[0], tile)
+    lse_fold(tile, ids, 0, state, inv_temperature, bias=bias, head=head, backend="torch")
+    logp, lse = state.logp(), state.lse()
+    loss, coef = _weigh_rows(logp, rows, spec, deferred)
+    dlogits(tile, ids, 0, lse, coef, inv_temperature, bias=bias, head=head, out=out, backend="torch")
+    return FusedRows(logp, lse, loss, coef, None)
+
+
+def _exponentials_in_place(
+    tile: torch.Tensor, ids: torch.Tensor, rows: PolicyRows, inv_temperature: torch.Tensor, spec: PolicySpec,
+    bias: torch.Tensor | None, head: Head, deferred: bool,
+) -> FusedRows:  # fmt: skip
+    """Leave exp(z - max) - sum 1[j = y] in the tile, which times -coef / sum is the gradient: no pass for that product."""
+    maximum, target, total = (torch.empty_like(inv_temperature) for _ in range(3))
     for block in row_blocks(*tile.shape):
-        part = PolicyRows(*(None if x is None else x[block] for x in rows))  # type: ignore[arg-type]
-        z = head.logits(tile[block], bias, inv_temperature[block], overwrite=in_place)
-        maximum, target = z.amax(1), z.gather(1, ids[block, None])[:, 0]
-        mass = torch.sub(z, torch.where(maximum.isinf(), 0, maximum)[:, None], out=z if in_place else None).exp_()
-        total = mass.sum(1)
-        # In lse_fold's own order of operations, so that a policy and its reference scored there agree to the last bit.
-        logp, lse = (target - maximum) - total.log(), maximum + total.log()
-        loss, coef = _weigh_rows(logp, part, spec, deferred)
-        gradient = mass.mul_((-coef / total)[:, None]).scatter_add_(1, ids[block, None], coef[:, None])
-        store(out[block], head.chain_(gradient, z, inv_temperature[block]))
-        for whole, value in zip(result, (logp, lse, loss, coef), strict=True):
-            whole[block] = value
-    return result
+        z = head.logits(tile[block], bias, inv_temperature[block], overwrite=True)
+        torch.gather(z, 1, ids[block, None], out=target[block, None])
+        torch.amax(z, 1, out=maximum[block])
+        # A row of -inf alone has no maximum to take off: NaN, as in log_softmax.
+        torch.sum(z.sub_(maximum[block, None]).exp_(), 1, out=total[block])
+    # In lse_fold's own order of operations, so that a policy and its reference scored there agree to the last bit.
+    logp, lse = (target - maximum) - total.log(), maximum + total.log()
+    loss, coef = _weigh_rows(logp, rows, spec, deferred)
+    tile.scatter_add_(1, ids[:, None], -total[:, None])
+    return FusedRows(logp, lse, loss, coef, -coef * inv_temperature * head.logit_scale / total)
 
 
 def _weigh_rows(
@@ -97,14 +113,14 @@ def _fused_triton(
     tile: torch.Tensor, ids: torch.Tensor, rows: PolicyRows, inv_temperature: torch.Tensor, spec: PolicySpec,
     bias: torch.Tensor | None, head: Head, out: torch.Tensor, deferred: bool,
 ) -> FusedRows:  # fmt: skip
-    result = FusedRows(*(torch.empty_like(inv_temperature) for _ in FusedRows._fields))
+    result = FusedRows(*(torch.empty_like(inv_temperature) for _ in range(4)), None)
     if not tile.shape[0]:
         return result
     ids, inv_temperature, bias, *vectors = dense(ids, inv_temperature, bias, *rows)  # type: ignore[assignment]
     rows = PolicyRows(*vectors)  # type: ignore[arg-type]
     with device_guard(tile):
         fused_policy_kernel[(tile.shape[0],)](
-            tile, out, bias, ids, inv_temperature, rows.advantage, rows.scale, rows.old, rows.ref, rows.shift, *result,
+            tile, out, bias, ids, inv_temperature, rows.advantage, rows.scale, rows.old, rows.ref, rows.shift, *result[:4],
             tile.shape[1], tile.stride(0), out.stride(0), HAS_BIAS=bias is not None, HAS_OLD=rows.old is not None,
             HAS_REF=rows.ref is not None, HAS_SHIFT=rows.shift is not None, DEFERRED=deferred,
             BLOCK=BLOCK, num_warps=NUM_WARPS, **head.kernel_arguments(), **kernel_arguments(spec),

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 
+from rlvr_kernels import huge_pages
 from rlvr_kernels.dlogits import dlogits
 from rlvr_kernels.logits import Head, accumulator_dtype
 from rlvr_kernels.tile import Tile, accumulate, accumulator, bytes_per_logit, multiply, vocabulary_tile
@@ -49,8 +50,9 @@ def pull_back(
     """Pull rows (n,) back; hidden (n, H) and weight (V, H) have one dtype, d_weight gets `weight_dtype`."""
     rows, vocabulary = hidden.shape[0], weight.shape[0]
     d_hidden = accumulator((rows, hidden.shape[1]), hidden) if needs.hidden else None
-    fresh = torch.empty if rows else torch.zeros  # every slice is overwritten, if there is a row to do it
-    d_weight = fresh(weight.shape, dtype=weight_dtype, device=weight.device) if needs.weight else None
+    d_weight = huge_pages.empty(weight.shape, weight_dtype, weight.device) if needs.weight else None
+    if d_weight is not None and not rows:  # every slice is overwritten, if there is a row to do it
+        d_weight.zero_()
     d_bias = (
         torch.zeros(vocabulary, dtype=accumulator_dtype(hidden.dtype), device=weight.device) if needs.bias else None
     )

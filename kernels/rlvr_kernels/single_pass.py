@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 
+from rlvr_kernels import huge_pages
 from rlvr_kernels.dlogits import dlogits
 from rlvr_kernels.fused_policy import PolicyRows, fused_policy
 from rlvr_kernels.logits import Head, accumulator_dtype
@@ -114,7 +115,9 @@ def single_pass(
     plan = list(chunks(rows.lengths, limit, token_local))
     largest = max((chunk.stop - chunk.start for chunk in plan), default=0)
     tile = Tile(TileShape(largest, vocabulary), weight.dtype, weight.device)
-    fusable = not with_entropy and (token_local or (rows.old is None and not needs.bias))
+    # A coefficient that comes later goes into the hidden states, which rounds them once more where they are narrow.
+    deferrable = weight.dtype == accumulator_dtype(weight.dtype) or (rows.old is None and not needs.bias)
+    fusable = not with_entropy and (token_local or deferrable)
     step = _Step(
         weight, bias, head, spec, backend, tile, weigher,
         fused=fusable, deferred=not token_local, with_entropy=with_entropy, entropy_coef=entropy_coef,
@@ -157,7 +160,7 @@ def single_pass(
         if d_weight is not None:
             accumulate(d_weight, out.gradient.T, states, first=i == 0)
         if d_bias is not None:
-            d_bias += out.gradient.sum(0, dtype=d_bias.dtype)
+            d_bias += _sum_of_rows(out.gradient, out.scale, d_bias.dtype)
     if d_weight is not None and not plan:
         d_weight.zero_()
     gradients = Gradients(d_hidden, None if d_weight is None else d_weight.to(weight_dtype), d_bias)
@@ -167,8 +170,13 @@ def single_pass(
 def _weight_accumulator(weight: torch.Tensor, weight_dtype: torch.dtype, count: int) -> torch.Tensor:
     """One chunk can be written straight to the gradient's dtype; several need an accumulator."""
     if count <= 1:
-        return torch.empty(weight.shape, dtype=weight_dtype, device=weight.device)
+        return huge_pages.empty(weight.shape, weight_dtype, weight.device)
     return accumulator(weight.shape, weight)
+
+
+def _sum_of_rows(gradient: torch.Tensor, scale: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    """The sum (V,) of gradient (k, V) over its rows, each times its scale."""
+    return gradient.sum(0, dtype=dtype) if scale is None else torch.mv(gradient.T.to(dtype), scale)
 
 
 def _known_shift(rows: Rows, spec: PolicySpec, backend: str) -> torch.Tensor:
@@ -199,7 +207,7 @@ class _Pulled(NamedTuple):
 class _Step:
     """From a chunk's hidden states to its logits' gradient in the tile.
 
-    `fused` if the coefficient is known row by row, or (`deferred`) if on policy: it is multiplied in afterwards.
+    `fused` if the coefficient is known row by row, or (`deferred`) may be multiplied in afterwards.
     """
 
     def __init__(
@@ -225,11 +233,14 @@ class _Step:
             logits, rows.ids[part], policy, rows.inv_temperature[part], self.spec,
             bias=self.bias, head=self.head, out=gradient, deferred=self.deferred, backend=self.backend,
         )  # fmt: skip
-        coef = self._coef(fused.logp, rows, chunk) if self.deferred else fused.coef
-        keep, scale = _rows_to_keep(coef), coef
+        coef, scale = fused.coef, fused.scale
+        if self.deferred:
+            coef = self._coef(fused.logp, rows, chunk)
+            scale = coef if scale is None else coef * scale
+        keep = _rows_to_keep(coef)
         if keep is not None:
-            gradient, scale = _move_up(gradient, keep), coef[keep]
-        return _Pulled(fused.logp, None, coef, keep, gradient, scale if self.deferred else None)
+            gradient, scale = _move_up(gradient, keep), None if scale is None else scale[keep]
+        return _Pulled(fused.logp, None, coef, keep, gradient, scale)
 
     def _separate(self, logits: torch.Tensor, rows: Rows, chunk: Chunk) -> _Pulled:
         part = slice(chunk.start, chunk.stop)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 
+from rlvr_kernels import huge_pages
 from rlvr_kernels.logits import accumulator_dtype
 
 NARROWEST = 4096  # columns of a tile before its rows are cut as well
@@ -63,7 +64,7 @@ class Tile:
     def __init__(self, shape: TileShape, dtype: torch.dtype, device: torch.device):
         size = shape.rows * shape.cols
         wide = widens(device, dtype)
-        self._logits = torch.empty(size, dtype=torch.float32 if wide else dtype, device=device)
+        self._logits = huge_pages.empty((size,), torch.float32 if wide else dtype, device)
         self._gradient = torch.empty(size, dtype=dtype, device=device) if wide else self._logits
 
     def fill(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -104,4 +105,4 @@ def accumulate(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, first: 
 
 def accumulator(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
     """An uninitialised accumulator for products of tensors like `like`."""
-    return torch.empty(shape, dtype=accumulator_dtype(like.dtype), device=like.device)
+    return huge_pages.empty(shape, accumulator_dtype(like.dtype), like.device)
