@@ -103,17 +103,17 @@ def spread(times: list[float]) -> dict[str, float]:
     return found | {"runs": len(times)}
 
 
-def bare_matmuls(case: Case, batch: Batch, *, recompute: bool = False) -> Step:
+def bare_matmuls(case: Case, batch: Batch) -> Callable[..., None]:
     """The products that the case cannot do without, over the active rows, into memory that is there already: the floor.
 
-    With `recompute` the logits twice: the floor of two passes.
+    Called with recompute=True it computes the logits twice: the floor of two passes.
     """
     hidden = batch.hidden.detach().flatten(0, 1)[: case.active_rows].contiguous()
     weight = batch.weight.detach()
     logits = torch.empty(case.active_rows, case.vocabulary, dtype=weight.dtype, device=weight.device)
     d_hidden, d_weight = torch.empty_like(hidden), torch.empty_like(weight)
 
-    def step() -> None:
+    def step(recompute: bool = False) -> None:
         for _ in range(2 if recompute else 1):
             torch.mm(hidden, weight.T, out=logits)
         if case.products >= 2:
