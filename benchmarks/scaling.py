@@ -8,7 +8,6 @@ nothing else. The sweep over ranks times one rank's slice of the vocabulary (ben
 """
 
 import argparse
-import json
 import math
 import os
 import statistics
@@ -23,7 +22,8 @@ from rlvr_kernels.tile import bytes_per_logit, default_workspace_bytes, whole_ro
 
 from benchmarks.cases import Batch, Case
 from benchmarks.measure import Step, bare_matmuls, interleave, milliseconds, peak_bytes, spread
-from benchmarks.report import device_name, folder, versions
+from benchmarks.provenance import clocks, commit, device_name, versions
+from benchmarks.report import folder, write
 from benchmarks.shards import Shard, look, pull
 from rlvr_ops import ace_loss
 
@@ -140,9 +140,11 @@ def result(points: list[Point], bandwidth: float, base: Case, device: torch.devi
     }
     return {
         "device": device_name(device),
-        "versions": versions(),
-        "command": command,
+        "clocks": clocks(device),
         "load_average": os.getloadavg()[0],
+        "versions": versions(),
+        "commit": commit(),
+        "command": command,
         "base": base.describe(),
         "rates": rates._asdict(),
         "points": [predict(point, rates, base, device) for point in points],
@@ -163,14 +165,13 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.shape:
         base = replace(base, **dict(zip(("rows", "hidden", "vocabulary"), arguments.shape, strict=True)))
     place = arguments.out or folder(device)
-    place.mkdir(parents=True, exist_ok=True)
     bandwidth = copy_bandwidth(device, COPIED_BYTES[device.type])
     points: list[Point] = []
     for varied in (*SIZES, "ranks"):
-        least = 3 if arguments.seconds else 1
+        least = 1 if not arguments.seconds else 20 if device.type == "cuda" else 3
         points += sweep(base, varied, device, seconds=arguments.seconds, least=least, most=100)
         stored = result(points, bandwidth, base, device, "python -m benchmarks.scaling")
-        (place / "scaling.json").write_text(json.dumps(stored, indent=1) + "\n")
+        write(place / "scaling.json", stored)
         print(varied, {key: round(value, 3) for key, value in stored["exponents"][varied].items()}, flush=True)
         if device.type == "cuda":
             torch.cuda.empty_cache()
