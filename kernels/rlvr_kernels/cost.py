@@ -190,18 +190,32 @@ def equal_chunks(p: Problem, workspace_bytes: int) -> int:
     return limit and -(-p.scored // max(1, -(-p.scored // limit)))
 
 
-def cheapest(p: Problem, workspace_bytes: int, rates: Rates, *, longest: int = 1) -> Cost:
+def best_two_pass(p: Problem, workspace_bytes: int, rates: Rates) -> Cost:
+    """Two passes with none, half or 3/4 of the workspace given to kept logits, whichever takes the least time.
+
+    What is kept is columns of all the scored rows; it saves their products for the active ones.
+    """
+    found = []
+    for tile_bytes in (workspace_bytes, workspace_bytes // 2, workspace_bytes // 4):
+        kept = min(p.scored, (workspace_bytes - tile_bytes) // (p.vocabulary * p.tile_bytes))
+        cached = kept * p.active // max(p.scored, 1)
+        found.append(two_pass(p, rates, tile_bytes=max(tile_bytes, p.logit_bytes), cached_rows=cached))
+    return min(found, key=lambda cost: cost.seconds)
+
+
+def cheapest(
+    p: Problem, workspace_bytes: int, rates: Rates, *, longest: int = 1, slice_bytes: int | None = None
+) -> Cost:
     """The schedule that takes the least time (by MARGIN) within the workspace, with its chunk_rows or cached_rows.
 
-    `longest` rows must share a chunk of a single pass. Two passes may give none, half or 3/4 of the workspace to kept
-    logits. Deterministic; about a tenth of a millisecond.
+    `longest` rows must share a chunk of a single pass; slice_bytes is the workspace of two passes where that is another one.
+    Deterministic; about a tenth of a millisecond.
     """
+    slice_bytes = workspace_bytes if slice_bytes is None else slice_bytes
     if not (p.needs_hidden or p.needs_weight):
-        return forward_only(p, rates, tile_bytes=workspace_bytes)
-    found = []
-    if whole_row_tile(p.vocabulary, p.logit_bytes, workspace_bytes) >= max(longest, 1):
-        found.append(single_pass(p, rates, chunk_rows=max(longest, equal_chunks(p, workspace_bytes))))
-    for tile_bytes in (workspace_bytes, workspace_bytes // 2, workspace_bytes // 4):
-        cached = min(p.active, (workspace_bytes - tile_bytes) // (p.vocabulary * p.tile_bytes))
-        found.append(two_pass(p, rates, tile_bytes=max(tile_bytes, p.logit_bytes), cached_rows=cached))
-    return min(found, key=lambda cost: cost.seconds * (MARGIN if cost.schedule == "two_pass" else 1))
+        return forward_only(p, rates, tile_bytes=slice_bytes)
+    twice = best_two_pass(p, slice_bytes, rates)
+    if whole_row_tile(p.vocabulary, p.logit_bytes, workspace_bytes) < max(longest, 1):
+        return twice
+    once = single_pass(p, rates, chunk_rows=max(longest, equal_chunks(p, workspace_bytes)))
+    return twice if MARGIN * twice.seconds < once.seconds else once
