@@ -1,6 +1,6 @@
 """How time and memory grow with rows, vocabulary, hidden size and ranks, and how well the cost model foresees it.
 
-python -m benchmarks.scaling [--device cpu] [--seconds 20] [--out DIR]
+python -m benchmarks.scaling [--device cpu] [--seconds 20] [--shape N H V] [--out DIR]
 
 writes DIR/scaling.json, by default under benchmarks/results/<device>/. A sweep varies one size around the base in five
 points, which take turns. The model's rates are fitted from the bare matrix products and a copy of the same run, and from
@@ -158,11 +158,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seconds", type=float, default=20, help="of each sweep, at the least")
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--shape", type=int, nargs=3, metavar=("N", "H", "V"), help="the base, if not the device's own")
+    parser.add_argument("--shape", type=int, nargs=3, metavar=("N", "H", "V"), help="another base")
     arguments = parser.parse_args(argv)
     device = torch.device(arguments.device)
-    base = BASES[device.type]
+    base, command = BASES[device.type], f"python -m benchmarks.scaling --seconds {arguments.seconds:g}"
     if arguments.shape:
+        command += f" --shape {' '.join(map(str, arguments.shape))}"
         base = replace(base, **dict(zip(("rows", "hidden", "vocabulary"), arguments.shape, strict=True)))
     place = arguments.out or folder(device)
     bandwidth = copy_bandwidth(device, COPIED_BYTES[device.type])
@@ -170,7 +171,7 @@ def main(argv: list[str] | None = None) -> None:
     for varied in (*SIZES, "ranks"):
         least = 1 if not arguments.seconds else 20 if device.type == "cuda" else 3
         points += sweep(base, varied, device, seconds=arguments.seconds, least=least, most=100)
-        stored = result(points, bandwidth, base, device, "python -m benchmarks.scaling")
+        stored = result(points, bandwidth, base, device, command)
         write(place / "scaling.json", stored)
         print(varied, {key: round(value, 3) for key, value in stored["exponents"][varied].items()}, flush=True)
         if device.type == "cuda":

@@ -8,7 +8,7 @@ from rlvr_kernels.logits import TWIN_BLOCK_BYTES
 from rlvr_kernels.pull_back import Needs, pull_back
 from rlvr_kernels.score import score
 
-from benchmarks import scaling
+from benchmarks import scaling, scaling_page
 from benchmarks.cases import Case
 from benchmarks.layouts import INFINIBAND, NVLINK, Job, bandwidth, layouts, rows_dominate, step, weights_dominate
 from benchmarks.measure import peak_bytes
@@ -146,15 +146,20 @@ def test_a_sweep_varies_one_size_alone():
 def test_one_command_measures_and_keeps_what_the_page_needs(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(scaling, "COPIED_BYTES", {"cpu": 1 << 16})
     arguments = ["--device", "cpu", "--seconds", "0", "--shape", "32", "8", "80"]
-    scaling.main([*arguments, "--out", str(tmp_path)])
-    stored = json.loads((tmp_path / "scaling.json").read_text())
+    scaling.main([*arguments, "--out", str(tmp_path / "here")])
+    stored = json.loads((tmp_path / "here" / "scaling.json").read_text())
     assert {"device", "versions", "command", "points", "exponents", "rates"} <= set(stored)
+    assert stored["command"] == "python -m benchmarks.scaling --seconds 0 --shape 32 8 80"
     assert set(stored["exponents"]) == {"N", "V", "H", "ranks"}
     assert [point["varied"] for point in stored["points"]] == ["N"] * 5 + ["V"] * 5 + ["H"] * 5 + ["ranks"] * 4
     for point in stored["points"]:
         assert min(point[key] for key in ("median_ms", "products_ms", "predicted_ms", "predicted_peak_bytes")) > 0
         assert point["measured_over_predicted"] == pytest.approx(point["median_ms"] / point["predicted_ms"])
     assert "ranks" in capsys.readouterr().out
+    monkeypatch.setattr(scaling_page, "RESULTS", tmp_path)
+    shown = scaling_page.measured()
+    assert stored["device"] in shown
+    assert len([line for line in shown.splitlines() if line.startswith("| ranks |")]) == 1 + 4
 
 
 def test_the_page_is_what_the_command_writes():
