@@ -1,6 +1,7 @@
 """Compile every Triton kernel of the library for GPUs that need not be present, and tabulate what each one uses.
 
-    python -m rlvr_kernels.compile_table [--markdown] [--target sm_90 ...] [--only linear_lse ...]
+    python -m rlvr_kernels.compile_table [--target sm_90 ...] [--only linear_lse ...]
+    python -m rlvr_kernels.compile_table --record     # in the repository: what the tests and docs/kernels.md hold
 
 The library's own functions are called on meta tensors of a language model's size (launches.py) while a driver without a
 GPU stands in for Triton's. Each kernel is compiled by Triton's own just-in-time path, specialised as it would be there
@@ -10,38 +11,27 @@ Registers and stack come from the binary: cuobjdump for NVIDIA, the code object'
 
 import argparse
 import contextlib
+import json
 import multiprocessing
 import re
 import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 from rlvr_kernels._triton import HAS_TRITON, interpreting, triton
+from rlvr_kernels.compile_targets import LIMITS, TARGETS, Target, occupancy
 from rlvr_kernels.launches import LAUNCHES
 
-
-@dataclass(frozen=True)
-class Target:
-    """A GPU architecture: how Triton calls it, and the bytes of shared memory that one program may use."""
-
-    backend: str
-    arch: int | str
-    warp_size: int
-    shared_limit: int
-
-
-TARGETS = {
-    "sm_80": Target("cuda", 80, 32, 163 * 1024),
-    "sm_90": Target("cuda", 90, 32, 227 * 1024),
-    "sm_100": Target("cuda", 100, 32, 227 * 1024),
-    "sm_120": Target("cuda", 120, 32, 99 * 1024),
-    "gfx942": Target("hip", "gfx942", 64, 64 * 1024),
-}
+RECORD, PAGE = Path("tests/kernels/compiled.json"), Path("docs/kernels.md")
+BEGIN, END = "<!-- compile table: written by --record -->", "<!-- end of the compile table -->"
+LEGEND = (
+    "registers / bytes of stack (spills) / KiB of shared memory (warps) programs per processor and what limits them"
+)
 
 
 @dataclass(frozen=True)
@@ -49,7 +39,8 @@ class Usage:
     """What a compiled kernel uses: a thread's registers (AMD: vector registers), bytes of its stack and of shared memory.
 
     The stack is where spilled registers go; the kernels have nothing else to put there. matrix_unit is the instruction
-    family that multiplies, or nothing where the ordinary arithmetic units do.
+    family that multiplies, or nothing where the ordinary arithmetic units do; bulk_copies counts the places where TMA
+    reads, and in_flight is how many groups of Hopper's matrix instructions may still run when a wait in the code is over.
     """
 
     variant: str
@@ -59,7 +50,18 @@ class Usage:
     registers: int
     stack: int
     shared: int
-    matrix_unit: str
+    matrix_unit: str = ""
+    bulk_copies: int = 0
+    in_flight: int = 0
+
+    def occupancy(self) -> tuple[int, tuple[str, ...]]:
+        """(programs per processor, what limits them)."""
+        return occupancy(TARGETS[self.target], self.num_warps, self.registers, self.shared)
+
+    def __str__(self) -> str:
+        programs, limits = self.occupancy()
+        used = f"{self.registers} / {self.stack} / {self.shared / 1024:.0f} ({self.num_warps})"
+        return f"{used} {programs}{''.join(LIMITS[name] for name in limits)}"
 
 
 class _Driver:
@@ -120,8 +122,13 @@ def usage(variant: str, kernel: str, target: str, compiled: Any) -> Usage:
     """Read a compiled kernel's use of the machine out of its binary."""
     asm, meta = compiled.asm, compiled.metadata
     registers, stack = _nvidia(asm["cubin"]) if "cubin" in asm else _amd(asm["amdgcn"])
-    units = re.findall(r"wgmma|tcgen05|mma\.sync|mfma", asm["ptx"] if "ptx" in asm else asm["amdgcn"])
-    return Usage(variant, kernel, target, meta.num_warps, registers, stack, meta.shared, units[0] if units else "")
+    text = asm["ptx"] if "ptx" in asm else asm["amdgcn"]
+    units = re.findall(r"wgmma|tcgen05|mma\.sync|mfma", text)
+    waits = [int(groups) for groups in re.findall(r"wgmma\.wait_group\.sync\.aligned (\d+)", text)]
+    return Usage(
+        variant, kernel, target, meta.num_warps, registers, stack, meta.shared, units[0] if units else "",
+        text.count("cp.async.bulk.tensor"), max(waits, default=0),
+    )  # fmt: skip
 
 
 def _nvidia(cubin: bytes) -> tuple[int, int]:
@@ -157,15 +164,14 @@ def _use_cache(folder: str) -> None:
 
 
 def table(rows: Sequence[Usage], *, markdown: bool = False) -> str:
-    """One line per variant and kernel, one column per target: registers / stack / KiB of shared memory (warps).
+    """One line per variant and kernel, one column per target, whose cells LEGEND explains.
 
     A second kernel of a variant is left out where it is the same as before.
     """
     targets = list(dict.fromkeys(row.target for row in rows))
     cells: dict[tuple[str, str], dict[str, str]] = {}
     for row in rows:
-        used = f"{row.registers} / {row.stack} / {row.shared / 1024:.0f} ({row.num_warps})"
-        cells.setdefault((row.variant, row.kernel), {})[row.target] = used
+        cells.setdefault((row.variant, row.kernel), {})[row.target] = str(row)
     lines, variants, seen = [["variant", "kernel", *targets]], set(), set()
     for (variant, kernel), used_on in cells.items():
         line = [kernel, *(used_on.get(target, "") for target in targets)]
@@ -181,16 +187,41 @@ def table(rows: Sequence[Usage], *, markdown: bool = False) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in padded)
 
 
+def load(path: Path) -> tuple[str, list[Usage]]:
+    """(Triton's version, usages) that --record wrote."""
+    found = json.loads(path.read_text())
+    return found["triton"], [Usage(**row) for row in found["usages"]]
+
+
+def with_table(page: str, rows: Sequence[Usage]) -> str:
+    """The page with its table replaced."""
+    before, rest = page.split(BEGIN)
+    return f"{before}{BEGIN}\n\n{table(rows, markdown=True)}\n\n{END}{rest.split(END)[1]}"
+
+
+def record(rows: Sequence[Usage]) -> None:
+    """Write what the tests and the page hold, below the current folder."""
+    lines = ",\n".join(json.dumps(asdict(row)) for row in rows)
+    RECORD.write_text(f'{{"triton": "{triton.__version__}", "usages": [\n{lines}\n]}}\n')
+    PAGE.write_text(with_table(PAGE.read_text(), rows))
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Print the table."""
+    """Print the table, or record it."""
     parser = argparse.ArgumentParser(prog="python -m rlvr_kernels.compile_table", description=__doc__.split("\n")[0])
-    parser.add_argument("--markdown", action="store_true", help="print a Markdown table")
+    parser.add_argument("--record", action="store_true", help=f"write all of it to {RECORD} and {PAGE}")
     parser.add_argument("--target", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="variants whose name begins so")
     parser.add_argument("--processes", type=int, default=2)
     chosen = parser.parse_args(arguments)
-    print("registers per thread / bytes of stack (spills) / KiB of shared memory (warps)\n")
-    print(table(compile_all(chosen.target, chosen.only, chosen.processes), markdown=chosen.markdown))
+    if chosen.record and (
+        chosen.only or chosen.target != list(TARGETS) or not (RECORD.parent.is_dir() and PAGE.exists())
+    ):
+        parser.error("--record takes every variant and target, and the repository as current folder")
+    rows = compile_all(chosen.target, chosen.only, chosen.processes)
+    if chosen.record:
+        record(rows)
+    print(LEGEND, table(rows), sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -93,6 +93,7 @@ LAUNCHES: dict[str, Callable[[], Any]] = {
     "linear_lse bf16": lambda: _linear_lse(_bf16, _bf16),
     "linear_lse bf16, bias": lambda: _linear_lse(_bf16, _bf16, bias=meta(V)),
     "linear_lse bf16, softcap": lambda: _linear_lse(_bf16, _bf16, softcap=30.0),
+    "linear_lse bf16, bias, softcap": lambda: _linear_lse(_bf16, _bf16, bias=meta(V), softcap=30.0),
     "linear_lse bf16, odd H": lambda: _linear_lse(_bf16, _bf16, h=H + 1),
     "linear_lse bf16 by fp32": lambda: _linear_lse(_bf16, _fp32, bias=meta(V), softcap=30.0),
     "linear_lse bf16 by fp32, odd H": lambda: _linear_lse(_bf16, _fp32, h=H + 1),

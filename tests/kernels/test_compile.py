@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 import rlvr_kernels
-from rlvr_kernels.compile_table import TARGETS, Usage, compile_all, recorded, table
+from rlvr_kernels._triton import triton
+from rlvr_kernels.compile_table import LEGEND, PAGE, RECORD, Usage, compile_all, load, recorded, table, with_table
+from rlvr_kernels.compile_targets import TARGETS, occupancy
 from rlvr_kernels.launches import LAUNCHES
 
 ROOT = Path(__file__).parents[2]
@@ -17,7 +19,7 @@ NVIDIA = [name for name, target in TARGETS.items() if target.backend == "cuda"]
 def usages(request):
     found = compile_all(processes=os.cpu_count() or 1)
     with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
-        print("\nregisters / stack / KiB of shared memory (warps)", table(found), sep="\n")
+        print(f"\n{LEGEND}", table(found), sep="\n")
     return found
 
 
@@ -56,6 +58,41 @@ def test_half_precision_goes_to_the_tensor_cores(usages, target, unit):
 
 
 @pytest.mark.compile
+@pytest.mark.parametrize("target", ["sm_90", "sm_100"])
+def test_half_precision_is_read_by_bulk_copies_while_the_tensor_cores_multiply(usages, target):
+    found = [
+        u for u in on(usages, target) if u.kernel == "linear_lse_kernel" and u.variant.startswith("linear_lse bf16")
+    ]
+    found = [u for u in found if "odd H" not in u.variant and "fp32" not in u.variant]
+    assert len(found) == 4
+    assert all(u.bulk_copies >= 2 for u in found)
+    if target == "sm_90":
+        assert {u.in_flight for u in found} == {1}  # the loop waits for the product before the one it has just begun
+
+
+@pytest.mark.compile
+def test_no_kernel_takes_more_than_was_recorded(usages):
+    """Up to a tenth more registers; python -m rlvr_kernels.compile_table --record, if it is meant."""
+    version, rows = load(ROOT / RECORD)
+    if triton.__version__ != version:
+        pytest.skip(
+            f"the record is of Triton {version}, this is {triton.__version__}: other figures, and nothing to compare"
+        )
+    before = {(u.variant, u.kernel, u.target): u for u in rows}
+    assert before.keys() == {(u.variant, u.kernel, u.target) for u in usages}
+    pairs = [(before[u.variant, u.kernel, u.target], u) for u in usages]
+    worse = [
+        (old, new)
+        for old, new in pairs
+        if new.registers > 1.1 * old.registers
+        or new.stack > old.stack
+        or new.shared > old.shared
+        or new.occupancy()[0] < old.occupancy()[0]
+    ]
+    assert worse == []
+
+
+@pytest.mark.compile
 @pytest.mark.parametrize("target", NVIDIA)
 def test_float32_is_never_rounded_to_tf32(usages, target):
     assert [u for u in on(usages, target) if "fp32" in u.variant and u.matrix_unit] == []
@@ -83,25 +120,43 @@ def test_every_kernel_that_the_library_launches_is_compiled(usages):
     assert {usage.kernel for usage in usages} == launched
 
 
-def test_the_documented_table_has_the_registrys_variants_and_targets():
-    text = (ROOT / "docs" / "kernels.md").read_text()
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if "_kernel " in line]
-    rows = [row for row in rows if len(row) == 2 + len(TARGETS)]
-    header = next(line for line in text.splitlines() if line.startswith("| variant"))
-    assert {row[0] for row in rows} == set(LAUNCHES)
-    assert [cell.strip() for cell in header.split("|")[3:-1]] == list(TARGETS)
-    spilled = [row for row in rows for cell in row[2 : 2 + len(NVIDIA)] if cell and cell.split(" / ")[1] != "0"]
-    assert spilled == []
+def test_the_record_has_every_variant_on_every_target():
+    rows = load(ROOT / RECORD)[1]
+    assert {(u.variant, u.target) for u in rows} == {(variant, target) for variant in LAUNCHES for target in TARGETS}
+    assert [u for u in rows if u.stack and u.target in NVIDIA] == []
+
+
+def test_the_documented_table_is_the_record():
+    page = (ROOT / PAGE).read_text()
+    assert page == with_table(page, load(ROOT / RECORD)[1]), "python -m rlvr_kernels.compile_table --record writes it"
 
 
 def test_the_table_names_a_second_kernel_once():
-    rows = [Usage(v, k, "sm_90", 4, 32, 0, 2048, "") for v in ("a", "b") for k in ("main_kernel", "combine_kernel")]
+    rows = [Usage(v, k, "sm_90", 4, 32, 0, 2048) for v in ("a", "b") for k in ("main_kernel", "combine_kernel")]
     assert table(rows).splitlines() == [
         "variant  kernel          sm_90",
-        "a        main_kernel     32 / 0 / 2 (4)",
-        "a        combine_kernel  32 / 0 / 2 (4)",
-        "b        main_kernel     32 / 0 / 2 (4)",
+        "a        main_kernel     32 / 0 / 2 (4) 16rw",
+        "a        combine_kernel  32 / 0 / 2 (4) 16rw",
+        "b        main_kernel     32 / 0 / 2 (4) 16rw",
     ]
+
+
+@pytest.mark.parametrize(
+    ("target", "num_warps", "registers", "shared", "programs", "limits"),
+    [
+        ("sm_90", 8, 40, 0, 6, ["registers"]),  # 512 / 40 = 12 warps a scheduler, 48 in all, and 48 / 8
+        ("sm_90", 8, 255, 150 << 10, 1, ["registers", "shared memory"]),
+        ("sm_90", 4, 128, 113 << 10, 2, ["shared memory"]),  # 2 x (113 + 1) KiB is all there is
+        ("sm_90", 4, 128, (113 << 10) + 1, 1, ["shared memory"]),
+        ("sm_90", 1, 16, 0, 32, ["programs"]),
+        ("sm_80", 8, 32, 0, 8, ["registers", "warps"]),
+        ("sm_120", 8, 32, 0, 6, ["warps"]),
+        ("gfx942", 8, 128, 32 << 10, 2, ["registers", "shared memory"]),  # 4 waves a SIMD, 16 in all
+        ("gfx942", 8, 129, 0, 1, ["registers"]),  # 136 registers: 3 waves a SIMD, 12 in all
+    ],
+)
+def test_occupancy_is_what_the_scarcest_resource_allows(target, num_warps, registers, shared, programs, limits):
+    assert occupancy(TARGETS[target], num_warps, registers, shared) == (programs, tuple(limits))
 
 
 @pytest.mark.interpret
