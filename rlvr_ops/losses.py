@@ -3,7 +3,6 @@
 import torch
 from rlvr_kernels.logits import Head, accumulator_dtype
 from rlvr_kernels.spec import choose
-from rlvr_kernels.tile import default_workspace_bytes
 from torch import Tensor
 
 from rlvr_ops import arguments, ops
@@ -123,12 +122,11 @@ def policy_loss(
         with_entropy: report the scored rows' mean entropy in the metrics; costs no extra matmul.
         schedule: "single_pass" computes gradients while each chunk's logits exist (6NVH); "two_pass" recomputes the
             logits in backward (8NVH) for the rows that have a gradient; "forward_only" gives no gradient; "auto" takes
-            single_pass if the longest rollout fits the workspace or the loss is local to tokens, and two_pass
-            otherwise; also where `score_inactive` scores rows of which less than 2/3 can have a gradient, and for
-            float16, whose gradients would underflow before a loss scale reached them. The metric `head/single_pass` says
-            which it was.
-        workspace_bytes: the most that the logits and their gradient may occupy; None: 2 GiB on an accelerator, 160 MiB
-            on CPU.
+            whichever a model of their FLOPs and bytes expects to be faster (`rlvr_kernels.cost`), and two_pass where the
+            longest rollout does not fit the workspace of a single pass, and for float16, whose gradients would underflow
+            before a loss scale reached them. The metric `head/single_pass` says which it was.
+        workspace_bytes: the most that the logits and their gradient may occupy. None: 160 MiB on CPU; on an accelerator
+            2 GiB for a single pass and 384 MiB for two passes. Two passes given more keep logits for backward.
         backend: "auto", "triton" or "torch"; see `rlvr_ops.explain_backend`.
         validate: also check the inputs for NaN and inf, and ids on an accelerator; costs host syncs.
 
@@ -175,7 +173,7 @@ def policy_loss(
         hidden_states.reshape(-1, hidden_states.shape[-1]), lm_head_weight, lm_head_bias, completion_ids.reshape(-1),
         layout.mask if score_all else given.worth_scoring(layout, alive),
         arguments.inverse_temperature(temperature, layout, device, given.advantages.dtype), encode(head), dtype,
-        default_workspace_bytes(device) if workspace_bytes is None else workspace_bytes, backend,
+        workspace_bytes, backend,
         with_entropy or hyper.wants_entropy,
     )  # fmt: skip
     if call.workspace_bytes == 0 and call.with_entropy:

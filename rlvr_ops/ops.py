@@ -14,6 +14,7 @@ from rlvr_kernels.pull_back import pull_back as pull_back_rows
 from rlvr_kernels.score import score as score_rows
 from rlvr_kernels.single_pass import Rows, Weigher
 from rlvr_kernels.single_pass import single_pass as single_pass_rows
+from rlvr_kernels.tile import Kept, kept_shape, logit_dtype
 from rlvr_kernels.weigh import STATISTICS
 from rlvr_kernels.weigh import weigh as weigh_rows
 from torch import Tensor
@@ -58,41 +59,74 @@ def _spread(values: Tensor | None, rows: Tensor | None, like: Tensor) -> Tensor:
 @torch.library.custom_op("rlvr_ops::score", mutates_args=())
 def score(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, scored: Tensor | None, inv_temperature: Tensor, head: str,
-    dtype: torch.dtype, entropy: bool, mean: bool, top1: bool, squares: bool, workspace_bytes: int, backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(logp, lse, entropy, mean logit, top1, sum p^2), each (R,), 0 where not scored and empty where not asked for."""
+    dtype: torch.dtype, entropy: bool, mean: bool, top1: bool, squares: bool, workspace_bytes: int, keep_bytes: int, backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(logp, lse, entropy, mean logit, top1, sum p^2), each (R,), 0 where not scored and empty where not asked for.
+
+    And, of keep_bytes, as many columns' logits of the scored rows as they hold, for the backward pass.
+    """
     with _no_autocast(hidden):
         rows = _rows_of(scored)
+        states = _chosen(hidden, rows).to(dtype)
+        kept = _kept_logits(hidden, weight, dtype, keep_bytes)
         out = score_rows(
-            _chosen(hidden, rows).to(dtype), weight.to(dtype), _chosen(ids, rows), _chosen(inv_temperature, rows), bias=bias,
+            states, weight.to(dtype), _chosen(ids, rows), _chosen(inv_temperature, rows), bias=bias,
             head=decode_head(head), entropy=entropy, mean=mean, top1=top1, squares=squares,
-            workspace_bytes=workspace_bytes, backend=backend,
+            workspace_bytes=workspace_bytes, kept=_as_rows(kept, states.shape[0], weight.shape[0]), backend=backend,
         )  # fmt: skip
         logp, lse, *others = (_spread(x, rows, hidden) for x in out)
-        return logp, lse, others[0], others[1], others[2], others[3]
+        return logp, lse, others[0], others[1], others[2], others[3], kept
+
+
+def _kept_logits(hidden: Tensor, weight: Tensor, dtype: torch.dtype, keep_bytes: int) -> Tensor:
+    """An uninitialised buffer for the logits to keep, whose size depends on no data."""
+    dtype = logit_dtype(hidden.device, dtype)
+    return hidden.new_empty(min(keep_bytes // dtype.itemsize, hidden.shape[0] * weight.shape[0]), dtype=dtype)
+
+
+def _as_rows(kept: Tensor, rows: int, vocabulary: int) -> Tensor:
+    """The buffer as (rows, C)."""
+    shape = kept_shape(rows, vocabulary, kept.shape[0])
+    return kept[: shape[0] * shape[1]].view(shape)
 
 
 @score.register_fake
 def _(
-    hidden, weight, bias, ids, scored, inv_temperature, head, dtype, entropy, mean, top1, squares, workspace_bytes, backend
+    hidden, weight, bias, ids, scored, inv_temperature, head, dtype, entropy, mean, top1, squares, workspace_bytes, keep_bytes,
+    backend,
 ):  # fmt: skip
     def made(wanted: bool, dtype: torch.dtype = inv_temperature.dtype) -> Tensor:
         return hidden.new_empty(hidden.shape[0], dtype=dtype) if wanted else hidden.new_empty(0)
 
-    return made(True), made(True), made(entropy), made(mean), made(top1, torch.bool), made(squares)
+    kept = _kept_logits(hidden, weight, dtype, keep_bytes)
+    return made(True), made(True), made(entropy), made(mean), made(top1, torch.bool), made(squares), kept
 
 
 def _save_score(ctx, inputs, output):
-    hidden, weight, bias, ids, _scored, inv_temperature, head, dtype, has_entropy, *_, workspace_bytes, backend = inputs
+    (
+        hidden,
+        weight,
+        bias,
+        ids,
+        scored,
+        inv_temperature,
+        head,
+        dtype,
+        has_entropy,
+        *_,
+        workspace_bytes,
+        _keep,
+        backend,
+    ) = inputs
     ctx.set_materialize_grads(False)
-    _logp, lse, entropy, mean, top1, squares = output
-    ctx.mark_non_differentiable(lse, mean, top1, squares)
-    ctx.save_for_backward(hidden, weight, bias, ids, inv_temperature, lse, entropy)
+    _logp, lse, entropy, mean, top1, squares, kept = output
+    ctx.mark_non_differentiable(lse, mean, top1, squares, kept)
+    ctx.save_for_backward(hidden, weight, bias, ids, scored, inv_temperature, lse, entropy, kept)
     ctx.constants = (has_entropy, head, dtype, workspace_bytes, backend)
 
 
 def _backward_score(ctx, d_logp, d_lse, d_entropy, *others):
-    hidden, weight, bias, ids, inv_temperature, lse, entropy = ctx.saved_tensors
+    hidden, weight, bias, ids, scored, inv_temperature, lse, entropy, kept = ctx.saved_tensors
     has_entropy, head, dtype, workspace_bytes, backend = ctx.constants
     d_entropy = d_entropy if has_entropy else None
     needs = ctx.needs_input_grad[:3]
@@ -100,21 +134,9 @@ def _backward_score(ctx, d_logp, d_lse, d_entropy, *others):
     if (d_logp is not None or d_entropy is not None) and any(needs):
         coef = torch.zeros_like(lse) if d_logp is None else d_logp
         found = pull_back(
-            hidden,
-            weight,
-            bias,
-            ids,
-            inv_temperature,
-            lse,
-            coef,
-            entropy,
-            d_entropy,
-            head,
-            dtype,
-            *needs,
-            workspace_bytes,
-            backend,
-        )
+            hidden, weight, bias, ids, scored, inv_temperature, lse, coef, entropy, d_entropy, kept, head, dtype, *needs,
+            workspace_bytes, backend,
+        )  # fmt: skip
         grads[:3] = [grad if need else None for grad, need in zip(found, needs, strict=True)]
     return tuple(grads)
 
@@ -124,23 +146,36 @@ score.register_autograd(_backward_score, setup_context=_save_score)
 
 @torch.library.custom_op("rlvr_ops::pull_back", mutates_args=())
 def pull_back(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, inv_temperature: Tensor, lse: Tensor, coef: Tensor,
-    entropy: Tensor, entropy_coef: Tensor | None, head: str, dtype: torch.dtype,
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, scored: Tensor | None, inv_temperature: Tensor,
+    lse: Tensor, coef: Tensor, entropy: Tensor, entropy_coef: Tensor | None, kept: Tensor, head: str, dtype: torch.dtype,
     need_hidden: bool, need_weight: bool, need_bias: bool, workspace_bytes: int, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """d_hidden (R, H), d_weight (V, H), d_bias (V,), empty where not needed; rows with coefficient 0 never reach a matmul."""
     with _no_autocast(hidden):
-        rows = _rows_of(coef != 0 if entropy_coef is None else (coef != 0) | (entropy_coef != 0))
+        alive = coef != 0 if entropy_coef is None else (coef != 0) | (entropy_coef != 0)
+        rows = _rows_of(alive if scored is None else alive & scored)
         needs = Needs(need_hidden, need_weight, need_bias)
         found = pull_back_rows(
             _chosen(hidden, rows).to(dtype), weight.to(dtype), _chosen(ids, rows), _chosen(inv_temperature, rows),
             _chosen(lse, rows), _chosen(coef, rows).contiguous(), entropy=None if entropy_coef is None else _chosen(entropy, rows),
             entropy_coef=None if entropy_coef is None else _chosen(entropy_coef, rows).contiguous(), bias=bias,
-            head=decode_head(head), needs=needs, weight_dtype=weight.dtype, workspace_bytes=workspace_bytes, backend=backend,
+            head=decode_head(head), needs=needs, weight_dtype=weight.dtype, workspace_bytes=workspace_bytes,
+            kept=_kept_rows(kept, scored, rows, hidden.shape[0], weight.shape[0]), backend=backend,
         )  # fmt: skip
         d_hidden = None if found.hidden is None else found.hidden.to(hidden.dtype)
         d_bias = None if found.bias is None or bias is None else found.bias.to(bias.dtype)
         return _spread(d_hidden, rows, hidden), _or_empty(found.weight, hidden), _or_empty(d_bias, hidden)
+
+
+def _kept_rows(kept: Tensor, scored: Tensor | None, rows: Tensor | None, total: int, vocabulary: int) -> Kept | None:
+    """The kept logits of the rows (n,) among `total` that are pulled back, None meaning all."""
+    if not kept.numel():
+        return None
+    scored_rows = _rows_of(scored)
+    if scored_rows is None:
+        return Kept(_as_rows(kept, total, vocabulary), rows)
+    assert rows is not None  # not all are scored, so not all are pulled back
+    return Kept(_as_rows(kept, scored_rows.shape[0], vocabulary), torch.searchsorted(scored_rows, rows))
 
 
 def _or_empty(values: Tensor | None, like: Tensor) -> Tensor:
@@ -149,23 +184,9 @@ def _or_empty(values: Tensor | None, like: Tensor) -> Tensor:
 
 @pull_back.register_fake
 def _(
-    hidden,
-    weight,
-    bias,
-    ids,
-    inv_temperature,
-    lse,
-    coef,
-    entropy,
-    entropy_coef,
-    head,
-    dtype,
-    need_hidden,
-    need_weight,
-    need_bias,
-    workspace_bytes,
-    backend,
-):
+    hidden, weight, bias, ids, scored, inv_temperature, lse, coef, entropy, entropy_coef, kept, head, dtype,
+    need_hidden, need_weight, need_bias, workspace_bytes, backend,
+):  # fmt: skip
     return _fake_gradients(hidden, weight, bias, need_hidden, need_weight, need_bias)
 
 

@@ -4,7 +4,8 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import torch
-from rlvr_kernels.tile import bytes_per_logit, whole_row_tile
+from rlvr_kernels.cost import H100_BF16, Problem, Rates, best_two_pass, cheapest, cpu_fp32
+from rlvr_kernels.tile import bytes_per_logit, default_workspace_bytes, whole_row_tile
 from rlvr_kernels.weigh import STATISTICS
 from torch import Tensor
 
@@ -44,7 +45,7 @@ class HeadCall(NamedTuple):
     inv_temperature: Tensor
     head: str
     dtype: torch.dtype
-    workspace_bytes: int
+    workspace_bytes: int | None
     backend: str
     with_entropy: bool
 
@@ -61,11 +62,29 @@ class HeadCall(NamedTuple):
         """Whether a gradient may be float16, which has to meet the loss scale before it is rounded: in backward."""
         return torch.float16 in (self.dtype, self.hidden.dtype, self.weight.dtype)
 
+    def workspace(self, *, whole_rows: bool) -> int:
+        """The workspace's bytes: what the caller gave, else the default for tiles of whole rows, or of slices."""
+        if self.workspace_bytes is not None:
+            return self.workspace_bytes
+        return default_workspace_bytes(self.weight.device, whole_rows=whole_rows)
+
     def whole_rows(self) -> int:
         """How many rows fit the workspace with all their logits."""
-        return whole_row_tile(
-            self.weight.shape[0], bytes_per_logit(self.weight.device, self.dtype), self.workspace_bytes
-        )
+        logit = bytes_per_logit(self.weight.device, self.dtype)
+        return whole_row_tile(self.weight.shape[0], logit, self.workspace(whole_rows=True))
+
+    def problem(self, scored: int, active: int) -> Problem:
+        """What the cost model is asked about."""
+        hidden, weight, _ = self.needs()
+        return Problem(
+            rows=self.hidden.shape[0], hidden=self.hidden.shape[1], vocabulary=self.weight.shape[0], scored=scored, active=active,
+            operand_bytes=self.dtype.itemsize, logit_bytes=bytes_per_logit(self.weight.device, self.dtype),
+            weight_grad_bytes=self.weight.dtype.itemsize, needs_hidden=hidden, needs_weight=weight,
+        )  # fmt: skip
+
+    def rates(self) -> Rates:
+        """Of the device's kind; the ratio of its numbers is what the choice hangs on."""
+        return cpu_fp32(torch.get_num_threads()) if self.hidden.device.type == "cpu" else H100_BF16
 
 
 def choose_schedule(schedule: str, call: HeadCall, loss: Loss, alive: Tensor | None) -> str:
@@ -90,10 +109,12 @@ def choose_schedule(schedule: str, call: HeadCall, loss: Loss, alive: Tensor | N
         return schedule
     if not any(call.needs()) or not fits or call.is_half():
         return "two_pass"
-    if alive is None or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
         return "single_pass"
-    scored = loss.layout.rows if call.scored is None else int(call.scored.sum())
-    return "two_pass" if 3 * int(alive.sum()) < 2 * scored else "single_pass"
+    scored = loss.layout.rows if call.scored is None or alive is None else int(call.scored.sum())
+    active = scored if alive is None else int(alive.sum())
+    problem, slices = call.problem(scored, active), call.workspace(whole_rows=False)
+    return cheapest(problem, call.workspace(whole_rows=True), call.rates(), slice_bytes=slices).schedule
 
 
 def _single_pass_fits(call: HeadCall, loss: Loss) -> bool:
@@ -109,14 +130,14 @@ def _single_pass_fits(call: HeadCall, loss: Loss) -> bool:
 
 def _too_long(call: HeadCall, loss: Loss) -> str:
     row = call.weight.shape[0] * bytes_per_logit(call.weight.device, call.dtype)
-    limit = call.whole_rows()
+    limit, workspace = call.whole_rows(), call.workspace(whole_rows=True)
     if limit == 0:
-        return f"workspace_bytes must hold one row of logits for schedule='single_pass', {row} bytes, got {call.workspace_bytes}"
+        return f"workspace_bytes must hold one row of logits for schedule='single_pass', {row} bytes, got {workspace}"
     longest = loss.layout.longest()
     would_be_local = replace(loss.hyper.spec, confidence="old").is_token_local(has_old=True)
     local = "confidence='old', " if would_be_local and loss.hyper.function is None else ""
     return (
-        f"schedule='single_pass' needs each rollout in one chunk, and workspace_bytes={call.workspace_bytes} holds {limit} rows "
+        f"schedule='single_pass' needs each rollout in one chunk, and workspace_bytes={workspace} holds {limit} rows "
         f"but the longest rollout has {longest}: give workspace_bytes >= {longest * row}, {local}or schedule='two_pass'"
     )
 
@@ -127,7 +148,7 @@ def single_pass(call: HeadCall, loss: Loss) -> LossOutput:
     arguments = (
         call.hidden, call.weight, call.bias, call.ids, call.scored, call.inv_temperature, given.old, given.ref,
         given.behaviour(hyper), given.advantages, layout.cu_seqlens, weights, encode(hyper.spec), call.head, call.dtype,
-        *call.needs(), call.with_entropy, hyper.entropy_coef, call.workspace_bytes, call.backend,
+        *call.needs(), call.with_entropy, hyper.entropy_coef, call.workspace(whole_rows=True), call.backend,
     )  # fmt: skip
     function = hyper.function
     out = ops.single_pass(*arguments) if function is None else single_pass_of(function, *arguments)
@@ -140,9 +161,11 @@ def single_pass(call: HeadCall, loss: Loss) -> LossOutput:
 def two_pass(call: HeadCall, loss: Loss) -> LossOutput:
     """The loss from scores, whose backward recomputes the logits of the rows that have a gradient."""
     hyper = loss.hyper
+    workspace = call.workspace(whole_rows=False)
+    keep = _bytes_to_keep(call, workspace)
     logp, _lse, entropy, *_ = ops.score(
         call.hidden, call.weight, call.bias, call.ids, call.scored, call.inv_temperature, call.head, call.dtype,
-        call.with_entropy, False, False, False, call.workspace_bytes, call.backend,
+        call.with_entropy, False, False, False, workspace - keep, keep, call.backend,
     )  # fmt: skip
     kept = None
     if hyper.top_entropy_quantile < 1:
@@ -157,6 +180,15 @@ def two_pass(call: HeadCall, loss: Loss) -> LossOutput:
     count = pulled_back.sum().to(coef.dtype) if any(call.needs()) else coef.new_zeros(())
     metrics |= _head_metrics(call, loss.layout, count, single=False)
     return LossOutput(value, metrics, _present(logp.detach(), call.scored, loss.layout))
+
+
+def _bytes_to_keep(call: HeadCall, workspace: int) -> int:
+    """How much of the workspace holds logits from scoring until backward, which need not be recomputed there."""
+    if not any(call.needs()) or torch.compiler.is_compiling():
+        return 0
+    rows = call.hidden.shape[0]
+    problem = call.problem(rows, rows)
+    return best_two_pass(problem, workspace, call.rates()).cached_rows * problem.vocabulary * problem.tile_bytes
 
 
 def weigh(

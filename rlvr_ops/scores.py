@@ -74,11 +74,11 @@ def token_logps(
     statistics = with_entropy or with_self_certainty or with_top1 or with_sum_p_squared
     _check_zero_workspace(workspace_bytes, statistics, hidden_states, lm_head_weight, lm_head_bias)
     device = hidden_states.device
-    logp, lse, entropy, mean, top1, squares = ops.score(
+    logp, lse, entropy, mean, top1, squares, _kept = ops.score(
         hidden_states.reshape(-1, hidden_states.shape[-1]), lm_head_weight, lm_head_bias, completion_ids.reshape(-1), layout.mask,
         arguments.inverse_temperature(temperature, layout, device, accumulator_dtype(dtype)), encode(head), dtype,
         with_entropy, with_self_certainty, with_top1, with_sum_p_squared,
-        default_workspace_bytes(device) if workspace_bytes is None else workspace_bytes, backend,
+        default_workspace_bytes(device, whole_rows=False) if workspace_bytes is None else workspace_bytes, 0, backend,
     )  # fmt: skip
     certainty = lse - mean - math.log(lm_head_weight.shape[0]) if with_self_certainty else None
     return TokenScores(

@@ -113,7 +113,8 @@ def _fused_triton(
     tile: torch.Tensor, ids: torch.Tensor, rows: PolicyRows, inv_temperature: torch.Tensor, spec: PolicySpec,
     bias: torch.Tensor | None, head: Head, out: torch.Tensor, deferred: bool,
 ) -> FusedRows:  # fmt: skip
-    result = FusedRows(*(torch.empty_like(inv_temperature) for _ in range(4)), None)
+    logp, lse, loss, coef = (torch.empty_like(inv_temperature) for _ in range(4))
+    result = FusedRows(logp, lse, loss, coef, None)
     if not tile.shape[0]:
         return result
     ids, inv_temperature, bias, *vectors = dense(ids, inv_temperature, bias, *rows)  # type: ignore[assignment]

@@ -1,4 +1,5 @@
-"""pull_back: from dL/dlogp (and dL/dH) to the gradients of hidden states, weight and bias; 6NVH FLOPs, logits recomputed.
+"""pull_back: from dL/dlogp (and dL/dH) to the gradients of hidden states, weight and bias; 4NVH FLOPs, and 2NVH for
+the logits that scoring has not kept.
 
 The vocabulary is the outer loop: each slice of the weight's gradient is written once, by the matmul's own float32
 accumulator, and no float32 copy of the whole of it exists. The hidden states' gradient accumulates in float32.
@@ -11,7 +12,16 @@ import torch
 from rlvr_kernels import huge_pages
 from rlvr_kernels.dlogits import dlogits
 from rlvr_kernels.logits import Head, accumulator_dtype
-from rlvr_kernels.tile import Tile, accumulate, accumulator, bytes_per_logit, multiply, vocabulary_tile
+from rlvr_kernels.tile import (
+    Kept,
+    Tile,
+    accumulate,
+    accumulator,
+    bytes_per_logit,
+    column_slices,
+    multiply,
+    vocabulary_tile,
+)
 
 
 class Needs(NamedTuple):
@@ -45,9 +55,13 @@ def pull_back(
     needs: Needs,
     weight_dtype: torch.dtype,
     workspace_bytes: int,
+    kept: Kept | None = None,
     backend: str = "auto",
 ) -> Gradients:
-    """Pull rows (n,) back; hidden (n, H) and weight (V, H) have one dtype, d_weight gets `weight_dtype`."""
+    """Pull rows (n,) back; hidden (n, H) and weight (V, H) have one dtype, d_weight gets `weight_dtype`.
+
+    The logits that are kept are read and left as they are; the others are recomputed.
+    """
     rows, vocabulary = hidden.shape[0], weight.shape[0]
     d_hidden = accumulator((rows, hidden.shape[1]), hidden) if needs.hidden else None
     d_weight = huge_pages.empty(weight.shape, weight_dtype, weight.device) if needs.weight else None
@@ -58,24 +72,29 @@ def pull_back(
     )
     shape = vocabulary_tile(rows, vocabulary, bytes_per_logit(hidden.device, hidden.dtype), workspace_bytes)
     tile = Tile(shape, hidden.dtype, hidden.device)
-    for col in range(0, vocabulary, shape.cols):
-        part = slice(col, min(col + shape.cols, vocabulary))
+    kept_cols = 0 if kept is None else kept.logits.shape[1]
+    for part in column_slices(vocabulary, shape.cols, kept_cols):
         slice_total = None  # float32 accumulator of this slice, where its rows come in several pieces
         for row in range(0, rows, shape.rows):
             some = slice(row, min(row + shape.rows, rows))
-            logits = tile.fill(hidden[some], weight[part])
+            if kept is not None and part.start < kept_cols:
+                logits = tile.fetch(kept, some, part)
+            else:
+                logits = tile.fill(hidden[some], weight[part])
             gradient = dlogits(
-                logits, ids[some], col, lse[some], coef[some], inv_temperature[some],
+                logits, ids[some], part.start, lse[some], coef[some], inv_temperature[some],
                 entropy=None if entropy is None else entropy[some],
                 entropy_coef=None if entropy_coef is None else entropy_coef[some],
                 bias=None if bias is None else bias[part], head=head, out=tile.gradient(*logits.shape), backend=backend,
             )  # fmt: skip
             if d_hidden is not None:
-                accumulate(d_hidden[some], gradient, weight[part], first=col == 0)
+                accumulate(d_hidden[some], gradient, weight[part], first=part.start == 0)
             if d_weight is not None and shape.rows >= rows:
                 multiply(gradient.T, hidden[some], out=d_weight[part])
             elif d_weight is not None:
-                slice_total = accumulator((part.stop - col, hidden.shape[1]), hidden) if row == 0 else slice_total
+                slice_total = (
+                    accumulator((part.stop - part.start, hidden.shape[1]), hidden) if row == 0 else slice_total
+                )
                 accumulate(slice_total, gradient.T, hidden[some], first=row == 0)  # type: ignore[arg-type]
             if d_bias is not None:
                 d_bias[part] += gradient.sum(0, dtype=d_bias.dtype)

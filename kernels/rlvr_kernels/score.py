@@ -10,7 +10,7 @@ import torch
 from rlvr_kernels.linear_lse import linear_lse
 from rlvr_kernels.logits import Head
 from rlvr_kernels.lse_fold import RowState, lse_fold
-from rlvr_kernels.tile import Tile, bytes_per_logit, vocabulary_tile
+from rlvr_kernels.tile import Tile, bytes_per_logit, multiply, vocabulary_tile
 
 
 class Scores(NamedTuple):
@@ -37,11 +37,13 @@ def score(
     top1: bool = False,
     squares: bool = False,
     workspace_bytes: int,
+    kept: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> Scores:
     """Score ids (n,) under hidden (n, H) and weight (V, H), which have one dtype.
 
-    workspace_bytes=0 takes `linear_lse`, which needs none and gives no statistics beyond logp and lse.
+    kept (n, C) is filled with the raw logits of the first C columns, see `tile.Kept`. workspace_bytes=0 takes
+    `linear_lse`, which needs none and gives no statistics beyond logp and lse.
     """
     rows, vocabulary = hidden.shape[0], weight.shape[0]
     if workspace_bytes == 0 and not (entropy or mean or top1 or squares):
@@ -59,23 +61,27 @@ def score(
             )
         )
     state = RowState.empty(rows, hidden, entropy=entropy, mean=mean, squares=squares)
+
+    def fold(logits: torch.Tensor, some: slice, part: slice) -> None:
+        lse_fold(
+            logits, ids[some], part.start, state[some], inv_temperature[some],
+            bias=None if bias is None else bias[part], head=head, backend=backend,
+        )  # fmt: skip
+
+    first = 0
+    if kept is not None and kept.numel():
+        first = kept.shape[1]
+        multiply(hidden, weight[:first].T, out=kept)
+        fold(kept, slice(0, rows), slice(0, first))
+    if first == vocabulary:
+        return finish(state, vocabulary, top1)
     shape = vocabulary_tile(rows, vocabulary, bytes_per_logit(hidden.device, hidden.dtype), workspace_bytes)
     tile = Tile(shape, hidden.dtype, hidden.device)
     for row in range(0, rows, shape.rows):
         some = slice(row, min(row + shape.rows, rows))
-        for col in range(0, vocabulary, shape.cols):
+        for col in range(first, vocabulary, shape.cols):
             part = slice(col, min(col + shape.cols, vocabulary))
-            logits = tile.fill(hidden[some], weight[part])
-            lse_fold(
-                logits,
-                ids[some],
-                col,
-                state[some],
-                inv_temperature[some],
-                bias=None if bias is None else bias[part],
-                head=head,
-                backend=backend,
-            )
+            fold(tile.fill(hidden[some], weight[part]), some, part)
     return finish(state, vocabulary, top1)
 
 

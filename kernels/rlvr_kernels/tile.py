@@ -5,6 +5,7 @@ the gradient gets a low-precision buffer of its own beside the tile; elsewhere t
 gradient overwrites it. Gradients always accumulate in float32 (float64 for float64).
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from rlvr_kernels import huge_pages
 from rlvr_kernels.logits import accumulator_dtype
 
 NARROWEST = 4096  # columns of a tile before its rows are cut as well
+KEPT_COLUMNS = 128  # so that kept rows begin where wide loads may
 PRODUCT_ROWS = 8192  # rows of an accumulator that a matmul which cannot accumulate in float32 updates at a time
 
 
@@ -26,9 +28,20 @@ def bytes_per_logit(device: torch.device, dtype: torch.dtype) -> int:
     return 4 + dtype.itemsize if widens(device, dtype) else dtype.itemsize
 
 
-def default_workspace_bytes(device: torch.device) -> int:
-    """2 GiB on an accelerator, 160 MiB on a CPU: the time is flat above these and the memory is not (docs/performance-log.md)."""
-    return 160 << 20 if device.type == "cpu" else 2 << 30
+def default_workspace_bytes(device: torch.device, *, whole_rows: bool = True) -> int:
+    """160 MiB on a CPU: the time is flat above it and the memory is not (docs/performance-log.md).
+
+    On an accelerator, predicted: 2 GiB for a single pass, whose tile holds whole rows and which adds to the weight's gradient
+    for every tile; 384 MiB where the tile is a slice of the vocabulary, enough for 8192 rows by 8192 columns.
+    """
+    if device.type == "cpu":
+        return 160 << 20
+    return 2 << 30 if whole_rows else 384 << 20
+
+
+def logit_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """What the products of `dtype` operands write logits in."""
+    return torch.float32 if widens(device, dtype) else dtype
 
 
 class TileShape(NamedTuple):
@@ -58,13 +71,34 @@ def whole_row_tile(vocabulary: int, logit_bytes: int, workspace_bytes: int) -> i
     return workspace_bytes // (vocabulary * logit_bytes)
 
 
+class Kept(NamedTuple):
+    """Raw logits (m, C) of the vocabulary's first C columns that scoring has left for pull back; `rows` (n,) says which of the m
+    rows are pulled back, None all of them."""
+
+    logits: torch.Tensor
+    rows: torch.Tensor | None = None
+
+
+def kept_shape(rows: int, vocabulary: int, elements: int) -> tuple[int, int]:
+    """(rows, C): how many columns' logits of all rows a buffer of `elements` keeps, a multiple of KEPT_COLUMNS or all."""
+    cols = elements // max(rows, 1)
+    return rows, vocabulary if cols >= vocabulary else cols // KEPT_COLUMNS * KEPT_COLUMNS
+
+
+def column_slices(vocabulary: int, cols: int, kept: int) -> Iterator[slice]:
+    """Slices of at most `cols` columns, first those that are kept, then the others."""
+    for first, last in ((0, kept), (kept, vocabulary)):
+        for col in range(first, last, cols):
+            yield slice(col, min(col + cols, last))
+
+
 class Tile:
     """The workspace: buffers for `shape` logits and their gradient, reused for every piece of the vocabulary."""
 
     def __init__(self, shape: TileShape, dtype: torch.dtype, device: torch.device):
         size = shape.rows * shape.cols
         wide = widens(device, dtype)
-        self._logits = huge_pages.empty((size,), torch.float32 if wide else dtype, device)
+        self._logits = huge_pages.empty((size,), logit_dtype(device, dtype), device)
         self._gradient = torch.empty(size, dtype=dtype, device=device) if wide else self._logits
 
     def fill(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -73,6 +107,14 @@ class Tile:
         logits = self._logits[: rows * cols].view(rows, cols)
         multiply(hidden, weight.T, out=logits)
         return logits
+
+    def fetch(self, kept: Kept, some: slice, part: slice) -> torch.Tensor:
+        """The raw logits (n, c) of some of the rows that are pulled back, not to be written: a view, or a copy in the tile."""
+        if kept.rows is None:
+            return kept.logits[some, part]
+        rows = kept.rows[some]
+        logits = self._logits[: rows.shape[0] * (part.stop - part.start)].view(rows.shape[0], -1)
+        return torch.index_select(kept.logits[:, part], 0, rows, out=logits)
 
     def gradient(self, rows: int, cols: int) -> torch.Tensor:
         """Where the gradient of the tile goes, (n, c): the tile itself unless the matmul widens."""

@@ -70,6 +70,7 @@ class RowCounter:
             return fill(this, hidden, weight)
 
         monkeypatch.setattr(tile.Tile, "fill", counted_fill)
+        self._count_kept(monkeypatch)
         for module in ("single_pass", "pull_back"):
             for name in ("multiply", "accumulate"):
                 self._count(monkeypatch, f"rlvr_kernels.{module}.{name}", getattr(tile, name))
@@ -82,6 +83,14 @@ class RowCounter:
             return original(*args, **kwargs)
 
         monkeypatch.setattr(path, counted)
+
+    def _count_kept(self, monkeypatch):
+        def counted(hidden, columns, *, out):
+            self.filled.append((hidden.shape[0], columns.shape[1]))
+            return multiply(hidden, columns, out=out)
+
+        multiply = tile.multiply
+        monkeypatch.setattr("rlvr_kernels.score.multiply", counted)
 
     def rows_scored(self):
         """Rows times columns over V: whole rows' worth of logits computed."""
@@ -107,12 +116,49 @@ def test_masked_rows_and_rollouts_without_advantage_are_never_multiplied(schedul
     )
     out.loss.backward()
     active = 5 * 20
-    assert counter.rows_scored() == active * (2 if schedule == "two_pass" else 1)
+    assert counter.rows_scored() == active, "the workspace holds all logits, so two passes keep them"
     assert {rows for rows, *_ in counter.pulled} == {active}
     assert out.metrics["head/rows_scored"] == out.metrics["head/rows_pulled_back"] == active
     assert not hidden.grad[2:5].any()
     assert not hidden.grad[:, 20:].any()
     assert hidden.grad[5:, :20].any(-1).all()
+
+
+def two_passes(keep_bytes, monkeypatch, batch, **keywords):
+    """Metrics, loss and gradients, from two backward passes over one graph, with some logits kept between the passes."""
+    hidden, weight, ids, advantages, ref = batch
+    monkeypatch.setattr("rlvr_ops.schedules._bytes_to_keep", lambda *_: keep_bytes)
+    out = rlvr_ops.ace_loss(
+        hidden, weight, ids, advantages, ref_per_token_logps=ref, schedule="two_pass", workspace_bytes=WORKSPACE * 8, **keywords
+    )  # fmt: skip
+    once = torch.autograd.grad(out.loss, (hidden, weight), retain_graph=True)
+    again = torch.autograd.grad(out.loss, (hidden, weight))
+    for a, b in zip(once, again, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+    return {name: int(out.metrics[f"head/rows_{name}"]) for name in ("scored", "pulled_back")}, (
+        out.loss.detach(),
+        *once,
+    )
+
+
+@pytest.mark.parametrize("keep", [128, 1000, V], ids=lambda keep: f"{keep} columns")
+@pytest.mark.parametrize("which", ["all", "masked", "clipped"])
+@pytest.mark.parametrize("head", [{}, {"softcap": 3.0}, {"entropy_coef": 0.1}], ids=str)
+def test_kept_logits_change_nothing_but_the_work(keep, which, head, monkeypatch):
+    batch = make_batch()
+    keywords = dict(head)
+    if which == "masked":
+        batch[3][2:5] = 0
+        keywords["completion_mask"] = torch.arange(T).expand(B, T) < torch.arange(20, 20 + B)[:, None]
+    if which == "clipped":
+        keywords["old_per_token_logps"] = batch[4] - 2.0 * (torch.arange(T) % 3 == 0)
+    rows, plain = two_passes(0, monkeypatch, batch, **keywords)
+    counter = RowCounter(monkeypatch)
+    _, kept = two_passes(keep * rows["scored"] * 4, monkeypatch, batch, **keywords)
+    for a, b in zip(kept, plain, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    share = 1.0 if keep == V else keep // 128 * 128 / V
+    assert counter.rows_scored() == pytest.approx(rows["scored"] + 2 * rows["pulled_back"] * (1 - share))
 
 
 @pytest.mark.parametrize("schedule", ["single_pass", "two_pass"])

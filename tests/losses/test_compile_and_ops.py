@@ -43,11 +43,11 @@ def test_a_head_survives_its_text(head):
     assert decode_head(encode(head)) == head
 
 
-@pytest.mark.parametrize(("scored", "statistics"), [(True, (False,) * 4), (False, (True,) * 4)])
-def test_opcheck_score(flat, scored, statistics):
+@pytest.mark.parametrize(("scored", "statistics", "keep"), [(True, (False,) * 4, 0), (False, (True,) * 4, 1 << 20)])
+def test_opcheck_score(flat, scored, statistics, keep):
     batch, *_, hidden, weight, bias, cool = flat
     mask = batch.mask if scored else None
-    args = (hidden, weight, bias, batch.ids, mask, cool, HEAD, torch.float64, *statistics, ROOM, "torch")
+    args = (hidden, weight, bias, batch.ids, mask, cool, HEAD, torch.float64, *statistics, ROOM, keep, "torch")
     torch.library.opcheck(ops.score, args)
 
 
@@ -55,9 +55,10 @@ def test_opcheck_pull_back(flat):
     batch, rows, _advantages, _weights, hidden, weight, bias, cool = flat
     coef = torch.randn(rows, dtype=torch.float64) * batch.mask
     lse, entropy = torch.rand(2, rows, dtype=torch.float64)
-    inputs = (hidden.detach(), weight.detach(), bias.detach(), batch.ids, cool, lse, coef)
+    inputs = (hidden.detach(), weight.detach(), bias.detach(), batch.ids, batch.mask, cool, lse, coef)
+    kept = torch.randn(int(batch.mask.sum()) * weight.shape[0], dtype=torch.float64)
     for entropy_coef, needs in ((None, (False, True, False)), (coef * 0.1, (True, True, True))):
-        args = (*inputs, entropy, entropy_coef, HEAD, torch.float64, *needs, ROOM, "torch")
+        args = (*inputs, entropy, entropy_coef, kept, HEAD, torch.float64, *needs, ROOM, "torch")
         torch.library.opcheck(ops.pull_back, args)
 
 
