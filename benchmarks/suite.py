@@ -43,7 +43,7 @@ GPU_CASES = [
     *_VARIED[3:],
 ]
 
-_QUICK_CPU = Case("ace", 128, 128, 8192, 16)
+_QUICK_CPU = Case("ace", 128, 256, 4096, 16)
 _QUICK_GPU = Case("ace", 2048, 1024, 32768, 16, "bfloat16")
 
 
@@ -51,4 +51,4 @@ def cases(device_type: str, *, quick: bool) -> list[Case]:
     """The suite for a device; `quick` has small shapes, for a run under 3 minutes."""
     if device_type == "cuda":
         return [*variations(_QUICK_GPU), replace(_QUICK_GPU, rows=65536, hidden=128)] if quick else GPU_CASES
-    return [*variations(_QUICK_CPU), replace(_QUICK_CPU, rows=2048, hidden=32)] if quick else CPU_CASES
+    return [*variations(_QUICK_CPU), replace(_QUICK_CPU, rows=4096, hidden=32)] if quick else CPU_CASES
