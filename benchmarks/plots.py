@@ -33,9 +33,12 @@ def title_of(result: Result) -> str:
 
 
 def bars(results: list[Result], key: str, unit: float) -> Data:
-    """For each of up to four cases: system, kind and value, the smallest first."""
+    """For the plain cases with all and with half of the rollouts active: system, kind and value, the smallest first."""
     panels = {}
-    for result in main_shape(results)[:4]:
+    for result in main_shape(results):
+        case = result["case"]
+        if case["active"] not in (1, 0.5) or case["peaked"] or case["entropy"] or case["frozen"]:
+            continue
         rows = [row for row in result["systems"] if row.get(key) is not None]
         rows.sort(key=lambda row: row[key])
         panels[title_of(result)] = [[row["system"], row["kind"], round(row[key] / unit, 6)] for row in rows]
