@@ -7,7 +7,7 @@ import torch
 from rlvr_kernels import linear_lse as module
 from rlvr_kernels import linear_lse_tiling
 from rlvr_kernels.linear_lse import linear_lse
-from rlvr_kernels.linear_lse_tiling import CANDIDATES, DESCRIBED, tiling
+from rlvr_kernels.linear_lse_tiling import CANDIDATES, tiling
 
 N, H, V = 37, 40, 131  # nothing divides anything: three row blocks, five column tiles, three steps of H
 KERNELS = [pytest.param(name, marks=pytest.mark.interpret) for name in ("pointers", "descriptors")]
@@ -249,32 +249,6 @@ def test_the_twin_never_holds_the_logits():
     with Watch():
         linear_lse(hidden, weight, ids, bias=torch.zeros(3000), softcap=3.0, backend="torch")
     assert biggest <= 4 * module.TWIN_ROWS * module.TWIN_COLS < 4 * 1500 * 3000
-
-
-@pytest.mark.interpret
-@pytest.mark.parametrize(
-    ("operand", "described"),
-    [
-        (torch.zeros(4, 40, dtype=torch.bfloat16), True),
-        (torch.zeros(4, 44, dtype=torch.bfloat16), False),  # rows that begin at 8 bytes
-        (torch.zeros(5, 40, dtype=torch.bfloat16).flatten()[4:164].view(4, 40), False),  # so does the first
-        (torch.zeros(40, 8, dtype=torch.bfloat16).T, False),
-        (torch.zeros(4, 80, dtype=torch.bfloat16)[:, ::2], False),
-        (torch.zeros(1, 40, dtype=torch.bfloat16).expand(4, 40), False),
-        (torch.zeros(4, 80, dtype=torch.bfloat16)[:, :20], True),
-        (torch.zeros(4, 0, dtype=torch.bfloat16), False),
-    ],
-    ids=["dense", "narrow", "shifted", "transposed", "strided", "expanded", "part of wider rows", "empty"],
-)
-def test_descriptors_stand_for_aligned_dense_rows_alone(operand, described):
-    assert tiling(operand, operand).described is described
-
-
-@pytest.mark.parametrize("target", DESCRIBED)
-def test_what_is_launched_is_the_first_of_the_candidates(target):
-    assert CANDIDATES[target][0] == DESCRIBED[target]
-    assert len(set(CANDIDATES[target])) == len(CANDIDATES[target])
-    assert all(tile.described and not tile.upcast for tile in CANDIDATES[target])
 
 
 def on_gpu(*tensors):
