@@ -16,6 +16,7 @@ from benchmarks.run import measure
 CASE = Case("ace", 256, 4096, 131072, 4, "bfloat16")
 TINY = Case("ace", 16, 8, 50, 4)
 LIMIT = 1.5
+ROUNDING = 1e-2  # of two ways to the same bfloat16 gradient
 
 
 def overhead(case: Case, here: Stage) -> dict[str, Any]:
@@ -53,8 +54,9 @@ def graph(batch: Batch, schedule: str) -> str:
         torch.cuda.synchronize()
     except Exception as error:
         return f"FAILED: {reason(error)}"
-    same = all(torch.allclose(g, w, rtol=1e-2, atol=0) for g, w in zip(got, want, strict=True))
-    return "passed" if same else "FAILED: other gradients than without the graph"
+    norm = torch.linalg.vector_norm
+    off = max(float(norm(g.float() - w.float()) / norm(w.float())) for g, w in zip(got, want, strict=True))
+    return "passed" if off < ROUNDING else f"FAILED: gradients are {off:.1e} from those without the graph"
 
 
 def main() -> None:
@@ -64,7 +66,7 @@ def main() -> None:
     rows = [overhead(case, here)]
     write(here.out / "launches.json", rows)
     batch = replace(case, rows=4 * case.rows).batch(here.device)
-    for schedule in ("single_pass", "two_pass"):
+    for schedule in ("auto", "two_pass"):
         rows.append({"what": f"CUDA graph, {schedule}", "is": graph(batch, schedule)})
         write(here.out / "launches.json", rows)
 

@@ -113,7 +113,7 @@ def test_every_stage_of_the_command_for_a_gpu_writes_what_it_finds(tmp_path, mon
         "logps-16x8x50-float32-100-active",
     }
     rows = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in ("launches", "tuning")}
-    assert [row["what"] for row in rows["launches"]][1:] == ["CUDA graph, single_pass", "CUDA graph, two_pass"]
+    assert [row["what"] for row in rows["launches"]][1:] == ["CUDA graph, auto", "CUDA graph, two_pass"]
     tuned = {row["what"] for row in rows["tuning"]}
     assert {"single_pass", "two_pass", "fused_policy", "lse_fold", "dlogits", "weigh", "linear_lse as chosen"} <= tuned
     assert {"fused_policy, one launch", "fused_policy, three launches"} <= tuned
