@@ -1,6 +1,7 @@
 """What every public function checks of its arguments. Each error names the argument, what came and what is wanted."""
 
 import torch
+from rlvr_kernels.capture import capturing
 from torch import Tensor
 
 from rlvr_ops.layout import Layout
@@ -137,7 +138,7 @@ def _check_cu_seqlens(cu_seqlens: Tensor | None, rows: int, like: Tensor) -> Ten
         raise ValueError(
             f"cu_seqlens must have shape (B + 1,) and dtype int32 or int64, got {_shape(cu_seqlens)} {cu_seqlens.dtype}"
         )
-    if not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and not capturing():
         first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
         if first != 0 or last != rows:
             raise ValueError(f"cu_seqlens must begin at 0 and end at N = {rows}, got {first} and {last}")

@@ -11,49 +11,22 @@ import torch
 from rlvr_kernels.logits import accumulator_dtype
 from rlvr_kernels.pull_back import Needs
 from rlvr_kernels.pull_back import pull_back as pull_back_rows
+from rlvr_kernels.scale import scale_
 from rlvr_kernels.score import score as score_rows
-from rlvr_kernels.single_pass import Rows, Weigher
+from rlvr_kernels.single_pass import Weigher
 from rlvr_kernels.single_pass import single_pass as single_pass_rows
 from rlvr_kernels.tile import Kept, kept_shape, logit_dtype
 from rlvr_kernels.weigh import STATISTICS
 from rlvr_kernels.weigh import weigh as weigh_rows
 from torch import Tensor
 
+from rlvr_ops.rows import blank, chosen, compact, rows_of, spread
 from rlvr_ops.spec_text import decode_head, decode_policy
-
-SCALED_ROWS = 4096  # a CPU widens what it scales: this many rows of it at a time
 
 
 def _no_autocast(tensor: Tensor) -> torch.autocast:
     """The dtypes are chosen here and not by autocast."""
     return torch.autocast(tensor.device.type, enabled=False)
-
-
-def _chosen(values: Tensor, rows: Tensor | None) -> Tensor:
-    return values if rows is None else values[rows]
-
-
-def _maybe_chosen(values: Tensor | None, rows: Tensor | None) -> Tensor | None:
-    return None if values is None else _chosen(values, rows)
-
-
-def _rows_of(which: Tensor | None) -> Tensor | None:
-    """The indices of the true rows, or None if all are: no copy is made then. One host sync."""
-    if which is None:
-        return None
-    rows = which.nonzero()[:, 0]
-    return None if rows.shape[0] == which.shape[0] else rows
-
-
-def _spread(values: Tensor | None, rows: Tensor | None, like: Tensor) -> Tensor:
-    """Values (n, ...) at their rows of (R, ...), R as in `like`; an empty tensor for None."""
-    if values is None:
-        return like.new_empty(0)
-    if rows is None:
-        return values
-    full = values.new_zeros((like.shape[0], *values.shape[1:]))
-    full[rows] = values
-    return full
 
 
 @torch.library.custom_op("rlvr_ops::score", mutates_args=())
@@ -66,15 +39,15 @@ def score(
     And, of keep_bytes, as many columns' logits of the scored rows as they hold, for the backward pass.
     """
     with _no_autocast(hidden):
-        rows = _rows_of(scored)
-        states = _chosen(hidden, rows).to(dtype)
+        rows = rows_of(scored)
+        states, ids = chosen(blank(hidden, scored), rows).to(dtype), blank(ids, scored)
         kept = _kept_logits(hidden, weight, dtype, keep_bytes)
         out = score_rows(
-            states, weight.to(dtype), _chosen(ids, rows), _chosen(inv_temperature, rows), bias=bias,
+            states, weight.to(dtype), chosen(ids, rows), chosen(inv_temperature, rows), bias=bias,
             head=decode_head(head), entropy=entropy, mean=mean, top1=top1, squares=squares,
             workspace_bytes=workspace_bytes, kept=_as_rows(kept, states.shape[0], weight.shape[0]), backend=backend,
         )  # fmt: skip
-        logp, lse, *others = (_spread(x, rows, hidden) for x in out)
+        logp, lse, *others = (spread(x, rows, hidden) for x in out)
         return logp, lse, others[0], others[1], others[2], others[3], kept
 
 
@@ -153,25 +126,26 @@ def pull_back(
     """d_hidden (R, H), d_weight (V, H), d_bias (V,), empty where not needed; rows with coefficient 0 never reach a matmul."""
     with _no_autocast(hidden):
         alive = coef != 0 if entropy_coef is None else (coef != 0) | (entropy_coef != 0)
-        rows = _rows_of(alive if scored is None else alive & scored)
+        rows = rows_of(alive if scored is None else alive & scored)
         needs = Needs(need_hidden, need_weight, need_bias)
         found = pull_back_rows(
-            _chosen(hidden, rows).to(dtype), weight.to(dtype), _chosen(ids, rows), _chosen(inv_temperature, rows),
-            _chosen(lse, rows), _chosen(coef, rows).contiguous(), entropy=None if entropy_coef is None else _chosen(entropy, rows),
-            entropy_coef=None if entropy_coef is None else _chosen(entropy_coef, rows).contiguous(), bias=bias,
+            chosen(blank(hidden, scored), rows).to(dtype), weight.to(dtype), chosen(blank(ids, scored), rows),
+            chosen(inv_temperature, rows), chosen(lse, rows), chosen(coef, rows).contiguous(),
+            entropy=None if entropy_coef is None else chosen(entropy, rows),
+            entropy_coef=None if entropy_coef is None else chosen(entropy_coef, rows).contiguous(), bias=bias,
             head=decode_head(head), needs=needs, weight_dtype=weight.dtype, workspace_bytes=workspace_bytes,
             kept=_kept_rows(kept, scored, rows, hidden.shape[0], weight.shape[0]), backend=backend,
         )  # fmt: skip
         d_hidden = None if found.hidden is None else found.hidden.to(hidden.dtype)
         d_bias = None if found.bias is None or bias is None else found.bias.to(bias.dtype)
-        return _spread(d_hidden, rows, hidden), _or_empty(found.weight, hidden), _or_empty(d_bias, hidden)
+        return spread(d_hidden, rows, hidden), _or_empty(found.weight, hidden), _or_empty(d_bias, hidden)
 
 
 def _kept_rows(kept: Tensor, scored: Tensor | None, rows: Tensor | None, total: int, vocabulary: int) -> Kept | None:
     """The kept logits of the rows (n,) among `total` that are pulled back, None meaning all."""
     if not kept.numel():
         return None
-    scored_rows = _rows_of(scored)
+    scored_rows = rows_of(scored)
     if scored_rows is None:
         return Kept(_as_rows(kept, total, vocabulary), rows)
     assert rows is not None  # not all are scored, so not all are pulled back
@@ -266,15 +240,16 @@ def run_single_pass(
     """What the op computes, with any weigher."""
     policy = decode_policy(spec)
     with _no_autocast(hidden):
-        index = _rows_of(scored)
-        rows = _compact(index, ids, inv_temperature, old, ref, behaviour, advantages, cu_seqlens, rollout_weight)
+        index = rows_of(scored)
+        hidden = blank(hidden, scored)
+        rows = compact(index, scored, ids, inv_temperature, old, ref, behaviour, advantages, cu_seqlens, rollout_weight)
         done = single_pass_rows(
             hidden, weight.to(dtype), rows, policy, bias=bias, head=decode_head(head),
             needs=Needs(need_hidden, need_weight, need_bias), weight_dtype=weight.dtype, with_entropy=with_entropy,
             entropy_coef=entropy_coef, workspace_bytes=workspace_bytes, backend=backend, weigher=weigher,
         )  # fmt: skip
         weighed = weigher(
-            done.logp, rows.old, rows.ref, rows.advantages, None, rows.cu_seqlens, rollout_weight, policy, backend,
+            done.logp, rows.old, rows.ref, rows.advantages, rows.mask, rows.cu_seqlens, rollout_weight, policy, backend,
             behaviour=rows.behaviour,
         )  # fmt: skip
         if done.coef is not None and not torch.allclose(
@@ -287,8 +262,8 @@ def run_single_pass(
         loss = weighed.losses.sum()
         if entropy_coef and done.entropy is not None:
             rollout = torch.repeat_interleave(rows.cu_seqlens.diff(), output_size=done.entropy.shape[0])
-            loss = loss - entropy_coef * (done.entropy * rollout_weight[rollout]).sum()
-        logp, entropy = _spread(done.logp, index, hidden), _spread(done.entropy, index, hidden)
+            loss = loss - entropy_coef * (done.entropy * blank(rollout_weight[rollout], scored)).sum()
+        logp, entropy = spread(done.logp, index, hidden), spread(done.entropy, index, hidden)
         d_hidden, d_weight, d_bias = done.gradients
         d_bias = None if d_bias is None or bias is None else d_bias.to(bias.dtype)
         pulled_back = logp.new_full((), float(done.pulled_back))
@@ -299,19 +274,6 @@ def run_single_pass(
 def _largest(values: Tensor) -> float:
     """The largest absolute value; a host sync."""
     return float(values.abs().amax()) if values.numel() else 0.0
-
-
-def _compact(
-    index: Tensor | None, ids: Tensor, inv_temperature: Tensor, old: Tensor | None, ref: Tensor | None,
-    behaviour: Tensor | None, advantages: Tensor, cu_seqlens: Tensor, rollout_weight: Tensor,
-) -> Rows:  # fmt: skip
-    """The rows to do, with the boundaries that remain when the others are gone."""
-    if index is not None:
-        cu_seqlens = torch.searchsorted(index, cu_seqlens)
-    return Rows(
-        index, _chosen(ids, index), _chosen(inv_temperature, index), _chosen(advantages, index), _maybe_chosen(old, index),
-        _maybe_chosen(ref, index), _maybe_chosen(behaviour, index), cu_seqlens, cu_seqlens.diff().tolist(), rollout_weight,
-    )  # fmt: skip
 
 
 @single_pass.register_fake
@@ -331,6 +293,7 @@ def save_single_pass(ctx, inputs, output):
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*output[5:])
+    ctx.backend = inputs[21]
 
 
 def backward_single_pass(ctx, d_loss, *others):
@@ -338,22 +301,18 @@ def backward_single_pass(ctx, d_loss, *others):
     _refuse_a_second_derivative()
     grads: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
     if d_loss is not None:
-        scaled = [_scaled(grad, d_loss) for grad in ctx.saved_tensors]
+        scaled = [_scaled(grad, d_loss, ctx.backend) for grad in ctx.saved_tensors]
         grads[:3] = [grad if need else None for grad, need in zip(scaled, ctx.needs_input_grad[:3], strict=True)]
     return tuple(grads)
 
 
-def _scaled(grad: Tensor, upstream: Tensor) -> Tensor:
+def _scaled(grad: Tensor, upstream: Tensor, backend: str) -> Tensor:
     """grad * upstream, on the device; in place if the graph goes away after this backward, so that no second d_weight exists."""
     factor = upstream.reshape(1)  # 0-d, it would be rounded to grad's dtype: a loss scale of 65536 is inf in float16
     tracing = torch.compiler.is_compiling() or type(grad) is not Tensor
     if tracing or torch._C._autograd._get_current_graph_task_keep_graph():
         return (grad * factor).to(grad.dtype)
-    if factor.device.type == "cpu" and factor == 1:  # on a device this would wait for it
-        return grad
-    for piece in grad.split(SCALED_ROWS):
-        piece.mul_(factor)
-    return grad
+    return scale_(grad, factor, backend)
 
 
 single_pass.register_autograd(backward_single_pass, setup_context=save_single_pass)

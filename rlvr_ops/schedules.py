@@ -4,6 +4,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import torch
+from rlvr_kernels.capture import capturing
 from rlvr_kernels.cost import H100_BF16, Problem, Rates, best_two_pass, cheapest, cpu_fp32
 from rlvr_kernels.tile import bytes_per_logit, default_workspace_bytes, whole_row_tile
 from rlvr_kernels.weigh import STATISTICS
@@ -109,7 +110,7 @@ def choose_schedule(schedule: str, call: HeadCall, loss: Loss, alive: Tensor | N
         return schedule
     if not any(call.needs()) or not fits or call.is_half():
         return "two_pass"
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or capturing():
         return "single_pass"
     scored = loss.layout.rows if call.scored is None or alive is None else int(call.scored.sum())
     active = scored if alive is None else int(alive.sum())
@@ -122,6 +123,8 @@ def _single_pass_fits(call: HeadCall, loss: Loss) -> bool:
     limit, layout = call.whole_rows(), loss.layout
     if loss.hyper.is_token_local(loss.given.old is not None):
         return limit >= 1
+    if capturing():
+        return layout.rows <= limit
     at_most = layout.rows if layout.packed else layout.shape[1]
     if at_most <= limit or torch.compiler.is_compiling():
         return at_most <= limit
@@ -216,9 +219,9 @@ def _counting_all_wrong(statistics: Tensor, mask: Tensor | None, loss: Loss, kep
     if kept is None:
         return statistics
     negative = loss.given.advantages < 0 if mask is None else (loss.given.advantages < 0) & mask
-    column = torch.tensor([STATISTICS.index("wrong")], device=statistics.device)
-    wrong = (loss.layout.per_rollout(negative.long()) > 0).to(statistics.dtype)
-    return statistics.index_copy(1, column, wrong[:, None])
+    columns = list(statistics.unbind(1))
+    columns[STATISTICS.index("wrong")] = (loss.layout.per_rollout(negative.long()) > 0).to(statistics.dtype)
+    return torch.stack(columns, 1)
 
 
 def _head_metrics(call: HeadCall, layout: Layout, pulled_back: Tensor, *, single: bool) -> dict[str, Tensor]:

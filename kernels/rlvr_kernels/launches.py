@@ -15,6 +15,7 @@ from rlvr_kernels.fused_policy import PolicyRows, fused_policy
 from rlvr_kernels.linear_lse import linear_lse
 from rlvr_kernels.logits import Head
 from rlvr_kernels.lse_fold import RowState, lse_fold
+from rlvr_kernels.scale import scale_
 from rlvr_kernels.spec import PolicySpec, Surrogate
 from rlvr_kernels.weigh import weigh
 
@@ -90,6 +91,7 @@ LAUNCHES: dict[str, Callable[[], Any]] = {
     "fused_policy bf16 ACE, KL, bias, softcap": lambda: _fused_policy(_bf16, ACE, full=True),
     "fused_policy fp32 CISPO": lambda: _fused_policy(_fp32, CISPO, full=True),
     "fused_policy fp32 SAPO": lambda: _fused_policy(_fp32, SAPO, full=True),
+    "scale_ bf16": lambda: scale_(meta(V, H, dtype=_bf16), meta(1)),
     "linear_lse bf16": lambda: _linear_lse(_bf16, _bf16),
     "linear_lse bf16, bias": lambda: _linear_lse(_bf16, _bf16, bias=meta(V)),
     "linear_lse bf16, softcap": lambda: _linear_lse(_bf16, _bf16, softcap=30.0),

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 
 from rlvr_kernels import huge_pages
+from rlvr_kernels.capture import capturing
 from rlvr_kernels.dlogits import dlogits
 from rlvr_kernels.fused_policy import PolicyRows, fused_policy
 from rlvr_kernels.logits import Head, accumulator_dtype
@@ -33,7 +34,7 @@ class Rows(NamedTuple):
     """The n rows to do, in rollout order: `where` (n,) says which of the hidden states, None all of them.
 
     ids, inv_temperature, advantages, old, ref, behaviour (n,); cu_seqlens (B + 1,) over the n rows, `lengths` the same
-    on the host; rollout_weight (B,).
+    on the host, None where it may not be asked; rollout_weight (B,); mask (n,) says which rows count, None all of them.
     """
 
     where: torch.Tensor | None
@@ -44,8 +45,9 @@ class Rows(NamedTuple):
     ref: torch.Tensor | None
     behaviour: torch.Tensor | None
     cu_seqlens: torch.Tensor
-    lengths: list[int]
+    lengths: list[int] | None
     rollout_weight: torch.Tensor
+    mask: torch.Tensor | None = None
 
 
 class Chunk(NamedTuple):
@@ -73,10 +75,7 @@ class SinglePass(NamedTuple):
 def chunks(lengths: list[int], limit: int, token_local: bool) -> Iterator[Chunk]:
     """Cut sum(lengths) rows into chunks of at most `limit`, of equal size where any boundary will do."""
     if token_local:
-        total = sum(lengths)
-        count = -(-total // max(limit, 1))
-        for i in range(count):
-            yield Chunk(total * i // count, total * (i + 1) // count, 0, len(lengths))
+        yield from equal_chunks(sum(lengths), len(lengths), limit)
         return
     start = stop = first = 0
     for i, length in enumerate(lengths):
@@ -86,6 +85,13 @@ def chunks(lengths: list[int], limit: int, token_local: bool) -> Iterator[Chunk]
         stop += length
     if stop > start:
         yield Chunk(start, stop, first, len(lengths))
+
+
+def equal_chunks(rows: int, rollouts: int, limit: int) -> Iterator[Chunk]:
+    """Cut so many rows into as few chunks of at most `limit` as will do, anywhere."""
+    count = -(-rows // max(limit, 1))
+    for i in range(count):
+        yield Chunk(rows * i // count, rows * (i + 1) // count, 0, rollouts)
 
 
 def single_pass(
@@ -112,7 +118,10 @@ def single_pass(
     vocabulary = weight.shape[0]
     token_local = weigher is weigh and spec.is_token_local(rows.old is not None)
     limit = whole_row_tile(vocabulary, bytes_per_logit(weight.device, weight.dtype), workspace_bytes)
-    plan = list(chunks(rows.lengths, limit, token_local))
+    if rows.lengths is None:  # the caller has seen that they fit one chunk, or may be cut anywhere
+        plan = list(equal_chunks(rows.ids.shape[0], rows.rollout_weight.shape[0], limit))
+    else:
+        plan = list(chunks(rows.lengths, limit, token_local))
     largest = max((chunk.stop - chunk.start for chunk in plan), default=0)
     tile = Tile(TileShape(largest, vocabulary), weight.dtype, weight.device)
     # A coefficient that comes later goes into the hidden states, which rounds them once more where they are narrow.
@@ -183,7 +192,9 @@ def _known_shift(rows: Rows, spec: PolicySpec, backend: str) -> torch.Tensor:
     """Each row's rollout's confidence shift (n,), from the old log-probabilities."""
     old, ref, advantages = rows.old, rows.ref, rows.advantages
     assert old is not None
-    statistics = weigh(old, old, ref, advantages, None, rows.cu_seqlens, rows.rollout_weight, spec, backend).statistics
+    statistics = weigh(
+        old, old, ref, advantages, rows.mask, rows.cu_seqlens, rows.rollout_weight, spec, backend
+    ).statistics
     return statistics[:, STATISTICS.index("shift")][rollout_of_row(rows.cu_seqlens, rows.ids.shape[0])]
 
 
@@ -267,19 +278,20 @@ class _Step:
         """dL/dlogp of a chunk, which either is whole rollouts or needs none of them whole."""
         part = slice(chunk.start, chunk.stop)
         # A weigher of the user's own is told of all rollouts, empty ones too, so that their numbers are the batch's.
-        first, last = (chunk.first, chunk.last) if self.weigher is weigh else (0, len(rows.lengths))
+        first, last = (chunk.first, chunk.last) if self.weigher is weigh else (0, rows.rollout_weight.shape[0])
         some = slice(first, last)
         bounds = rows.cu_seqlens[first : last + 1].clamp(chunk.start, chunk.stop) - chunk.start
         old, ref, behaviour = (_cut(x, part) for x in (rows.old, rows.ref, rows.behaviour))
         return self.weigher(
-            logp, old, ref, rows.advantages[part], None, bounds, rows.rollout_weight[some], self.spec, self.backend,
-            behaviour=behaviour,
+            logp, old, ref, rows.advantages[part], _cut(rows.mask, part), bounds, rows.rollout_weight[some], self.spec,
+            self.backend, behaviour=behaviour,
         ).coef  # fmt: skip
 
 
 def _scale(rows: Rows, part: slice) -> torch.Tensor:
     """The aggregation's weight (n,) of each row of a chunk."""
-    return rows.rollout_weight[rollout_of_row(rows.cu_seqlens, rows.ids.shape[0])[part]]
+    scale = rows.rollout_weight[rollout_of_row(rows.cu_seqlens, rows.ids.shape[0])[part]]
+    return scale if rows.mask is None else scale.masked_fill(~rows.mask[part], 0)
 
 
 def _cut(values: torch.Tensor | None, part: slice) -> torch.Tensor | None:
@@ -287,7 +299,9 @@ def _cut(values: torch.Tensor | None, part: slice) -> torch.Tensor | None:
 
 
 def _rows_to_keep(coef: torch.Tensor) -> torch.Tensor | None:
-    """The rows (k,) whose coefficient is not 0, or None if that is all of them. One host sync."""
+    """The rows (k,) whose coefficient is not 0, or None if that is all of them. One host sync, but none in a capture."""
+    if capturing():
+        return None
     keep = coef.nonzero()[:, 0]
     return None if keep.shape[0] == coef.shape[0] else keep
 

@@ -1,0 +1,105 @@
+"""While a CUDA graph is captured no row may be looked for on the host: the same numbers, from all rows."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import rlvr_ops
+
+B, T, H, V = 6, 10, 8, 37
+MODULES = ("rlvr_kernels.single_pass", "rlvr_ops.rows", "rlvr_ops.schedules", "rlvr_ops.arguments")
+ROOM = B * T * V * 8
+CASES = {
+    "on policy": {"old": False},
+    "off policy": {},
+    "known confidence": {"confidence": "old"},
+    "entropy": {"entropy_coef": 0.1},
+    "divergence": {"beta": 0.1, "with_entropy": True},
+    "sequence ratio": {"importance_sampling_level": "sequence", "off_policy_mask_threshold": 0.1},
+    "token mean": {"loss_type": "dapo", "alpha": 0.0},
+    "top entropy": {"top_entropy_quantile": 0.5, "schedule": "two_pass"},
+}
+
+
+@pytest.fixture
+def capture(monkeypatch):
+    def begin():
+        for module in MODULES:
+            monkeypatch.setattr(f"{module}.capturing", lambda: True)
+
+    return begin
+
+
+class NoWaiting(TorchDispatchMode):
+    """Refuses what makes the host wait for a device, outside of the interpreted kernels."""
+
+    WAITS = ("nonzero", "_local_scalar_dense", "masked_select", "is_nonzero")
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert function.overloadpacket.__name__ not in self.WAITS, f"{function} waits for the device"
+        return function(*args, **(kwargs or {}))
+
+
+def make_batch(poison):
+    g = torch.Generator().manual_seed(0)
+    hidden = torch.randn(B, T, H, generator=g)
+    mask = torch.arange(T).expand(B, T) < torch.tensor([10, 7, 3, 10, 0, 8])[:, None]
+    ids = torch.randint(V, (B, T), generator=g).masked_fill(~mask, -100)
+    old, ref = (-3 - torch.rand(B, T, generator=g) for _ in range(2))
+    advantages = torch.tensor([1.0, -1.0, -0.5, 0.0, 1.0, -2.0])
+    if poison:
+        hidden, old, ref = (
+            torch.where(mask.view(B, T, *[1] * (x.ndim - 2)), x, float("nan")) for x in (hidden, old, ref)
+        )
+    weight = torch.randn(V, H, generator=g)
+    return hidden, weight, ids, advantages, {"completion_mask": mask, "old": old, "ref_per_token_logps": ref}
+
+
+def step(batch, packed=False, backend="torch", **keywords):
+    hidden, weight, ids, advantages, given = batch
+    hidden, weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    given = dict(given)
+    old = given.pop("old")
+    given["old_per_token_logps"] = old if keywords.pop("old", True) else None
+    states = hidden
+    if packed:
+        states, ids = hidden.flatten(0, 1), ids.flatten()
+        given = {name: None if x is None else x.flatten() for name, x in given.items()}
+        given["cu_seqlens"] = torch.arange(B + 1) * T
+    out = rlvr_ops.policy_loss(
+        states, weight, ids, advantages, backend=backend, **{"alpha": 1.0, "workspace_bytes": ROOM, **given, **keywords}
+    )
+    (2 * out.loss).backward()
+    metrics = {name: value for name, value in out.metrics.items() if name != "head/rows_pulled_back"}
+    return out.loss.detach(), metrics, out.per_token_logps, hidden.grad, weight.grad
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("schedule", ["single_pass", "two_pass"])
+@pytest.mark.parametrize("case", CASES)
+def test_a_captured_loss_is_the_loss(case, schedule, packed, capture):
+    keywords = {"schedule": schedule, **CASES[case]}
+    expected = step(make_batch(poison=True), packed, **keywords)
+    capture()
+    found = step(make_batch(poison=True), packed, **keywords)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("schedule", ["single_pass", "two_pass", "auto"])
+@pytest.mark.parametrize("case", CASES)
+def test_a_captured_step_never_waits_for_the_device(case, schedule, capture, monkeypatch):
+    monkeypatch.setattr("rlvr_ops.arguments.check_vocabulary", lambda *_: None)  # not called on an accelerator
+    keywords = {"schedule": schedule, **CASES[case]}
+    expected = step(make_batch(poison=True), **keywords)
+    capture()
+    with NoWaiting():
+        found = step(make_batch(poison=True), backend="triton", **keywords)
+    torch.testing.assert_close(found[3:], expected[3:], rtol=1e-4, atol=1e-5)
+
+
+def test_whole_rollouts_of_a_batch_that_needs_several_chunks_take_two_passes(capture):
+    """Where a chunk must end could only be read from the device."""
+    capture()
+    _, metrics, *_ = step(make_batch(poison=False), workspace_bytes=ROOM // 4)
+    assert metrics["head/single_pass"] == 0
