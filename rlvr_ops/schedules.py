@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 from rlvr_kernels.capture import capturing
-from rlvr_kernels.cost import H100_BF16, Problem, Rates, best_two_pass, cheapest, cpu_fp32
+from rlvr_kernels.cost import Problem, best_two_pass, cheapest, rates_of
 from rlvr_kernels.tile import bytes_per_logit, default_workspace_bytes, whole_row_tile
 from rlvr_kernels.weigh import STATISTICS
 from torch import Tensor
@@ -67,7 +67,13 @@ class HeadCall(NamedTuple):
         """The workspace's bytes: what the caller gave, else the default for tiles of whole rows, or of slices."""
         if self.workspace_bytes is not None:
             return self.workspace_bytes
-        return default_workspace_bytes(self.weight.device, whole_rows=whole_rows)
+        default = default_workspace_bytes(self.weight.device, whole_rows=whole_rows)
+        if not whole_rows or self.weight.device.type == "cpu":
+            return default
+        # A single chunk needs no float32 accumulator of the weight's gradient: its tile may have that memory as well.
+        everything = self.hidden.shape[0] * self.weight.shape[0] * bytes_per_logit(self.weight.device, self.dtype)
+        spared = 4 * self.weight.numel() if self.needs()[1] and self.weight.dtype.itemsize < 4 else 0
+        return everything if everything <= default + spared else default
 
     def whole_rows(self) -> int:
         """How many rows fit the workspace with all their logits."""
@@ -82,10 +88,6 @@ class HeadCall(NamedTuple):
             operand_bytes=self.dtype.itemsize, logit_bytes=bytes_per_logit(self.weight.device, self.dtype),
             weight_grad_bytes=self.weight.dtype.itemsize, needs_hidden=hidden, needs_weight=weight,
         )  # fmt: skip
-
-    def rates(self) -> Rates:
-        """Of the device's kind; the ratio of its numbers is what the choice hangs on."""
-        return cpu_fp32(torch.get_num_threads()) if self.hidden.device.type == "cpu" else H100_BF16
 
 
 def choose_schedule(schedule: str, call: HeadCall, loss: Loss, alive: Tensor | None) -> str:
@@ -115,7 +117,9 @@ def choose_schedule(schedule: str, call: HeadCall, loss: Loss, alive: Tensor | N
     scored = loss.layout.rows if call.scored is None or alive is None else int(call.scored.sum())
     active = scored if alive is None else int(alive.sum())
     problem, slices = call.problem(scored, active), call.workspace(whole_rows=False)
-    return cheapest(problem, call.workspace(whole_rows=True), call.rates(), slice_bytes=slices).schedule
+    return cheapest(
+        problem, call.workspace(whole_rows=True), rates_of(call.hidden.device.type), slice_bytes=slices
+    ).schedule
 
 
 def _single_pass_fits(call: HeadCall, loss: Loss) -> bool:
@@ -191,7 +195,8 @@ def _bytes_to_keep(call: HeadCall, workspace: int) -> int:
         return 0
     rows = call.hidden.shape[0]
     problem = call.problem(rows, rows)
-    return best_two_pass(problem, workspace, call.rates()).cached_rows * problem.vocabulary * problem.tile_bytes
+    best = best_two_pass(problem, workspace, rates_of(call.hidden.device.type))
+    return best.cached_rows * problem.vocabulary * problem.logit_bytes
 
 
 def weigh(

@@ -8,8 +8,10 @@ Not in the model: exponentials, first touches of fresh pages, vectors (n,), read
 device, the bias. docs/scaling.md holds it against measurements.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
+
+import torch
 
 from rlvr_kernels.tile import vocabulary_tile, whole_row_tile
 
@@ -37,12 +39,23 @@ def cpu_fp32(threads: int) -> Rates:
     return Rates(90e9 * threads, max(10e9, 5e9 * threads), overlapped=False)
 
 
+def rates_of(device_type: str) -> Rates:
+    """What the schedules are chosen by on a kind of device, "cpu" or an accelerator."""
+    return cpu_fp32(torch.get_num_threads()) if device_type == "cpu" else H100_BF16
+
+
+def moving_pays(kept: int, dropped: int, hidden: int, itemsize: int, rates: Rates) -> bool:
+    """Whether two products less of the dropped rows' gradients are worth moving up the kept ones, logit by logit."""
+    saved, moved = dropped * 4 * hidden / rates.matmul_flops, kept * MOVES * itemsize / rates.bytes_per_second
+    return dropped > 0 and saved > moved
+
+
 @dataclass(frozen=True)
 class Problem:
     """rows of hidden states (rows, H), of which `scored` are scored and `active` have a gradient; weight (V, H).
 
-    logit_bytes is what a logit of the tile and its gradient take together (`tile.bytes_per_logit`). The defaults are
-    bf16 on CUDA, whose tile is float32.
+    logit_bytes is what a logit of the tile takes (`tile.bytes_per_logit`), whose gradient has operand_bytes and lies in the
+    same memory. The defaults are bf16 on CUDA, whose tile is float32.
     """
 
     rows: int
@@ -51,15 +64,10 @@ class Problem:
     scored: int
     active: int
     operand_bytes: int = 2
-    logit_bytes: int = 6
+    logit_bytes: int = 4
     weight_grad_bytes: int = 2
     needs_hidden: bool = True
     needs_weight: bool = True
-
-    @property
-    def tile_bytes(self) -> int:
-        """Of a logit alone: its gradient lies beside it, or overwrites it."""
-        return self.logit_bytes - self.operand_bytes or self.logit_bytes
 
 
 class Cost(NamedTuple):
@@ -105,7 +113,7 @@ class _Phases:
         p = self.p
         read = (pieces * p.vocabulary + slices * rows) * p.hidden * p.operand_bytes
         flops = 2.0 * rows * p.vocabulary * p.hidden
-        self.add(read + rows * p.vocabulary * p.tile_bytes, flops=flops, launches=pieces * slices)
+        self.add(read + rows * p.vocabulary * p.logit_bytes, flops=flops, launches=pieces * slices)
 
     def score(self, tile_bytes: int) -> int:
         """Write the logits and fold them; the bytes of the tile."""
@@ -113,14 +121,14 @@ class _Phases:
         rows, cols = vocabulary_tile(p.scored, p.vocabulary, p.logit_bytes, tile_bytes)
         pieces, slices = -(-p.scored // rows), -(-p.vocabulary // cols)
         self.logits(p.scored, pieces, slices)
-        self.add(p.scored * p.vocabulary * p.tile_bytes, launches=pieces * slices)
+        self.add(p.scored * p.vocabulary * p.logit_bytes, launches=pieces * slices)
         return rows * cols * p.logit_bytes
 
     def pull_back(self, pieces: int, slices: int) -> None:
         """The logits' gradient, its two products, their accumulators: d_hidden's per slice, d_weight's per piece."""
         p, launches = self.p, pieces * slices
         logits, d_hidden, d_weight = p.active * p.vocabulary, p.active * p.hidden, p.vocabulary * p.hidden
-        self.add(logits * (p.tile_bytes + p.operand_bytes), launches=launches)
+        self.add(logits * (p.logit_bytes + p.operand_bytes), launches=launches)
         product = {"flops": 2.0 * logits * p.hidden, "launches": launches}
         if p.needs_hidden:
             self.add((logits + pieces * d_weight) * p.operand_bytes, **product)
@@ -143,15 +151,15 @@ def single_pass(p: Problem, rates: Rates, *, chunk_rows: int) -> Cost:
     pieces, phases = -(-p.scored // chunk_rows), _Phases(p, rates)
     taken = phases.take(p.scored, p.rows)
     phases.logits(p.scored, pieces, 1)
-    phases.add(p.scored * p.vocabulary * p.tile_bytes, launches=pieces)
-    if p.active < p.scored:
-        phases.add(MOVES * p.active * p.vocabulary * p.tile_bytes, launches=2 * pieces)
+    phases.add(p.scored * p.vocabulary * p.logit_bytes, launches=pieces)
+    if moving_pays(p.active, p.scored - p.active, p.hidden, p.operand_bytes, rates):
+        phases.add(MOVES * p.active * p.vocabulary * p.operand_bytes, launches=2 * pieces)
         phases.take(p.active, p.scored)
+    else:
+        p = phases.p = replace(p, active=p.scored)
     phases.pull_back(pieces, 1)
     d_weight = p.needs_weight * p.vocabulary * p.hidden * p.weight_grad_bytes
     d_hidden = p.needs_hidden * p.rows * p.hidden * p.operand_bytes
-    if rates.overlapped:  # times the upstream gradient; a CPU sees when that is 1
-        phases.add(2 * (d_weight + d_hidden))
     if pieces > 1 and p.weight_grad_bytes < ACCUMULATOR:  # the accumulator is another tensor
         d_weight += p.needs_weight * p.vocabulary * p.hidden * ACCUMULATOR
     piece = p.needs_hidden * chunk_rows * p.hidden * ACCUMULATOR + taken // max(pieces, 1)
@@ -173,7 +181,7 @@ def two_pass(p: Problem, rates: Rates, *, tile_bytes: int, cached_rows: int = 0)
     d_weight = p.needs_weight * p.vocabulary * p.hidden * p.weight_grad_bytes
     d_weight += p.needs_weight * (pieces > 1) * cols * p.hidden * ACCUMULATOR
     d_hidden = p.needs_hidden * p.active * p.hidden * ACCUMULATOR
-    workspace = max(tile, rows * cols * p.logit_bytes) + cached_rows * p.vocabulary * p.tile_bytes
+    workspace = max(tile, rows * cols * p.logit_bytes) + cached_rows * p.vocabulary * p.logit_bytes
     return phases.cost("two_pass", workspace, d_weight + d_hidden + taken, cached_rows=cached_rows)
 
 
@@ -197,7 +205,7 @@ def best_two_pass(p: Problem, workspace_bytes: int, rates: Rates) -> Cost:
     """
     found = []
     for tile_bytes in (workspace_bytes, workspace_bytes // 2, workspace_bytes // 4):
-        kept = min(p.scored, (workspace_bytes - tile_bytes) // (p.vocabulary * p.tile_bytes))
+        kept = min(p.scored, (workspace_bytes - tile_bytes) // (p.vocabulary * p.logit_bytes))
         cached = kept * p.active // max(p.scored, 1)
         found.append(two_pass(p, rates, tile_bytes=max(tile_bytes, p.logit_bytes), cached_rows=cached))
     return min(found, key=lambda cost: cost.seconds)

@@ -39,7 +39,7 @@ def dlogits(
     if use_triton(tile, backend):
         _dlogits_triton(tile, ids, first_col, lse, coef, inv_temperature, entropy, entropy_coef, bias, head, out)
         return out
-    in_place = out.data_ptr() == tile.data_ptr() and head.softcap is None  # the softcap's derivative needs z
+    in_place = is_tile(out, tile) and head.softcap is None  # the softcap's derivative needs z
     for rows in row_blocks(*tile.shape):
         z = head.logits(tile[rows], bias, inv_temperature[rows], overwrite=in_place)
         logp = torch.sub(z, lse[rows, None], out=z if in_place else None)
@@ -48,6 +48,16 @@ def dlogits(
         if not in_place or out.dtype != gradient.dtype:  # else it was computed where it belongs
             out[rows] = gradient
     return out
+
+
+def is_tile(out: torch.Tensor, tile: torch.Tensor) -> bool:
+    """Whether `out` is the tile itself."""
+    return out.data_ptr() == tile.data_ptr() and out.dtype == tile.dtype
+
+
+def is_overlaid(tile: torch.Tensor, out: torch.Tensor) -> bool:
+    """Whether rows of `out` are narrower than the tile's and begin where those do."""
+    return out.data_ptr() == tile.data_ptr() and out.dtype != tile.dtype
 
 
 def softmax_gradient(
@@ -82,7 +92,7 @@ def _dlogits_triton(
         dlogits_kernel[(rows,)](
             tile, out, bias, ids, lse, coef, inv_temperature, entropy, entropy_coef,
             cols, first_col, tile.stride(0), out.stride(0), HAS_BIAS=bias is not None, ENTROPY=entropy_coef is not None,
-            BLOCK=BLOCK, num_warps=NUM_WARPS, **head.kernel_arguments(),
+            OVERLAID=is_overlaid(tile, out), BLOCK=BLOCK, num_warps=NUM_WARPS, **head.kernel_arguments(),
         )  # fmt: skip
 
 
@@ -90,7 +100,7 @@ def _dlogits_triton(
 def dlogits_kernel(
     tile_ptr, out_ptr, bias_ptr, ids_ptr, lse_ptr, coef_ptr, inv_temperature_ptr, entropy_ptr, entropy_coef_ptr,
     n_cols, first_col, row_stride, out_stride, logit_scale, softcap,
-    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, OVERLAID: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program writes one row of the gradient."""
     row = tl.program_id(0).to(tl.int64)
@@ -122,4 +132,6 @@ def dlogits_kernel(
         if ENTROPY:
             gradient -= tl.where(p > 0, entropy_coef * p * (z - lse + entropy), 0.0)
         gradient = chain(gradient, z, logit_scale, softcap, inv_temperature, HAS_SOFTCAP)
+        if OVERLAID:
+            tl.debug_barrier()  # a narrower row lies over its own logits: all have read this block before any writes
         tl.store(out_ptr + row * out_stride + cols, gradient.to(out_ptr.dtype.element_ty), mask=inside)

@@ -13,7 +13,7 @@ import torch
 
 from rlvr_kernels._triton import dense, device_guard, jit, tl
 from rlvr_kernels.backend import use_triton
-from rlvr_kernels.dlogits import dlogits
+from rlvr_kernels.dlogits import dlogits, is_overlaid, is_tile
 from rlvr_kernels.logits import Head, chain, load_logits, row_blocks
 from rlvr_kernels.lse_fold import RowState, lse_fold
 from rlvr_kernels.spec import PolicySpec
@@ -69,7 +69,7 @@ def fused_policy(
     out = tile if out is None else out
     if use_triton(tile, backend):
         return _fused_triton(tile, ids, rows, inv_temperature, spec, bias, head, out, deferred)
-    if out.data_ptr() == tile.data_ptr() and tile.dtype == inv_temperature.dtype and head.softcap is None:
+    if is_tile(out, tile) and tile.dtype == inv_temperature.dtype and head.softcap is None:
         return _exponentials_in_place(tile, ids, rows, inv_temperature, spec, bias, head, deferred)
     state = RowState.empty(tile.shape[0], tile)
     lse_fold(tile, ids, 0, state, inv_temperature, bias=bias, head=head, backend="torch")
@@ -124,7 +124,7 @@ def _fused_triton(
             tile, out, bias, ids, inv_temperature, rows.advantage, rows.scale, rows.old, rows.ref, rows.shift, *result[:4],
             tile.shape[1], tile.stride(0), out.stride(0), HAS_BIAS=bias is not None, HAS_OLD=rows.old is not None,
             HAS_REF=rows.ref is not None, HAS_SHIFT=rows.shift is not None, DEFERRED=deferred,
-            BLOCK=BLOCK, num_warps=NUM_WARPS, **head.kernel_arguments(), **kernel_arguments(spec),
+            OVERLAID=is_overlaid(tile, out), BLOCK=BLOCK, num_warps=NUM_WARPS, **head.kernel_arguments(), **kernel_arguments(spec),
         )  # fmt: skip
     return result
 
@@ -135,8 +135,8 @@ def fused_policy_kernel(
     logp_ptr, lse_ptr, loss_ptr, coef_ptr, n_cols, row_stride, out_stride, logit_scale, softcap,
     positive_a, positive_b, negative_a, negative_b, beta, alpha,
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_OLD: tl.constexpr, HAS_REF: tl.constexpr, HAS_SHIFT: tl.constexpr,
-    DEFERRED: tl.constexpr, FORM: tl.constexpr, SHAPE: tl.constexpr, KL: tl.constexpr, CORRECTED: tl.constexpr,
-    BLOCK: tl.constexpr,
+    DEFERRED: tl.constexpr, OVERLAID: tl.constexpr, FORM: tl.constexpr, SHAPE: tl.constexpr, KL: tl.constexpr,
+    CORRECTED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program scores, weighs and pulls back one row."""
     row = tl.program_id(0).to(tl.int64)
@@ -192,4 +192,6 @@ def fused_policy_kernel(
         z = load_logits(row_ptr, bias_ptr, cols, inside, logit_scale, softcap, inv_temperature, HAS_BIAS, HAS_SOFTCAP)
         gradient = tl.where(cols == target_id, coef, 0.0) - coef * tl.exp(z - lse)
         gradient = chain(gradient, z, logit_scale, softcap, inv_temperature, HAS_SOFTCAP)
+        if OVERLAID:
+            tl.debug_barrier()  # a narrower row lies over its own logits: all have read this block before any writes
         tl.store(out_ptr + row * out_stride + cols, gradient.to(out_ptr.dtype.element_ty), mask=inside)

@@ -3,7 +3,7 @@
 Rows come in chunks that fit the workspace with all their logits. Chunks end at rollout boundaries if the coefficient
 of a row depends on its whole rollout, anywhere otherwise. In a chunk, `fused_policy` does everything in one launch
 where it applies; else lse_fold, weigh and dlogits follow each other. Rows with coefficient 0 are taken out before the
-matmuls, unless their entropy has a weight in the loss.
+last two products where that pays, unless their entropy has a weight in the loss.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,6 +14,7 @@ import torch
 
 from rlvr_kernels import huge_pages
 from rlvr_kernels.capture import capturing
+from rlvr_kernels.cost import moving_pays, rates_of
 from rlvr_kernels.dlogits import dlogits
 from rlvr_kernels.fused_policy import PolicyRows, fused_policy
 from rlvr_kernels.logits import Head, accumulator_dtype
@@ -248,7 +249,7 @@ class _Step:
         if self.deferred:
             coef = self._coef(fused.logp, rows, chunk)
             scale = coef if scale is None else coef * scale
-        keep = _rows_to_keep(coef)
+        keep = _rows_to_keep(coef, self.weight)
         if keep is not None:
             gradient, scale = _move_up(gradient, keep), None if scale is None else scale[keep]
         return _Pulled(fused.logp, None, coef, keep, gradient, scale)
@@ -260,19 +261,15 @@ class _Step:
         lse_fold(logits, ids, 0, state, inv_temperature, bias=self.bias, head=self.head, backend=self.backend)
         logp, lse, entropy = state.logp(), state.lse(), state.entropy()
         coef = self._coef(logp, rows, chunk)
-        if self.entropy_coef:
-            keep, options = None, {"entropy": entropy, "entropy_coef": -self.entropy_coef * _scale(rows, part)}
-        else:
-            keep, options = _rows_to_keep(coef), {}
-        kept_coef = coef
-        if keep is not None:
-            logits = _move_up(logits, keep)
-            ids, inv_temperature, lse, kept_coef = ids[keep], inv_temperature[keep], lse[keep], coef[keep]
+        options = (
+            {"entropy": entropy, "entropy_coef": -self.entropy_coef * _scale(rows, part)} if self.entropy_coef else {}
+        )
         gradient = dlogits(
-            logits, ids, 0, lse, kept_coef, inv_temperature, bias=self.bias, head=self.head,
+            logits, ids, 0, lse, coef, inv_temperature, bias=self.bias, head=self.head,
             out=self.tile.gradient(*logits.shape), backend=self.backend, **options,
         )  # fmt: skip
-        return _Pulled(logp, entropy, coef, keep, gradient, None)
+        keep = None if self.entropy_coef else _rows_to_keep(coef, self.weight)
+        return _Pulled(logp, entropy, coef, keep, gradient if keep is None else _move_up(gradient, keep), None)
 
     def _coef(self, logp: torch.Tensor, rows: Rows, chunk: Chunk) -> torch.Tensor:
         """dL/dlogp of a chunk, which either is whole rollouts or needs none of them whole."""
@@ -298,12 +295,20 @@ def _cut(values: torch.Tensor | None, part: slice) -> torch.Tensor | None:
     return None if values is None else values[part]
 
 
-def _rows_to_keep(coef: torch.Tensor) -> torch.Tensor | None:
-    """The rows (k,) whose coefficient is not 0, or None if that is all of them. One host sync, but none in a capture."""
+def _rows_to_keep(coef: torch.Tensor, weight: torch.Tensor) -> torch.Tensor | None:
+    """The rows (k,) whose coefficient is not 0, or None for all of them, if moving those up costs more than the others' products.
+
+    One host sync, but none in a capture.
+    """
     if capturing():
         return None
     keep = coef.nonzero()[:, 0]
-    return None if keep.shape[0] == coef.shape[0] else keep
+    kept, dropped = keep.shape[0], coef.shape[0] - keep.shape[0]
+    return (
+        keep
+        if moving_pays(kept, dropped, weight.shape[1], weight.element_size(), rates_of(weight.device.type))
+        else None
+    )
 
 
 def _move_up(tile: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:

@@ -1,8 +1,9 @@
 """A bounded tile of logits, and the matrix products around it.
 
-The tile is written by the vendor's matmul. Where that can widen (CUDA), low-precision operands give float32 logits and
-the gradient gets a low-precision buffer of its own beside the tile; elsewhere the tile has the operands' dtype and the
-gradient overwrites it. Gradients always accumulate in float32 (float64 for float64).
+The tile is written by the vendor's matmul, in float32 where that can widen low-precision operands (CUDA), in the operands'
+dtype elsewhere. The gradient, in the operands' dtype, overwrites it: where it is narrower, each row of it lies in the first
+half of the memory of its own logits, so that a logit costs 4 bytes and not 6. Gradients always accumulate in float32
+(float64 for float64).
 """
 
 from collections.abc import Iterator
@@ -24,8 +25,8 @@ def widens(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def bytes_per_logit(device: torch.device, dtype: torch.dtype) -> int:
-    """What one logit of a tile costs, its gradient included."""
-    return 4 + dtype.itemsize if widens(device, dtype) else dtype.itemsize
+    """What one logit of a tile costs; its gradient lies in the same memory."""
+    return logit_dtype(device, dtype).itemsize
 
 
 def default_workspace_bytes(device: torch.device, *, whole_rows: bool = True) -> int:
@@ -58,9 +59,7 @@ def vocabulary_tile(rows: int, vocabulary: int, logit_bytes: int, workspace_byte
         ValueError: not even a single logit fits.
     """
     if workspace_bytes < logit_bytes:
-        raise ValueError(
-            f"workspace_bytes must be at least {logit_bytes}, one logit and its gradient, got {workspace_bytes}"
-        )
+        raise ValueError(f"workspace_bytes must be at least {logit_bytes}, one logit, got {workspace_bytes}")
     logits = workspace_bytes // logit_bytes
     cols = min(vocabulary, max(logits // max(rows, 1), min(NARROWEST, logits)))
     return TileShape(max(1, min(rows, logits // cols)), cols)
@@ -93,13 +92,12 @@ def column_slices(vocabulary: int, cols: int, kept: int) -> Iterator[slice]:
 
 
 class Tile:
-    """The workspace: buffers for `shape` logits and their gradient, reused for every piece of the vocabulary."""
+    """The workspace: `shape` logits, then their gradient, used again for every piece of the vocabulary."""
 
     def __init__(self, shape: TileShape, dtype: torch.dtype, device: torch.device):
         size = shape.rows * shape.cols
-        wide = widens(device, dtype)
         self._logits = huge_pages.empty((size,), logit_dtype(device, dtype), device)
-        self._gradient = torch.empty(size, dtype=dtype, device=device) if wide else self._logits
+        self._gradient = self._logits.view(dtype)
 
     def fill(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """The raw logits (n, c) of hidden (n, H) and weight (c, H)."""
@@ -117,8 +115,9 @@ class Tile:
         return torch.index_select(kept.logits[:, part], 0, rows, out=logits)
 
     def gradient(self, rows: int, cols: int) -> torch.Tensor:
-        """Where the gradient of the tile goes, (n, c): the tile itself unless the matmul widens."""
-        return self._gradient[: rows * cols].view(rows, cols)
+        """Where the gradient of the tile goes, (n, c): the tile itself, or the first half of each of its rows."""
+        pitch = cols * self._logits.element_size() // self._gradient.element_size()
+        return self._gradient[: rows * pitch].view(rows, pitch)[:, :cols]
 
 
 def multiply(a: torch.Tensor, b: torch.Tensor, *, out: torch.Tensor) -> None:

@@ -234,6 +234,33 @@ def test_a_deferred_coefficient_multiplies_the_gradient_later(backend):
     torch.testing.assert_close(scaled(tile, fused) * coef[:, None], expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("fused", [False, True], ids=["dlogits", "fused_policy"])
+def test_a_narrower_gradient_may_lie_over_the_logits_of_its_own_row(fused, head, backend, monkeypatch):
+    """As where a matmul of bfloat16 writes float32: the first half of a row's memory becomes its gradient."""
+    for kernel in ("dlogits", "fused_policy"):
+        monkeypatch.setattr(f"rlvr_kernels.{kernel}.BLOCK", 64)
+    raw, ids, inv_temperature, bias = make_rows(spread=1.0)
+    coef = torch.linspace(-1, 1, ROWS)
+    state = RowState.empty(ROWS, raw)
+    lse_fold(raw, ids, 0, state, inv_temperature, bias=bias, head=head, backend="torch")
+    rows = PolicyRows(-coef, torch.ones(ROWS))  # REINFORCE: the coefficient is minus the advantage
+
+    def gradient(tile, out):
+        options = {"bias": bias, "head": head, "out": out, "backend": backend}
+        if fused:
+            fused_policy(tile, ids, rows, inv_temperature, PolicySpec(), **options)
+            return out
+        return dlogits(tile, ids, 0, state.lse(), coef, inv_temperature, **options)
+
+    apart = gradient(raw.clone(), torch.empty(raw.shape, dtype=torch.bfloat16))
+    tile = raw.clone()
+    over = gradient(tile, tile.view(torch.bfloat16)[:, :COLS])
+    torch.testing.assert_close(over, apart, rtol=0, atol=0)
+    assert apart.abs().sum() > 0
+
+
 @pytest.mark.interpret
 def test_every_element_that_the_kernels_promise_is_written(monkeypatch):
     def poisoned(*args, **kwargs):

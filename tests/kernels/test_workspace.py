@@ -169,6 +169,7 @@ def test_clipped_tokens_never_reach_the_backward_matmuls(schedule, confidence, m
     old = logp.clone()
     old[advantages > 0, :10] -= 1.0  # ratio e: clipped where A > 0
     old[advantages < 0, 20:] += 1.0  # ratio 1/e: clipped where A < 0
+    monkeypatch.setattr("rlvr_kernels.single_pass.moving_pays", lambda kept, dropped, *_: dropped > 0)
     counter = RowCounter(monkeypatch)
     out = rlvr_ops.ace_loss(
         hidden,
