@@ -46,16 +46,22 @@ def _lse_fold(dtype: torch.dtype, *, full: bool) -> Any:
     return lse_fold(meta(N, TILE, dtype=dtype), _ids(), 0, state, meta(N), **options)
 
 
-def _dlogits(dtype: torch.dtype, *, full: bool) -> Any:
-    options: dict[str, Any] = {}
+def _over(tile: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor | None:
+    """The gradient in the memory of the logits, as `tile.Tile` has it."""
+    return None if dtype is None else tile.view(dtype)[:, : tile.shape[1]]
+
+
+def _dlogits(dtype: torch.dtype, *, full: bool, over: torch.dtype | None = None) -> Any:
+    tile = meta(N, TILE, dtype=dtype)
+    options: dict[str, Any] = {"out": _over(tile, over)}
     if full:
-        options = {
+        options |= {
             "bias": meta(TILE, dtype=dtype),
             "head": Head(softcap=30.0),
             "entropy": meta(N),
             "entropy_coef": meta(N),
         }
-    return dlogits(meta(N, TILE, dtype=dtype), _ids(), 0, meta(N), meta(N), meta(N), **options)
+    return dlogits(tile, _ids(), 0, meta(N), meta(N), meta(N), **options)
 
 
 def _weigh(spec: PolicySpec, *, full: bool) -> Any:
@@ -63,10 +69,13 @@ def _weigh(spec: PolicySpec, *, full: bool) -> Any:
     return weigh(meta(N), old, ref, meta(N), mask, meta(B + 1, dtype=torch.int64), meta(B), spec)
 
 
-def _fused_policy(dtype: torch.dtype, spec: PolicySpec, *, full: bool, deferred: bool = False) -> Any:
+def _fused_policy(
+    dtype: torch.dtype, spec: PolicySpec, *, full: bool, deferred: bool = False, over: torch.dtype | None = None
+) -> Any:
+    tile = meta(N, V, dtype=dtype)
     rows = PolicyRows(meta(N), meta(N), *((meta(N), meta(N), meta(N)) if full else ()))
     options: dict[str, Any] = {"bias": meta(V, dtype=dtype), "head": Head(softcap=30.0)} if full else {}
-    return fused_policy(meta(N, V, dtype=dtype), _ids(), rows, meta(N), spec, deferred=deferred, **options)
+    return fused_policy(tile, _ids(), rows, meta(N), spec, deferred=deferred, out=_over(tile, over), **options)
 
 
 def _linear_lse(hidden: torch.dtype, weight: torch.dtype, *, h: int = H, **options: Any) -> Any:
@@ -80,6 +89,7 @@ LAUNCHES: dict[str, Callable[[], Any]] = {
     "lse_fold bf16, bias, softcap, all sums": lambda: _lse_fold(_bf16, full=True),
     "dlogits fp32": lambda: _dlogits(_fp32, full=False),
     "dlogits bf16, bias, softcap, entropy": lambda: _dlogits(_bf16, full=True),
+    "dlogits fp32, bf16 over it": lambda: _dlogits(_fp32, full=False, over=_bf16),
     "weigh GRPO on policy": lambda: _weigh(GRPO, full=False),
     "weigh ACE, KL, mask": lambda: _weigh(ACE, full=True),
     "weigh GSPO, drops, KL": lambda: _weigh(GSPO, full=True),
@@ -88,6 +98,9 @@ LAUNCHES: dict[str, Callable[[], Any]] = {
     "weigh SAPO": lambda: _weigh(SAPO, full=True),
     "fused_policy fp32 GRPO on policy": lambda: _fused_policy(_fp32, GRPO, full=False),
     "fused_policy fp32 deferred": lambda: _fused_policy(_fp32, GRPO, full=False, deferred=True),
+    "fused_policy fp32 deferred, bf16 over it": lambda: _fused_policy(
+        _fp32, GRPO, full=False, deferred=True, over=_bf16
+    ),
     "fused_policy bf16 ACE, KL, bias, softcap": lambda: _fused_policy(_bf16, ACE, full=True),
     "fused_policy fp32 CISPO": lambda: _fused_policy(_fp32, CISPO, full=True),
     "fused_policy fp32 SAPO": lambda: _fused_policy(_fp32, SAPO, full=True),
