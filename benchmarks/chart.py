@@ -37,7 +37,7 @@ def plots(place: Path) -> dict[str, Plot]:
 
 def overview(results: Path) -> dict[str, Plot]:
     """The README's chart: time and memory of the first case on the first device."""
-    stored = load(devices(results)[0])
+    stored = next(found for place in devices(results) if (found := load(place)))
     panels: Data = {}
     for key, unit, what in (("median_ms", 1.0, "milliseconds"), ("peak_bytes", 1e6, "peak MB above the inputs")):
         data = bars(stored, key, unit)

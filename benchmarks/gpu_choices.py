@@ -12,6 +12,7 @@ from unittest import mock
 import torch
 from rlvr_kernels import dlogits, fused_policy, linear_lse, lse_fold, single_pass, weigh
 from rlvr_kernels.linear_lse_tiling import CANDIDATES, Tiling
+from rlvr_kernels.tile import bytes_per_logit
 
 import rlvr_ops
 from benchmarks.cases import Batch, Case
@@ -20,12 +21,12 @@ MIB = 1 << 20
 Choice = tuple[dict[str, Any], Callable[[], object]]
 
 
-def loss_step(batch: Batch, schedule: str, workspace_bytes: int | None = None) -> object:
-    """Forward and backward of ACE-GRPO."""
+def loss_step(batch: Batch, schedule: str, workspace_bytes: int | None = None, *, on_policy: bool = False) -> object:
+    """Forward and backward of ACE-GRPO; on policy it goes through fused_policy."""
     hidden, weight = batch.hidden.detach().requires_grad_(), batch.weight.detach().requires_grad_()
     out = rlvr_ops.ace_loss(
-        hidden, weight, batch.ids, batch.advantages, ref_per_token_logps=batch.ref, old_per_token_logps=batch.old,
-        schedule=schedule, workspace_bytes=workspace_bytes,
+        hidden, weight, batch.ids, batch.advantages, ref_per_token_logps=batch.ref,
+        old_per_token_logps=None if on_policy else batch.old, schedule=schedule, workspace_bytes=workspace_bytes,
     )  # fmt: skip
     return torch.autograd.grad(out.loss, (hidden, weight))
 
@@ -44,7 +45,7 @@ def fused_or_separate(batch: Batch, case: Case) -> Iterator[Choice]:
     def separate(step: Any, logits: Any, rows: Any, chunk: Any, shift: Any) -> Any:
         return step._separate(logits, rows, chunk)
 
-    whole = partial(loss_step, batch, "single_pass")
+    whole = partial(loss_step, batch, "single_pass", on_policy=True)
     yield {"what": "fused_policy, one launch"}, whole
     patch = mock.patch.object(single_pass._Step, "_fused", separate)
     yield {"what": "fused_policy, three launches"}, partial(under, [patch], whole)
@@ -56,6 +57,11 @@ def tilings(batch: Batch, case: Case) -> Iterator[Choice]:
     yield {"what": "linear_lse as chosen"}, step
     if batch.hidden.device.type != "cuda":
         return
+    for group in (4, 16):
+        yield (
+            {"what": "linear_lse", "GROUP": group},
+            partial(under, [mock.patch.object(linear_lse, "GROUP", group)], step),
+        )
     known = CANDIDATES.get(("cuda", 10 * torch.cuda.get_device_capability()[0]), ())
     tiles = itertools.product(((128, 256), (128, 128), (64, 256)), (32, 64), (4, 8), (3, 4))
     plain = (Tiling(rows, cols, inner, warps, stages) for (rows, cols), inner, warps, stages in tiles)
@@ -72,9 +78,9 @@ def _unlike(tiling: Tiling) -> str:
 
 
 def workspaces(batch: Batch, case: Case) -> Iterator[Choice]:
-    """Both schedules with room for so many rows of logits in float32 and their gradient in bf16."""
+    """Both schedules with room for so many rows of logits."""
     for schedule, rows in itertools.product(("single_pass", "two_pass"), (512, 1024, 2048, 4096, 8192)):
-        room = rows * case.vocabulary * 6
+        room = rows * case.vocabulary * bytes_per_logit(batch.weight.device, batch.weight.dtype)
         label = {"what": schedule, "rows": rows, "workspace_mib": room // MIB}
         yield label, partial(loss_step, batch, schedule, room)
 
@@ -87,7 +93,7 @@ def blocks(batch: Batch, case: Case) -> Iterator[Choice]:
     for (module, schedule), block, warps in itertools.product(modules, (2048, 4096, 8192), (4, 8, 16)):
         patch = mock.patch.multiple(module, BLOCK=block, NUM_WARPS=warps)
         label = {"what": module.__name__.rpartition(".")[2], "block": block, "warps": warps}
-        yield label, partial(under, [patch], partial(loss_step, batch, schedule))
+        yield label, partial(under, [patch], partial(loss_step, batch, schedule, on_policy=module is fused_policy))
     for block, warps in itertools.product((512, 1024, 2048), (4, 8)):
         patch = mock.patch.multiple(weigh, BLOCK=block, NUM_WARPS=warps)
         weighed = partial(

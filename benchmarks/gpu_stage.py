@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import torch
 
+from benchmarks.provenance import commit
+
 
 class Stage(NamedTuple):
     """Where to write, on what to run, until when, and whether on toy shapes."""
@@ -29,4 +31,5 @@ def stage() -> Stage:
     parser.add_argument("--seconds", type=float, required=True)
     parser.add_argument("--tiny", action="store_true")
     given = parser.parse_args()
+    commit()  # as it is now, not when the first result is written
     return Stage(given.out, torch.device(given.device), time.monotonic() + given.seconds, given.tiny)

@@ -33,7 +33,7 @@ def main() -> None:
             rows, absent, _ = measure(case, here.device, keys, strict=False, **turns)
             save(case, rows, absent, here.device, "python -m benchmarks.on_gpu", place)
             print(case.name, "done", flush=True)
-        except (AssertionError, RuntimeError):  # out of memory is a RuntimeError
+        except Exception:  # out of memory, a kernel that does not compile: the next case may do better
             print(case.name, traceback.format_exc(), flush=True)
         if here.device.type == "cuda":
             torch.cuda.empty_cache()

@@ -8,7 +8,7 @@ slice of d_weight is all-reduced once a step. Nothing overlaps: communication an
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from rlvr_kernels.cost import H100_BF16, Problem, Rates, cheapest
+from rlvr_kernels.cost import H100_BF16, Problem, Rates, cheapest, single_pass_workspace
 
 NVLINK = 450e9  # bytes/s in each direction of an H100 SXM: the vendor's figure
 INFINIBAND = 50e9  # bytes/s of a 400 Gb/s adapter, one for each GPU: the vendor's figure
@@ -61,7 +61,7 @@ def step(job: Job, shards: int, rates: Rates = H100_BF16) -> Step:
     groups = job.gpus // shards
     rows, vocabulary = job.tokens // groups, -(-job.vocabulary // shards)
     problem = Problem(rows, job.hidden, vocabulary, scored=rows, active=rows)
-    cost = cheapest(problem, job.workspace_bytes, rates)
+    cost = cheapest(problem, single_pass_workspace(problem, job.workspace_bytes), rates)
     row = job.hidden * (HIDDEN_BYTES + D_HIDDEN_BYTES) + 2 * STATE_BYTES
     exchanged = (shards - 1) / shards * rows * row / bandwidth(shards)
     reduced = 2 * (groups - 1) / groups * vocabulary * job.hidden * D_WEIGHT_BYTES / bandwidth(groups, shards)

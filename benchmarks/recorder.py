@@ -10,6 +10,7 @@ import torch
 
 from benchmarks.cases import Case
 from benchmarks.entrants import Absent
+from benchmarks.provenance import commit
 from benchmarks.report import SCRATCH, Result, device_folder, folder, save
 from benchmarks.run import Row, measure, rounds
 from benchmarks.systems import entries
@@ -35,6 +36,7 @@ class Recorder:
         self._chosen: dict[Case, set[str]] = defaultdict(set)
         for case, key in chosen:
             self._chosen[case].add(key)
+        commit()  # as it is now, not when the first result is written
         self._device, self._command, self._quick, self._place = device, command, quick, place
         self._done: dict[Case, Measured | Exception] = {}
         self.results: list[Result] = []

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rlvr_kernels.cost import Problem, Rates, single_pass, two_pass
+from rlvr_kernels.cost import Problem, Rates, single_pass, single_pass_workspace, two_pass
 from rlvr_kernels.tile import bytes_per_logit, default_workspace_bytes, whole_row_tile
 
 from benchmarks.cases import Batch, Case
@@ -115,7 +115,7 @@ def predict(point: Point, rates: Rates, base: Case, device: torch.device) -> Poi
         cost = two_pass(problem, rates, tile_bytes=budget)
     else:
         rollout = n // base.rollouts
-        whole = whole_row_tile(point["vocabulary"], logit, budget) // rollout * rollout
+        whole = whole_row_tile(point["vocabulary"], logit, single_pass_workspace(problem, budget)) // rollout * rollout
         cost = single_pass(problem, rates, chunk_rows=whole)
     ratio = point["median_ms"] / (1e3 * cost.seconds)
     return point | {

@@ -9,7 +9,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rlvr_kernels.cost import H100_BF16, Problem, Rates, cheapest, cpu_fp32, equal_chunks, single_pass, two_pass
+from rlvr_kernels.cost import (
+    H100_BF16,
+    Problem,
+    Rates,
+    cheapest,
+    cpu_fp32,
+    equal_chunks,
+    single_pass,
+    single_pass_workspace,
+    two_pass,
+)
 
 from benchmarks import layouts
 from benchmarks.layouts import INFINIBAND, NVLINK, Job
@@ -51,7 +61,7 @@ def sizes() -> str:
             problems.append(replace(H100_SHAPE, **dict.fromkeys(names, value)))  # type: ignore[arg-type]
     rows = []
     for p in dict.fromkeys(problems):
-        cost = cheapest(p, 2 * GIB, H100_BF16)
+        cost = cheapest(p, single_pass_workspace(p, 2 * GIB), H100_BF16, slice_bytes=384 * MIB)
         floor = 6e3 * p.rows * p.vocabulary * p.hidden / H100_BF16.matmul_flops
         rows.append((
             p.rows, p.hidden, p.vocabulary, cost.schedule, f"{floor:.1f}", f"{1e3 * cost.seconds:.1f}",

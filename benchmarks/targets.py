@@ -127,16 +127,25 @@ def _errors(result: Result, name: str) -> Iterator[str]:
 
 
 def _half_of_all(results: list[Result], device_type: str) -> Iterator[str]:
-    """Half of the rollouts inactive beside our own time for all, measured one after the other."""
+    """Half of the rollouts inactive beside our own time for all: each in units of its own run's products, whose work halves.
+
+    The two cases are measured minutes apart, and a machine's clock may not be the same.
+    """
     wholes = {_shape(result): result for result in results if _all_rows(result["case"])}
     for result in results:
         whole = wholes.get(_shape(result))
         if not _half(result["case"]) or whole is None:
             continue
-        mine, all_rows = row_of(result, MAIN[0]), row_of(whole, MAIN[0])
+        mine, all_rows = (_by_products(each) for each in (result, whole))
         if mine and all_rows:
-            ratio = mine["median_ms"] / all_rows["median_ms"]
+            ratio = result["case"]["active"] * mine / all_rows
             yield _line(_name(result), MAIN[0], "x our own time for all rows", ratio, HALF_OF_ALL[device_type])
+
+
+def _by_products(result: Result) -> float | None:
+    """Our time over the bare products' of the same run."""
+    mine, products = row_of(result, MAIN[0]), row_of(result, "products")
+    return mine["median_ms"] / products["median_ms"] if mine and products else None
 
 
 def _shape(result: Result) -> tuple[Any, ...]:

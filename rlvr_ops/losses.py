@@ -121,12 +121,13 @@ def policy_loss(
         score_inactive: score rollouts without gradient too, for their log-probabilities and metrics.
         with_entropy: report the scored rows' mean entropy in the metrics; costs no extra matmul.
         schedule: "single_pass" computes gradients while each chunk's logits exist (6NVH); "two_pass" recomputes the
-            logits in backward (8NVH) for the rows that have a gradient; "forward_only" gives no gradient; "auto" takes
+            logits in backward (up to 8NVH) for the rows that have a gradient; "forward_only" gives no gradient; "auto" takes
             whichever a model of their FLOPs and bytes expects to be faster (`rlvr_kernels.cost`), and two_pass where the
             longest rollout does not fit the workspace of a single pass, and for float16, whose gradients would underflow
             before a loss scale reached them. The metric `head/single_pass` says which it was.
         workspace_bytes: the most that the logits and their gradient may occupy. None: 160 MiB on CPU; on an accelerator
-            2 GiB for a single pass and 384 MiB for two passes. Two passes given more keep logits for backward.
+            2 GiB for a single pass (or a single chunk, if that takes no more memory) and 384 MiB for two passes. Two passes
+            given more may keep logits for backward.
         backend: "auto", "triton" or "torch"; see `rlvr_ops.explain_backend`.
         validate: also check the inputs for NaN and inf, and ids on an accelerator; costs host syncs.
 

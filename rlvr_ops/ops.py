@@ -41,6 +41,7 @@ def score(
     with _no_autocast(hidden):
         rows = rows_of(scored)
         states, ids = chosen(blank(hidden, scored), rows).to(dtype), blank(ids, scored)
+        inv_temperature = blank(inv_temperature, scored, 1)
         kept = _kept_logits(hidden, weight, dtype, keep_bytes)
         out = score_rows(
             states, weight.to(dtype), chosen(ids, rows), chosen(inv_temperature, rows), bias=bias,
@@ -123,14 +124,17 @@ def pull_back(
     lse: Tensor, coef: Tensor, entropy: Tensor, entropy_coef: Tensor | None, kept: Tensor, head: str, dtype: torch.dtype,
     need_hidden: bool, need_weight: bool, need_bias: bool, workspace_bytes: int, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """d_hidden (R, H), d_weight (V, H), d_bias (V,), empty where not needed; rows with coefficient 0 never reach a matmul."""
+    """d_hidden (R, H), d_weight (V, H), d_bias (V,), empty where not needed.
+
+    Rows with coefficient 0 reach a matmul in a capture only.
+    """
     with _no_autocast(hidden):
         alive = coef != 0 if entropy_coef is None else (coef != 0) | (entropy_coef != 0)
         rows = rows_of(alive if scored is None else alive & scored)
         needs = Needs(need_hidden, need_weight, need_bias)
         found = pull_back_rows(
             chosen(blank(hidden, scored), rows).to(dtype), weight.to(dtype), chosen(blank(ids, scored), rows),
-            chosen(inv_temperature, rows), chosen(lse, rows), chosen(coef, rows).contiguous(),
+            chosen(blank(inv_temperature, scored, 1), rows), chosen(lse, rows), chosen(coef, rows).contiguous(),
             entropy=None if entropy_coef is None else chosen(entropy, rows),
             entropy_coef=None if entropy_coef is None else chosen(entropy_coef, rows).contiguous(), bias=bias,
             head=decode_head(head), needs=needs, weight_dtype=weight.dtype, workspace_bytes=workspace_bytes,
@@ -266,7 +270,8 @@ def run_single_pass(
         logp, entropy = spread(done.logp, index, hidden), spread(done.entropy, index, hidden)
         d_hidden, d_weight, d_bias = done.gradients
         d_bias = None if d_bias is None or bias is None else d_bias.to(bias.dtype)
-        pulled_back = logp.new_full((), float(done.pulled_back))
+        has_gradient = weighed.coef != 0 if not entropy_coef else blank(torch.ones_like(weighed.coef), scored) != 0
+        pulled_back = has_gradient.sum().to(logp.dtype)
         gradients = _or_empty(d_hidden, hidden), _or_empty(d_weight, hidden), _or_empty(d_bias, hidden)
         return loss, logp, entropy, weighed.statistics, pulled_back, *gradients
 

@@ -19,11 +19,11 @@ def chosen(values: Tensor, rows: Tensor | None) -> Tensor:
     return values if rows is None else values[rows]
 
 
-def blank(values: Tensor, which: Tensor | None) -> Tensor:
-    """Values (R, ...) with 0 outside of `which`, where a capture leaves rows in whatever they hold."""
+def blank(values: Tensor, which: Tensor | None, fill: float = 0) -> Tensor:
+    """Values (R, ...) with `fill` outside of `which`, where a capture leaves rows in whatever they hold."""
     if which is None or not capturing():
         return values
-    return values.masked_fill(~which.view(-1, *[1] * (values.ndim - 1)), 0)
+    return values.masked_fill(~which.view(-1, *[1] * (values.ndim - 1)), fill)
 
 
 def spread(values: Tensor | None, rows: Tensor | None, like: Tensor) -> Tensor:
@@ -49,7 +49,8 @@ def compact(
     if index is not None:
         cu_seqlens = torch.searchsorted(index, cu_seqlens)
     return Rows(
-        index, chosen(blank(ids, scored), index), chosen(inv_temperature, index), chosen(blank(advantages, scored), index),
+        index, chosen(blank(ids, scored), index), chosen(blank(inv_temperature, scored, 1), index),
+        chosen(blank(advantages, scored), index),
         taken(old), taken(ref), taken(behaviour), cu_seqlens, None if capturing() else cu_seqlens.diff().tolist(),
         rollout_weight, scored if capturing() else None,
     )  # fmt: skip

@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 import torch
 from rlvr_kernels.capture import capturing
-from rlvr_kernels.cost import Problem, best_two_pass, cheapest, rates_of
-from rlvr_kernels.tile import bytes_per_logit, default_workspace_bytes, whole_row_tile
+from rlvr_kernels.cost import Problem, best_two_pass, cheapest, rates_of, single_pass_workspace
+from rlvr_kernels.tile import bytes_per_logit, default_workspace_bytes, kept_shape, whole_row_tile
 from rlvr_kernels.weigh import STATISTICS
 from torch import Tensor
 
@@ -68,12 +68,8 @@ class HeadCall(NamedTuple):
         if self.workspace_bytes is not None:
             return self.workspace_bytes
         default = default_workspace_bytes(self.weight.device, whole_rows=whole_rows)
-        if not whole_rows or self.weight.device.type == "cpu":
-            return default
-        # A single chunk needs no float32 accumulator of the weight's gradient: its tile may have that memory as well.
-        everything = self.hidden.shape[0] * self.weight.shape[0] * bytes_per_logit(self.weight.device, self.dtype)
-        spared = 4 * self.weight.numel() if self.needs()[1] and self.weight.dtype.itemsize < 4 else 0
-        return everything if everything <= default + spared else default
+        rows = self.hidden.shape[0]
+        return single_pass_workspace(self.problem(rows, rows), default) if whole_rows else default
 
     def whole_rows(self) -> int:
         """How many rows fit the workspace with all their logits."""
@@ -166,7 +162,7 @@ def single_pass(call: HeadCall, loss: Loss) -> LossOutput:
 
 
 def two_pass(call: HeadCall, loss: Loss) -> LossOutput:
-    """The loss from scores, whose backward recomputes the logits of the rows that have a gradient."""
+    """The loss from scores, whose backward recomputes the logits of the rows that have a gradient, if they are not kept."""
     hyper = loss.hyper
     workspace = call.workspace(whole_rows=False)
     keep = _bytes_to_keep(call, workspace)
@@ -196,7 +192,8 @@ def _bytes_to_keep(call: HeadCall, workspace: int) -> int:
     rows = call.hidden.shape[0]
     problem = call.problem(rows, rows)
     best = best_two_pass(problem, workspace, rates_of(call.hidden.device.type))
-    return best.cached_rows * problem.vocabulary * problem.logit_bytes
+    elements = best.cached_rows * problem.vocabulary
+    return elements * problem.logit_bytes if kept_shape(rows, problem.vocabulary, elements)[1] else 0
 
 
 def weigh(

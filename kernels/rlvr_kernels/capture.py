@@ -9,4 +9,6 @@ import torch
 
 def capturing() -> bool:
     """True between the beginning and the end of a CUDA graph's capture on the current stream."""
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    if torch.compiler.is_compiling() or not torch.cuda.is_initialized():
+        return False
+    return torch.cuda.is_current_stream_capturing()

@@ -153,6 +153,9 @@ def single_pass(p: Problem, rates: Rates, *, chunk_rows: int) -> Cost:
     phases.logits(p.scored, pieces, 1)
     phases.add(p.scored * p.vocabulary * p.logit_bytes, launches=pieces)
     if moving_pays(p.active, p.scored - p.active, p.hidden, p.operand_bytes, rates):
+        phases.add(
+            (p.scored - p.active) * p.vocabulary * (p.logit_bytes + p.operand_bytes), launches=0
+        )  # differentiated, too
         phases.add(MOVES * p.active * p.vocabulary * p.operand_bytes, launches=2 * pieces)
         phases.take(p.active, p.scored)
     else:
@@ -196,6 +199,16 @@ def equal_chunks(p: Problem, workspace_bytes: int) -> int:
     """Rows of a single pass's chunk: as few chunks as the workspace allows, of equal size; 0 if it holds no whole row."""
     limit = whole_row_tile(p.vocabulary, p.logit_bytes, workspace_bytes)
     return limit and -(-p.scored // max(1, -(-p.scored // limit)))
+
+
+def single_pass_workspace(p: Problem, default: int) -> int:
+    """`default` bytes, or those of one chunk of all rows if that takes no more memory.
+
+    A single chunk needs no float32 accumulator of the weight's gradient: its tile may have that memory as well.
+    """
+    everything = p.rows * p.vocabulary * p.logit_bytes
+    spared = ACCUMULATOR * p.vocabulary * p.hidden if p.needs_weight and p.weight_grad_bytes < ACCUMULATOR else 0
+    return max(everything, default) if everything <= default + spared else default
 
 
 def best_two_pass(p: Problem, workspace_bytes: int, rates: Rates) -> Cost:

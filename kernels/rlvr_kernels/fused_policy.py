@@ -106,7 +106,10 @@ def _weigh_rows(
     weight = None if rows.shift is None else asymmetric_weight(rows.shift, spec)
     x = None if rows.old is None else logp - rows.old
     terms = token_terms(logp, x, x, rows.ref, rows.advantage, weight, spec)
-    return terms.loss * rows.scale, (terms.slope + terms.direct) * rows.scale
+    counts = rows.scale != 0  # a row that does not may have an infinite divergence
+    return torch.where(counts, terms.loss * rows.scale, 0), torch.where(
+        counts, (terms.slope + terms.direct) * rows.scale, 0
+    )
 
 
 def _fused_triton(
@@ -178,8 +181,8 @@ def fused_policy_kernel(
             logp, log_ratio, log_ratio, ref, advantage, weight, positive_a, positive_b, negative_a, negative_b, beta,
             FORM, HAS_REF, KL, CORRECTED,
         )  # fmt: skip
-        loss *= scale
-        coef = (slope + direct) * scale
+        loss = tl.where(scale == 0, 0.0, loss * scale)  # a row that does not count may have an infinite divergence
+        coef = tl.where(scale == 0, 0.0, (slope + direct) * scale)
     tl.store(logp_ptr + row, logp)
     tl.store(lse_ptr + row, lse)
     tl.store(loss_ptr + row, loss)

@@ -61,7 +61,7 @@ class Chunk(NamedTuple):
 
 
 class SinglePass(NamedTuple):
-    """logp and entropy (n,), the gradients (d_hidden for all hidden states), and how many rows were pulled back.
+    """logp and entropy (n,), and the gradients (d_hidden for all hidden states).
 
     coef (n,) is what each chunk's weigher said, if it was not `weigh`.
     """
@@ -69,7 +69,6 @@ class SinglePass(NamedTuple):
     logp: torch.Tensor
     entropy: torch.Tensor | None
     gradients: Gradients
-    pulled_back: int
     coef: torch.Tensor | None
 
 
@@ -119,7 +118,12 @@ def single_pass(
     vocabulary = weight.shape[0]
     token_local = weigher is weigh and spec.is_token_local(rows.old is not None)
     limit = whole_row_tile(vocabulary, bytes_per_logit(weight.device, weight.dtype), workspace_bytes)
-    if rows.lengths is None:  # the caller has seen that they fit one chunk, or may be cut anywhere
+    if rows.lengths is None:
+        if not token_local and rows.ids.shape[0] > limit:
+            raise ValueError(
+                f"workspace_bytes={workspace_bytes} holds {limit} of {rows.ids.shape[0]} rows, and where rollouts end "
+                "can not be asked while a CUDA graph is captured: give a workspace for all rows, or schedule='two_pass'"
+            )
         plan = list(equal_chunks(rows.ids.shape[0], rows.rollout_weight.shape[0], limit))
     else:
         plan = list(chunks(rows.lengths, limit, token_local))
@@ -146,7 +150,6 @@ def single_pass(
     d_bias = (
         torch.zeros(vocabulary, dtype=accumulator_dtype(weight.dtype), device=weight.device) if needs.bias else None
     )
-    pulled_back = 0
     for i, chunk in enumerate(plan):
         part = slice(chunk.start, chunk.stop)
         index = part if rows.where is None else rows.where[part]
@@ -160,7 +163,6 @@ def single_pass(
         if out.keep is not None:
             states = states[out.keep]
             index = out.keep + chunk.start if rows.where is None else rows.where[part][out.keep]
-        pulled_back += states.shape[0]
         if d_hidden is not None:
             product = accumulator(states.shape, states)
             multiply(out.gradient, weight, out=product)
@@ -174,7 +176,7 @@ def single_pass(
     if d_weight is not None and not plan:
         d_weight.zero_()
     gradients = Gradients(d_hidden, None if d_weight is None else d_weight.to(weight_dtype), d_bias)
-    return SinglePass(logp, entropy, gradients, pulled_back, coef)
+    return SinglePass(logp, entropy, gradients, coef)
 
 
 def _weight_accumulator(weight: torch.Tensor, weight_dtype: torch.dtype, count: int) -> torch.Tensor:

@@ -15,7 +15,7 @@ from rlvr_kernels import huge_pages
 from rlvr_kernels.logits import accumulator_dtype
 
 NARROWEST = 4096  # columns of a tile before its rows are cut as well
-KEPT_COLUMNS = 128  # so that kept rows begin where wide loads may
+ALIGNED_COLUMNS = 128  # so that every row of a slice begins where wide loads may
 PRODUCT_ROWS = 8192  # rows of an accumulator that a matmul which cannot accumulate in float32 updates at a time
 
 
@@ -62,6 +62,8 @@ def vocabulary_tile(rows: int, vocabulary: int, logit_bytes: int, workspace_byte
         raise ValueError(f"workspace_bytes must be at least {logit_bytes}, one logit, got {workspace_bytes}")
     logits = workspace_bytes // logit_bytes
     cols = min(vocabulary, max(logits // max(rows, 1), min(NARROWEST, logits)))
+    if ALIGNED_COLUMNS <= cols < vocabulary:
+        cols -= cols % ALIGNED_COLUMNS
     return TileShape(max(1, min(rows, logits // cols)), cols)
 
 
@@ -79,9 +81,9 @@ class Kept(NamedTuple):
 
 
 def kept_shape(rows: int, vocabulary: int, elements: int) -> tuple[int, int]:
-    """(rows, C): how many columns' logits of all rows a buffer of `elements` keeps, a multiple of KEPT_COLUMNS or all."""
+    """(rows, C): how many columns' logits of all rows a buffer of `elements` keeps, a multiple of ALIGNED_COLUMNS or all."""
     cols = elements // max(rows, 1)
-    return rows, vocabulary if cols >= vocabulary else cols // KEPT_COLUMNS * KEPT_COLUMNS
+    return rows, vocabulary if cols >= vocabulary else cols // ALIGNED_COLUMNS * ALIGNED_COLUMNS
 
 
 def column_slices(vocabulary: int, cols: int, kept: int) -> Iterator[slice]:

@@ -114,6 +114,18 @@ def test_the_losses_that_most_people_train_do_not_pay_for_the_others(usages):
 
 
 @pytest.mark.compile
+@pytest.mark.parametrize("variant", ["dlogits fp32, bf16 over it", "fused_policy fp32 deferred, bf16 over it"])
+def test_all_have_read_a_block_of_logits_before_any_writes_over_it(variant):
+    """The interpreter cannot show a race; what the compiler has made of the barrier can be read."""
+    with recorded(TARGETS["sm_90"]) as compiled:
+        LAUNCHES[variant]()
+    (_, kernel), *_ = compiled
+    steps = re.findall(r"\b(ld\.global\.v4|bar\.sync|st\.global\.v4)", kernel.asm["ptx"])
+    last_read = len(steps) - 1 - steps[::-1].index("ld.global.v4")
+    assert steps[last_read:] == ["ld.global.v4", "bar.sync", "st.global.v4", "st.global.v4"]
+
+
+@pytest.mark.compile
 def test_every_kernel_that_the_library_launches_is_compiled(usages):
     source = "".join(path.read_text() for path in Path(rlvr_kernels.__path__[0]).glob("*.py"))
     launched = set(re.findall(r"\b(\w+_kernel)\[", source))
