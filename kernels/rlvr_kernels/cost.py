@@ -224,19 +224,17 @@ def best_two_pass(p: Problem, workspace_bytes: int, rates: Rates) -> Cost:
     return min(found, key=lambda cost: cost.seconds)
 
 
-def cheapest(
-    p: Problem, workspace_bytes: int, rates: Rates, *, longest: int = 1, slice_bytes: int | None = None
-) -> Cost:
+def cheapest(p: Problem, workspace_bytes: int, rates: Rates, *, slice_bytes: int | None = None) -> Cost:
     """The schedule that takes the least time (by MARGIN) within the workspace, with its chunk_rows or cached_rows.
 
-    `longest` rows must share a chunk of a single pass; slice_bytes is the workspace of two passes where that is another one.
-    Deterministic; about a tenth of a millisecond.
+    slice_bytes is the workspace of two passes where that is another one. That rollouts may have to stay whole is the caller's
+    to see to. Deterministic; about a tenth of a millisecond.
     """
     slice_bytes = workspace_bytes if slice_bytes is None else slice_bytes
     if not (p.needs_hidden or p.needs_weight):
         return forward_only(p, rates, tile_bytes=slice_bytes)
-    twice = best_two_pass(p, slice_bytes, rates)
-    if whole_row_tile(p.vocabulary, p.logit_bytes, workspace_bytes) < max(longest, 1):
+    twice, chunk_rows = best_two_pass(p, slice_bytes, rates), equal_chunks(p, workspace_bytes)
+    if not whole_row_tile(p.vocabulary, p.logit_bytes, workspace_bytes):
         return twice
-    once = single_pass(p, rates, chunk_rows=max(longest, equal_chunks(p, workspace_bytes)))
+    once = single_pass(p, rates, chunk_rows=chunk_rows)
     return twice if MARGIN * twice.seconds < once.seconds else once

@@ -112,10 +112,10 @@ def test_wide_chunks_take_a_single_pass_and_narrow_ones_two():
     assert cheapest(cpu(1024), 10 << 20, cpu_fp32(2)).schedule == "two_pass"
 
 
-def test_a_rollout_longer_than_any_chunk_takes_two_passes():
-    limit = equal_chunks(replace(WIDE, scored=2 * GIB // (4 * 131072)), 2 * GIB)
-    assert cheapest(WIDE, 2 * GIB, H100_BF16, longest=limit).chunk_rows == limit == 4096
-    assert cheapest(WIDE, 2 * GIB, H100_BF16, longest=limit + 1).schedule == "two_pass"
+def test_a_workspace_without_a_whole_row_takes_two_passes():
+    row = 4 * 131072
+    assert cheapest(WIDE, row - 1, H100_BF16).schedule == "two_pass"
+    assert cheapest(replace(WIDE, rows=1, scored=1, active=1), row, H100_BF16).schedule == "single_pass"
 
 
 def test_rows_are_moved_up_only_where_that_is_cheaper_than_their_products():
