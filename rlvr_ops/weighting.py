@@ -2,7 +2,7 @@
 
 import torch
 from rlvr_kernels.logits import accumulator_dtype
-from rlvr_kernels.spec import PolicySpec
+from rlvr_kernels.spec import PPO_CLIP, PolicySpec
 from torch import Tensor
 
 from rlvr_ops import arguments, ops
@@ -33,7 +33,7 @@ def ace_advantages(
     >>> ace_advantages(torch.tensor([1.0, -1.0]), ref, ref)
     tensor([ 1.0000, -1.6931])
     """
-    spec = PolicySpec(alpha=alpha, confidence_reduction=confidence_reduction, shape=shape)
+    spec = PolicySpec(PPO_CLIP, alpha=alpha, confidence_reduction=confidence_reduction, shape=shape)
     arguments.check_tensor("per_token_logps", per_token_logps)
     arguments.check_tensor("ref_per_token_logps", ref_per_token_logps)
     layout = arguments.make_layout("per_token_logps", per_token_logps, completion_mask, cu_seqlens)

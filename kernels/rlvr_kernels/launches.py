@@ -16,15 +16,13 @@ from rlvr_kernels.linear_lse import linear_lse
 from rlvr_kernels.logits import Head
 from rlvr_kernels.lse_fold import RowState, lse_fold
 from rlvr_kernels.scale import scale_
-from rlvr_kernels.spec import PolicySpec, Surrogate
+from rlvr_kernels.spec import PPO_CLIP, PolicySpec, Surrogate
 from rlvr_kernels.weigh import weigh
 
 N, H, V, B, TILE = 8192, 4096, 151936, 64, 32768
 ACE = PolicySpec(Surrogate("clip", (0.0, 1.2), (0.8, 4.0)), alpha=1.0, beta=0.001)
-GRPO = PolicySpec()
-GSPO = PolicySpec(
-    importance_sampling_level="sequence", off_policy_mask_threshold=0.5, use_bias_correction_kl=True, beta=0.001
-)
+GRPO = PolicySpec(PPO_CLIP)
+GSPO = PolicySpec(PPO_CLIP, "sequence", off_policy_mask_threshold=0.5, use_bias_correction_kl=True, beta=0.001)
 GMPO = PolicySpec(Surrogate("gmpo", (-math.inf, 0.4), (-0.4, math.inf)), alpha=1.0)
 VESPO = PolicySpec(Surrogate("vespo", (2.0, 3.0), (3.0, 2.0)))
 SAPO = PolicySpec(Surrogate("sapo", (1.0, 0.0), (1.05, 0.0)))

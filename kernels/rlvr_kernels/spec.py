@@ -63,7 +63,7 @@ class PolicySpec:
         ValueError: a number is outside its range, a name is unknown, or a combination makes no sense.
     """
 
-    surrogate: Surrogate = PPO_CLIP
+    surrogate: Surrogate  # no default: torch 2.11's compiler does not trace a field's default of such a type
     importance_sampling_level: str = "token"
     off_policy_mask_threshold: float | None = None
     beta: float = 0.0

@@ -9,7 +9,7 @@ from rlvr_kernels.dlogits import dlogits
 from rlvr_kernels.fused_policy import FusedRows, PolicyRows, fused_policy
 from rlvr_kernels.logits import Head
 from rlvr_kernels.lse_fold import RowState, lse_fold
-from rlvr_kernels.spec import PolicySpec
+from rlvr_kernels.spec import PPO_CLIP, PolicySpec
 from rlvr_kernels.weigh import STATISTICS, weigh
 
 from rlvr_ops.surrogates import cispo, cispo_two_sided, dispo, gmpo, ppo_clip, reinforce, sapo, vespo
@@ -175,9 +175,8 @@ def test_a_divergence_that_overflows_does_not_reach_a_loss_without_it(backend):
     """exp(ref - logp) is infinite in float32 for a token that the policy has all but ruled out."""
     logp, ref = torch.tensor([-95.0, -1.0]), torch.tensor([-1.0, -1.0])
     advantages, weights = torch.tensor([1.0, -1.0]), torch.tensor([0.5])
-    found = weigh(
-        logp, logp, ref, advantages, None, torch.tensor([0, 2]), weights, PolicySpec(alpha=1.0), backend=backend
-    )
+    spec = PolicySpec(PPO_CLIP, alpha=1.0)
+    found = weigh(logp, logp, ref, advantages, None, torch.tensor([0, 2]), weights, spec, backend=backend)
     torch.testing.assert_close(found.losses, torch.tensor([-0.5, 0.5]), rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(found.coef, torch.tensor([-0.5, 0.5]), rtol=1e-6, atol=1e-6)
 
@@ -228,7 +227,7 @@ def test_a_deferred_coefficient_multiplies_the_gradient_later(backend):
     raw, ids, inv_temperature, _ = make_rows()
     rows = PolicyRows(torch.ones(ROWS), torch.ones(ROWS))
     tile = raw.clone()
-    fused = fused_policy(tile, ids, rows, inv_temperature, PolicySpec(), deferred=True, backend=backend)
+    fused = fused_policy(tile, ids, rows, inv_temperature, PolicySpec(PPO_CLIP), deferred=True, backend=backend)
     coef = torch.linspace(-1, 1, ROWS)
     expected = dlogits(raw.clone(), ids, 0, fused.lse, coef, inv_temperature, backend="torch")
     torch.testing.assert_close(scaled(tile, fused) * coef[:, None], expected, rtol=1e-5, atol=1e-6)
@@ -250,7 +249,7 @@ def test_a_narrower_gradient_may_lie_over_the_logits_of_its_own_row(fused, head,
     def gradient(tile, out):
         options = {"bias": bias, "head": head, "out": out, "backend": backend}
         if fused:
-            fused_policy(tile, ids, rows, inv_temperature, PolicySpec(), **options)
+            fused_policy(tile, ids, rows, inv_temperature, PolicySpec(PPO_CLIP), **options)
             return out
         return dlogits(tile, ids, 0, state.lse(), coef, inv_temperature, **options)
 
@@ -275,7 +274,7 @@ def test_every_element_that_the_kernels_promise_is_written(monkeypatch):
     monkeypatch.setattr(torch, "empty", poisoned)
     monkeypatch.setattr(torch, "empty_like", poisoned_like)
     rows = PolicyRows(advantages, torch.ones(ROWS), old, ref, torch.zeros(ROWS))
-    fused = fused_policy(raw, ids, rows, inv_temperature, PolicySpec(alpha=1.0), backend="triton")
+    fused = fused_policy(raw, ids, rows, inv_temperature, PolicySpec(PPO_CLIP, alpha=1.0), backend="triton")
     weighed = weigh(
         logp,
         old,
@@ -284,7 +283,7 @@ def test_every_element_that_the_kernels_promise_is_written(monkeypatch):
         None,
         torch.tensor([0, 2, 2, ROWS]),
         torch.ones(3),
-        PolicySpec(alpha=1.0),
+        PolicySpec(PPO_CLIP, alpha=1.0),
         backend="triton",
     )
     assert all(torch.isfinite(x).all() for x in itertools.chain(fused[:4], weighed, [raw]))

@@ -4,13 +4,13 @@ import pytest
 import torch
 from loss_cases import SMALL, assert_same, make_batch, pack
 from rlvr_kernels.logits import Head
-from rlvr_kernels.spec import PolicySpec
+from rlvr_kernels.spec import PPO_CLIP, PolicySpec
 
 import rlvr_ops
 from rlvr_ops import ops, surrogates
 from rlvr_ops.spec_text import decode_head, decode_policy, encode
 
-HEAD, POLICY = encode(Head(0.9, 3.0)), encode(PolicySpec(alpha=1.0, beta=0.1))
+HEAD, POLICY = encode(Head(0.9, 3.0)), encode(PolicySpec(PPO_CLIP, alpha=1.0, beta=0.1))
 ROOM = 8 * 17 * 6
 
 
@@ -27,7 +27,7 @@ def flat():
 
 
 SPECS = [
-    PolicySpec(),
+    PolicySpec(PPO_CLIP),
     PolicySpec(surrogates.ppo_clip(1e-3, 1 / 3, 2.0), "sequence", 0.3, 0.1, "k1", True, 1, "relu", "old", "sum"),
     *(PolicySpec(make()) for make in surrogates.SURROGATES.values()),
 ]
