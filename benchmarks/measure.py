@@ -84,13 +84,17 @@ def milliseconds(step: Step, device: torch.device) -> float:
 def interleave(
     steps: Sequence[Step], device: torch.device, *, seconds: float, least: int, most: int
 ) -> list[list[float]]:
-    """Milliseconds of each step, in rounds that begin with another step each time, until `seconds` are over."""
+    """Milliseconds of each step, in rounds that begin with another step each time, until `seconds` are over.
+
+    A step whose first `least` turns took a quarter of the time sits out after them, so that slow systems leave others some.
+    """
     times: list[list[float]] = [[] for _ in steps]
     began = time.perf_counter()
     for turn in range(most):
         for i in range(len(steps)):
             which = (turn + i) % len(steps)
-            times[which].append(milliseconds(steps[which], device))
+            if turn < least or 4e-3 * least * statistics.median(times[which]) <= seconds:
+                times[which].append(milliseconds(steps[which], device))
         if turn + 1 >= least and time.perf_counter() - began > seconds:
             break
     return times

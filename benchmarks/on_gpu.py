@@ -82,7 +82,7 @@ def run(stage: str, chosen: argparse.Namespace, seconds: float) -> int:
     elif stage == "scaling":
         place = chosen.out / device_folder(torch.device(chosen.device))
         command = [sys.executable, "-m", "benchmarks.scaling", "--out", str(place), "--device", chosen.device]
-        command += ["--seconds", "0", "--shape", "16", "8", "64"] if chosen.tiny else ["--seconds", "5"]
+        command += ["--seconds", "0", "--shape", "64", "8", "64"] if chosen.tiny else ["--seconds", "5"]
     else:
         command = [sys.executable, "-m", f"benchmarks.gpu_{stage}", "--out", str(chosen.out), "--device", chosen.device]
         command += ["--seconds", str(seconds * 0.95), *(["--tiny"] if chosen.tiny else [])]

@@ -13,11 +13,11 @@ Data = dict[str, Any]
 
 
 def main_shape(results: list[Result]) -> list[Result]:
-    """The cases of the largest shape that has several, or of the largest at all."""
-    shapes: dict[tuple[int, int, int], list[Result]] = {}
+    """The cases of the largest shape and dtype that has several, or of the largest at all."""
+    shapes: dict[tuple[int, int, int, str], list[Result]] = {}
     for result in results:
         case = result["case"]
-        shapes.setdefault((case["rows"], case["hidden"], case["vocabulary"]), []).append(result)
+        shapes.setdefault((case["rows"], case["hidden"], case["vocabulary"], case["dtype"]), []).append(result)
     several = {shape: mine for shape, mine in shapes.items() if len(mine) > 1} or shapes
     return several[max(several, key=lambda shape: shape[0] * shape[1] * shape[2])]
 

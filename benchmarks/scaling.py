@@ -28,7 +28,7 @@ from benchmarks.shards import Shard, look, pull
 from rlvr_ops import ace_loss
 
 Point = dict[str, Any]
-BASES = {"cpu": Case("ace", 256, 512, 32000, 8), "cuda": Case("ace", 8192, 4096, 131072, 16, "bfloat16")}
+BASES = {"cpu": Case("ace", 1024, 896, 32000, 8), "cuda": Case("ace", 8192, 4096, 131072, 16, "bfloat16")}
 FACTORS = (0.25, 0.5, 1, 2, 4)
 SIZES = {"N": "rows", "V": "vocabulary", "H": "hidden"}
 RANKS = (1, 2, 4, 8)
@@ -165,6 +165,8 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.shape:
         command += f" --shape {' '.join(map(str, arguments.shape))}"
         base = replace(base, **dict(zip(("rows", "hidden", "vocabulary"), arguments.shape, strict=True)))
+    if base.rows % (4 * base.rollouts) or base.hidden % 4 or base.vocabulary % 8:
+        parser.error(f"--shape: N, H and V must be multiples of {4 * base.rollouts}, 4 and 8, to be divided")
     place = arguments.out or folder(device)
     bandwidth = copy_bandwidth(device, COPIED_BYTES[device.type])
     points: list[Point] = []

@@ -23,12 +23,14 @@ def variations(case: Case) -> list[Case]:
     ]
 
 
-_LARGE = Case("ace", 1024, 896, 151936, 8)
+_LARGE, _SMALL = Case("ace", 1024, 896, 151936, 8), Case("ace", 256, 256, 32000, 16)
 CPU_CASES = [
     _LARGE,
     replace(_LARGE, active=0.5),
     replace(_LARGE, loss="grpo"),
-    *variations(Case("ace", 256, 256, 32000, 16)),
+    replace(_LARGE, dtype="bfloat16"),
+    *variations(_SMALL),
+    replace(_SMALL, dtype="bfloat16"),
     Case("ace", 8192, 64, 8192, 16),
 ]
 

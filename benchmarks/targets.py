@@ -55,14 +55,16 @@ ON_CPU = [
     Target("rlvr_ops", "trl", 0.60, _all_rows),
     Target("rlvr_ops", "liger-grpo", 0.45, _all_rows),
 ]
+DTYPE = {"cuda": "bfloat16", "cpu": "float32"}
 HALF_OF_ALL = {"cuda": 0.60, "cpu": 0.55}
 TWO_PASS_BYTES = 600e6
 CPU_SHARE_OF_EAGERS_PEAK = 1 / 7
 
 
 def compared(results: list[Result], device_type: str) -> list[str]:
-    """Every target that the results have both sides of, with what was measured."""
+    """Every target that the results have both sides of, with what was measured, in the dtype that the device's targets are for."""
     lines = []
+    results = [result for result in results if result["case"]["dtype"] == DTYPE[device_type]]
     for result in results:
         name, case = _name(result), result["case"]
         for target in ON_GPU if device_type == "cuda" else ON_CPU:
@@ -71,7 +73,7 @@ def compared(results: list[Result], device_type: str) -> list[str]:
                 ratio = mine["median_ms"] / other["median_ms"]
                 lines.append(_line(name, target.system, f"x {target.other}", ratio, target.limit))
         lines += _memory(result, name, device_type)
-        if case["dtype"] == "bfloat16":  # in float32 all are at the noise
+        if device_type == "cuda":  # in float32 all are at the noise
             lines += _errors(result, name)
     lines += _half_of_all(results, device_type)
     return lines

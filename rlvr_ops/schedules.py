@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 from rlvr_kernels.capture import capturing
-from rlvr_kernels.cost import Problem, best_two_pass, cheapest, rates_of, single_pass_workspace
+from rlvr_kernels.cost import Problem, Rates, best_two_pass, cheapest, rates_of, single_pass_workspace
 from rlvr_kernels.tile import bytes_per_logit, default_workspace_bytes, kept_shape, whole_row_tile
 from rlvr_kernels.weigh import STATISTICS
 from torch import Tensor
@@ -76,6 +76,10 @@ class HeadCall(NamedTuple):
         logit = bytes_per_logit(self.weight.device, self.dtype)
         return whole_row_tile(self.weight.shape[0], logit, self.workspace(whole_rows=True))
 
+    def rates(self) -> Rates:
+        """What the cost model assumes of the device."""
+        return rates_of(self.hidden.device, self.dtype)
+
     def problem(self, scored: int, active: int) -> Problem:
         """What the cost model is asked about."""
         hidden, weight, _ = self.needs()
@@ -113,9 +117,7 @@ def choose_schedule(schedule: str, call: HeadCall, loss: Loss, alive: Tensor | N
     scored = loss.layout.rows if call.scored is None or alive is None else int(call.scored.sum())
     active = scored if alive is None else int(alive.sum())
     problem, slices = call.problem(scored, active), call.workspace(whole_rows=False)
-    return cheapest(
-        problem, call.workspace(whole_rows=True), rates_of(call.hidden.device.type), slice_bytes=slices
-    ).schedule
+    return cheapest(problem, call.workspace(whole_rows=True), call.rates(), slice_bytes=slices).schedule
 
 
 def _single_pass_fits(call: HeadCall, loss: Loss) -> bool:
@@ -136,7 +138,7 @@ def _too_long(call: HeadCall, loss: Loss) -> str:
     limit, workspace = call.whole_rows(), call.workspace(whole_rows=True)
     if limit == 0:
         return f"workspace_bytes must hold one row of logits for schedule='single_pass', {row} bytes, got {workspace}"
-    longest = loss.layout.longest()
+    longest = loss.layout.rows if capturing() else loss.layout.longest()  # in a capture nobody may ask
     would_be_local = replace(loss.hyper.spec, confidence="old").is_token_local(has_old=True)
     local = "confidence='old', " if would_be_local and loss.hyper.function is None else ""
     return (
@@ -191,7 +193,7 @@ def _bytes_to_keep(call: HeadCall, workspace: int) -> int:
         return 0
     rows = call.hidden.shape[0]
     problem = call.problem(rows, rows)
-    best = best_two_pass(problem, workspace, rates_of(call.hidden.device.type))
+    best = best_two_pass(problem, workspace, call.rates())
     elements = best.cached_rows * problem.vocabulary
     return elements * problem.logit_bytes if kept_shape(rows, problem.vocabulary, elements)[1] else 0
 

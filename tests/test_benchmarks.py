@@ -1,3 +1,4 @@
+import time
 from functools import partial
 
 import pytest
@@ -82,9 +83,14 @@ def test_a_version_stands_in_the_name():
 def test_a_gradient_of_ours_that_is_further_off_than_eagers_fails_the_case():
     ours = System("rlvr_ops", "rlvr_ops", "ours", lambda batch: Outputs())
     eager = [{"d_weight": 2e-3, "logps": 1e-3, "loss": 1e-9}, {"d_weight": 3e-3, "logps": 2e-3, "loss": 0.0}]
-    assert_ours(ours, {"d_weight": 2e-3, "logps": 1e-3, "loss": 9e-4}, eager)
+    assert_ours(ours, {"d_weight": 2e-3, "logps": 1e-3, "loss": 9e-4}, eager, wide=True)
     with pytest.raises(AssertionError, match=r"rlvr_ops: d_weight is 2\.10e-03 from the truth"):
-        assert_ours(ours, {"d_weight": 2.1e-3}, eager)
+        assert_ours(ours, {"d_weight": 2.1e-3}, eager, wide=True)
+    assert_ours(ours, {"d_weight": 2.7e-3}, eager, wide=False)  # one rounding more: the root of 2.02 and 1.95 squared
+    with pytest.raises(AssertionError, match=r"rlvr_ops: d_weight is 2\.90e-03 from the truth"):
+        assert_ours(ours, {"d_weight": 2.9e-3}, eager, wide=False)
+    with pytest.raises(AssertionError, match=r"rlvr_ops: logps is 2\.00e-03 from the truth"):
+        assert_ours(ours, {"logps": 2e-3}, eager, wide=False)
 
 
 def test_not_a_number_is_never_comparable():
@@ -125,6 +131,13 @@ def test_systems_take_turns_and_another_one_begins_each_round():
     times = interleave(steps, CPU, seconds=0, least=3, most=5)
     assert order == ["a", "b", "b", "a", "a", "b"]
     assert [len(mine) for mine in times] == [3, 3]
+
+
+def test_a_slow_system_sits_out_when_its_turns_took_a_quarter_of_the_time():
+    steps = [lambda: time.sleep(0.05), lambda: None]
+    slow, fast = interleave(steps, CPU, seconds=0.5, least=3, most=50)
+    assert len(slow) == 3
+    assert len(fast) == 50
 
 
 def test_the_spread_of_one_run_is_that_run():

@@ -125,7 +125,7 @@ def test_every_stage_of_the_command_for_a_gpu_writes_what_it_finds(tmp_path, mon
 
 def test_a_stage_runs_in_a_process_of_its_own_and_is_ended_when_its_time_is_up(tmp_path, capsys):
     tiny = ["--tiny", "--device", "cpu", "--out", str(tmp_path)]
-    on_gpu.main([*tiny, "--minutes", "10", "--only", "products"])
+    assert on_gpu.main([*tiny, "--minutes", "10", "--only", "products", "scaling"]) == 0
     assert "products: exit 0" in capsys.readouterr().out
     forms = {row["form"] for row in json.loads((tmp_path / "products.json").read_text())}
     assert forms >= {"logits", "d_weight += fp32"}

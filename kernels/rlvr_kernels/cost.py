@@ -31,6 +31,7 @@ MOVES = 4  # a row that moves up in the tile is gathered out of it and copied ba
 MARGIN = 1.05  # two passes must save this much to be chosen: the model is no better, and they have more launches
 # Published: 700 to 798 TFLOP/s in an 8192^3 product of bf16, a copy at 3.0 TB/s. Assumed: 5 us a launch. None measured here.
 H100_BF16 = Rates(720e12, 3.0e12, 5e-6)
+H100_FP32 = H100_BF16._replace(matmul_flops=50e12)  # assumed: three quarters of the published 67 TFLOP/s, without TF32
 
 
 def cpu_fp32(threads: int) -> Rates:
@@ -39,15 +40,17 @@ def cpu_fp32(threads: int) -> Rates:
     return Rates(90e9 * threads, max(10e9, 5e9 * threads), overlapped=False)
 
 
-def rates_of(device_type: str) -> Rates:
-    """What the schedules are chosen by on a kind of device, "cpu" or an accelerator."""
-    return cpu_fp32(torch.get_num_threads()) if device_type == "cpu" else H100_BF16
+def rates_of(device: torch.device, dtype: torch.dtype) -> Rates:
+    """What the schedules of `dtype` products are chosen by on a CPU or an accelerator."""
+    if device.type == "cpu":
+        return cpu_fp32(torch.get_num_threads())
+    return H100_BF16 if dtype.itemsize <= 2 else H100_FP32
 
 
-def moving_pays(kept: int, dropped: int, hidden: int, itemsize: int, rates: Rates) -> bool:
-    """Whether two products less of the dropped rows' gradients are worth moving up the kept ones, logit by logit."""
-    saved, moved = dropped * 4 * hidden / rates.matmul_flops, kept * MOVES * itemsize / rates.bytes_per_second
-    return dropped > 0 and saved > moved
+def moving_pays(kept: int, dropped: int, hidden: int, itemsize: int, products: int, rates: Rates) -> bool:
+    """Whether so many products less of the dropped rows' gradients are worth moving up the kept ones, logit by logit."""
+    saved = dropped * products * 2 * hidden / rates.matmul_flops
+    return saved > kept * MOVES * itemsize / rates.bytes_per_second
 
 
 @dataclass(frozen=True)
@@ -152,7 +155,8 @@ def single_pass(p: Problem, rates: Rates, *, chunk_rows: int) -> Cost:
     taken = phases.take(p.scored, p.rows)
     phases.logits(p.scored, pieces, 1)
     phases.add(p.scored * p.vocabulary * p.logit_bytes, launches=pieces)
-    if moving_pays(p.active, p.scored - p.active, p.hidden, p.operand_bytes, rates):
+    products = p.needs_hidden + p.needs_weight
+    if moving_pays(p.active, p.scored - p.active, p.hidden, p.operand_bytes, products, rates):
         phases.add(
             (p.scored - p.active) * p.vocabulary * (p.logit_bytes + p.operand_bytes), launches=0
         )  # differentiated, too

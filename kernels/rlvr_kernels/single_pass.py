@@ -135,6 +135,7 @@ def single_pass(
     step = _Step(
         weight, bias, head, spec, backend, tile, weigher,
         fused=fusable, deferred=not token_local, with_entropy=with_entropy, entropy_coef=entropy_coef,
+        products=needs.hidden + needs.weight,
     )  # fmt: skip
     shift = _known_shift(rows, spec, backend) if token_local and spec.alpha > 0 else None
     if (
@@ -226,11 +227,11 @@ class _Step:
 
     def __init__(
         self, weight: torch.Tensor, bias: torch.Tensor | None, head: Head, spec: PolicySpec, backend: str, tile: Tile,
-        weigher: Weigher, *, fused: bool, deferred: bool, with_entropy: bool, entropy_coef: float,
+        weigher: Weigher, *, fused: bool, deferred: bool, with_entropy: bool, entropy_coef: float, products: int,
     ):  # fmt: skip
         self.weight, self.bias, self.head, self.spec, self.backend, self.tile = weight, bias, head, spec, backend, tile
         self.weigher, self.fused, self.deferred = weigher, fused, deferred
-        self.with_entropy, self.entropy_coef = with_entropy, entropy_coef
+        self.with_entropy, self.entropy_coef, self.products = with_entropy, entropy_coef, products
 
     def run(self, states: torch.Tensor, rows: Rows, chunk: Chunk, shift: torch.Tensor | None) -> _Pulled:
         """Score, weigh and differentiate one chunk of hidden states (n, H)."""
@@ -251,7 +252,7 @@ class _Step:
         if self.deferred:
             coef = self._coef(fused.logp, rows, chunk)
             scale = coef if scale is None else coef * scale
-        keep = _rows_to_keep(coef, self.weight)
+        keep = _rows_to_keep(coef, self.weight, self.products)
         if keep is not None:
             gradient, scale = _move_up(gradient, keep), None if scale is None else scale[keep]
         return _Pulled(fused.logp, None, coef, keep, gradient, scale)
@@ -270,7 +271,7 @@ class _Step:
             logits, ids, 0, lse, coef, inv_temperature, bias=self.bias, head=self.head,
             out=self.tile.gradient(*logits.shape), backend=self.backend, **options,
         )  # fmt: skip
-        keep = None if self.entropy_coef else _rows_to_keep(coef, self.weight)
+        keep = None if self.entropy_coef else _rows_to_keep(coef, self.weight, self.products)
         return _Pulled(logp, entropy, coef, keep, gradient if keep is None else _move_up(gradient, keep), None)
 
     def _coef(self, logp: torch.Tensor, rows: Rows, chunk: Chunk) -> torch.Tensor:
@@ -297,8 +298,9 @@ def _cut(values: torch.Tensor | None, part: slice) -> torch.Tensor | None:
     return None if values is None else values[part]
 
 
-def _rows_to_keep(coef: torch.Tensor, weight: torch.Tensor) -> torch.Tensor | None:
-    """The rows (k,) whose coefficient is not 0, or None for all of them, if moving those up costs more than the others' products.
+def _rows_to_keep(coef: torch.Tensor, weight: torch.Tensor, products: int) -> torch.Tensor | None:
+    """The rows (k,) whose coefficient is not 0, or None for all of them, if moving those up costs more than the others' products,
+    of which a row takes so many.
 
     One host sync, but none in a capture.
     """
@@ -306,11 +308,8 @@ def _rows_to_keep(coef: torch.Tensor, weight: torch.Tensor) -> torch.Tensor | No
         return None
     keep = coef.nonzero()[:, 0]
     kept, dropped = keep.shape[0], coef.shape[0] - keep.shape[0]
-    return (
-        keep
-        if moving_pays(kept, dropped, weight.shape[1], weight.element_size(), rates_of(weight.device.type))
-        else None
-    )
+    rates = rates_of(weight.device, weight.dtype)
+    return keep if moving_pays(kept, dropped, weight.shape[1], weight.element_size(), products, rates) else None
 
 
 def _move_up(tile: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:

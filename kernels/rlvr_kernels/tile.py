@@ -16,6 +16,7 @@ from rlvr_kernels.logits import accumulator_dtype
 
 NARROWEST = 4096  # columns of a tile before its rows are cut as well
 ALIGNED_COLUMNS = 128  # so that every row of a slice begins where wide loads may
+ALIGNED_ROW = 32  # logits: 128 bytes in float32
 PRODUCT_ROWS = 8192  # rows of an accumulator that a matmul which cannot accumulate in float32 updates at a time
 
 
@@ -43,6 +44,12 @@ def default_workspace_bytes(device: torch.device, *, whole_rows: bool = True) ->
 def logit_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
     """What the products of `dtype` operands write logits in."""
     return torch.float32 if widens(device, dtype) else dtype
+
+
+def row_pitch(cols: int, device: torch.device) -> int:
+    """How many logits a row of a tile takes: on an accelerator so many that the next one begins where wide loads and the matmul's
+    bulk copies may, however odd the vocabulary (50257). These few bytes a row come on top of the workspace."""
+    return cols if device.type == "cpu" else -(-cols // ALIGNED_ROW) * ALIGNED_ROW
 
 
 class TileShape(NamedTuple):
@@ -97,28 +104,31 @@ class Tile:
     """The workspace: `shape` logits, then their gradient, used again for every piece of the vocabulary."""
 
     def __init__(self, shape: TileShape, dtype: torch.dtype, device: torch.device):
-        size = shape.rows * shape.cols
+        size = shape.rows * row_pitch(shape.cols, device)
         self._logits = huge_pages.empty((size,), logit_dtype(device, dtype), device)
         self._gradient = self._logits.view(dtype)
 
     def fill(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """The raw logits (n, c) of hidden (n, H) and weight (c, H)."""
-        rows, cols = hidden.shape[0], weight.shape[0]
-        logits = self._logits[: rows * cols].view(rows, cols)
+        logits = self._rows(hidden.shape[0], weight.shape[0])
         multiply(hidden, weight.T, out=logits)
         return logits
+
+    def _rows(self, rows: int, cols: int) -> torch.Tensor:
+        pitch = row_pitch(cols, self._logits.device)
+        return self._logits[: rows * pitch].view(rows, pitch)[:, :cols]
 
     def fetch(self, kept: Kept, some: slice, part: slice) -> torch.Tensor:
         """The raw logits (n, c) of some of the rows that are pulled back, not to be written: a view, or a copy in the tile."""
         if kept.rows is None:
             return kept.logits[some, part]
         rows = kept.rows[some]
-        logits = self._logits[: rows.shape[0] * (part.stop - part.start)].view(rows.shape[0], -1)
+        logits = self._rows(rows.shape[0], part.stop - part.start)
         return torch.index_select(kept.logits[:, part], 0, rows, out=logits)
 
     def gradient(self, rows: int, cols: int) -> torch.Tensor:
         """Where the gradient of the tile goes, (n, c): the tile itself, or the first half of each of its rows."""
-        pitch = cols * self._logits.element_size() // self._gradient.element_size()
+        pitch = row_pitch(cols, self._logits.device) * self._logits.element_size() // self._gradient.element_size()
         return self._gradient[: rows * pitch].view(rows, pitch)[:, :cols]
 
 

@@ -120,9 +120,12 @@ def test_a_workspace_without_a_whole_row_takes_two_passes():
 
 def test_rows_are_moved_up_only_where_that_is_cheaper_than_their_products():
     # H100: a dropped logit saves 4 * 4096 / 720e12 = 22.8 ps, a kept one costs 4 * 2 / 3e12 = 2.7 ps
-    assert moving_pays(8000, 960, 4096, 2, H100_BF16)
-    assert not moving_pays(8000, 920, 4096, 2, H100_BF16)
-    assert not moving_pays(0, 0, 4096, 2, H100_BF16)
+    assert moving_pays(8000, 960, 4096, 2, 2, H100_BF16)
+    assert not moving_pays(8000, 920, 4096, 2, 2, H100_BF16)
+    assert not moving_pays(0, 0, 4096, 2, 2, H100_BF16)
+    assert moving_pays(8000, 1900, 4096, 2, 1, H100_BF16), "one product, where the head is frozen"
+    assert not moving_pays(8000, 1850, 4096, 2, 1, H100_BF16)
+    assert not moving_pays(8000, 8000, 4096, 2, 0, H100_BF16)
     few = replace(WIDE, active=8000)
     assert single_pass(few, H100_BF16, chunk_rows=8192).flops == single_pass(WIDE, H100_BF16, chunk_rows=8192).flops
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from rlvr_kernels import tile
-from rlvr_kernels.tile import TileShape, vocabulary_tile
+from rlvr_kernels.tile import TileShape, row_pitch, vocabulary_tile
 from torch.profiler import ProfilerActivity, profile
 
 import rlvr_ops
@@ -163,9 +163,9 @@ def test_kept_logits_change_nothing_but_the_work(keep, which, head, monkeypatch)
 
 @pytest.mark.parametrize("schedule", ["single_pass", "two_pass"])
 @pytest.mark.parametrize("keywords", [{}, {"confidence": "old"}, {"entropy_coef": 0.1}], ids=str)
-def test_a_tile_wider_than_its_gradient_gives_the_same_gradients(schedule, keywords, monkeypatch):
-    """As on CUDA, where bfloat16 operands give float32 logits; here the products round them, so that the numbers are those of a
-    bfloat16 tile."""
+def test_a_tile_wider_than_its_gradient_with_padded_rows_gives_the_same_gradients(schedule, keywords, monkeypatch):
+    """As on CUDA, where bfloat16 operands give float32 logits and rows begin at multiples of 128 bytes; here the products round
+    them, so that the numbers are those of a bfloat16 tile."""
     hidden, weight, ids, advantages, ref = make_batch()
     leaves = [x.detach().bfloat16().requires_grad_() for x in (hidden, weight)]
     old = ref - 2.0 * (torch.arange(T) % 3 == 0)  # some are clipped
@@ -182,6 +182,8 @@ def test_a_tile_wider_than_its_gradient_gives_the_same_gradients(schedule, keywo
     expected = gradients()
     for module in ("rlvr_kernels.tile", "rlvr_ops.ops"):
         monkeypatch.setattr(f"{module}.logit_dtype", lambda *_: torch.float32)
+    on_cuda = torch.device("cuda")
+    monkeypatch.setattr("rlvr_kernels.tile.row_pitch", lambda cols, device: row_pitch(cols, on_cuda))
     for a, b in zip(gradients(), expected, strict=True):
         assert (a.double() - b.double()).norm() < 0.01 * b.double().norm()
 

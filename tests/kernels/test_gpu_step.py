@@ -1,0 +1,124 @@
+"""Whole steps as an NVIDIA GPU would take them, without one: tensors that have no memory go through every branch, the matmuls check
+shapes and dtypes, and every launch compiles."""
+
+import contextlib
+
+import pytest
+import torch
+from rlvr_kernels.compile_table import TARGETS, recorded
+from rlvr_kernels.tile import Tile, TileShape
+
+import rlvr_ops
+from rlvr_ops import ops
+
+B, T, H, V = 4, 16, 64, 1003
+MODULES = ("rlvr_kernels.single_pass", "rlvr_ops.rows", "rlvr_ops.schedules", "rlvr_ops.arguments")
+ROW = V * 4
+TWICE = {"schedule": "two_pass"}
+CASES = {
+    "on policy": {},
+    "off policy": {"old": True},
+    "known confidence": {"old": True, "confidence": "old", "beta": 0.1},
+    "several chunks": {"old": True, "confidence": "old", "workspace_bytes": 20 * ROW},
+    "entropy": {"entropy_coef": 0.1},
+    "a head": {"lm_head_bias": True, "temperature": 0.7, "softcap": 30.0, "beta": 0.1},
+    "two passes": TWICE,
+    "two passes in pieces": TWICE | {"old": True, "workspace_bytes": 20 * ROW, "entropy_coef": 0.1},
+    "frozen": {"frozen": True},
+    "frozen, two passes": TWICE | {"frozen": True},
+    "masked": {"mask": True, "old": True, "confidence": "old"},
+    "packed": {"packed": True, "schedule": "single_pass"},
+    "vespo": {"old": True, "surrogate": "vespo", "alpha": 0.0},
+    "gspo": {"old": True, "importance_sampling_level": "sequence", "off_policy_mask_threshold": 0.1},
+}
+
+
+def meta(*shape, dtype=torch.float32):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def checked_addmm(total, a, b, *, out, out_dtype=None):
+    """What cuBLAS is asked for by torch.addmm, whose own check of an out_dtype on the meta device fails in torch 2.13."""
+    assert total is out
+    assert a.dtype == b.dtype
+    assert out.shape == (a.shape[0], b.shape[1])
+    assert a.shape[1] == b.shape[0]
+    assert (out_dtype or a.dtype) == out.dtype
+    return out
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """The meta device is taken for CUDA, in a capture, where nothing is read on the host; the launches' names and kernels."""
+    for module in MODULES:
+        monkeypatch.setattr(f"{module}.capturing", lambda: True)
+    monkeypatch.setattr("rlvr_kernels.tile.widens", lambda device, dtype: dtype.itemsize == 2)
+    monkeypatch.setattr(torch, "addmm", checked_addmm)
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)
+    monkeypatch.setattr(ops, "_no_autocast", lambda tensor: contextlib.nullcontext())
+    for op in (ops.score, ops.weigh, ops.pull_back, ops.single_pass):
+        monkeypatch.setattr(op, "_abstract_fn", op._init_fn)  # what runs, in place of what says the shapes
+    with recorded(TARGETS["sm_90"]) as launches:
+        yield launches
+
+
+def step(dtype, case):
+    given = dict(case)
+    hidden, weight = meta(B, T, H, dtype=dtype).requires_grad_(), meta(V, H, dtype=dtype)
+    weight.requires_grad_(not given.pop("frozen", False))
+    ids, ref = meta(B, T, dtype=torch.int64), meta(B, T)
+    given["old_per_token_logps"] = ref if given.pop("old", False) else None
+    if given.pop("mask", False):
+        given["completion_mask"] = meta(B, T, dtype=torch.bool)
+    if given.get("lm_head_bias"):
+        given["lm_head_bias"] = meta(V, dtype=dtype).requires_grad_()
+    if given.pop("packed", False):
+        hidden, ids, ref = meta(B * T, H, dtype=dtype).requires_grad_(), ids.flatten(), ref.flatten()
+        given["cu_seqlens"] = meta(B + 1, dtype=torch.int64)
+    out = rlvr_ops.ace_loss(hidden, weight, ids, meta(B), ref_per_token_logps=ref, **given)
+    out.loss.backward()
+    return [x for x in (hidden, weight, given.get("lm_head_bias")) if x is not None and x.requires_grad]
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_a_step_compiles_whole_and_its_products_get_what_they_take(dtype, case, gpu):
+    for leaf in step(dtype, case):
+        assert leaf.grad is not None
+        assert leaf.grad.dtype == dtype
+    assert {"weigh_kernel"} < {name for name, _ in gpu}
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize(
+    ("case", "kernels"),
+    [
+        ({}, "fused_policy weigh weigh scale scale"),
+        ({"old": True}, "lse_fold weigh dlogits weigh scale scale"),
+        ({"schedule": "two_pass"}, "lse_fold weigh dlogits"),
+    ],
+    ids=["on policy", "off policy", "two passes"],
+)
+def test_the_launches_of_a_step(case, kernels, gpu):
+    step(torch.bfloat16, case)
+    assert [name.removesuffix("_kernel") for name, _ in gpu] == kernels.split()
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.usefixtures("gpu")
+def test_rows_of_an_odd_vocabulary_begin_where_matmuls_copy_in_bulk(dtype):
+    """At multiples of 128 bytes: without that, cuBLAS takes products that copy one element at a time."""
+    tile = Tile(TileShape(5, V), dtype, torch.device("meta"))
+    logits, gradient = tile.fill(meta(5, H, dtype=dtype), meta(V, H, dtype=dtype)), tile.gradient(5, V)
+    assert logits.shape == gradient.shape == (5, V)
+    assert {x.stride(0) * x.element_size() for x in (logits, gradient)} == {1024 * 4}
+
+
+@pytest.mark.compile
+def test_scoring_without_a_workspace_is_one_kernel_and_its_reduction(gpu):
+    hidden, weight = meta(B * T, H, dtype=torch.bfloat16), meta(V, H, dtype=torch.bfloat16)
+    with torch.no_grad():
+        rlvr_ops.token_logps(hidden, weight, meta(B * T, dtype=torch.int64), workspace_bytes=0)
+    assert [name for name, _ in gpu] == ["linear_lse_kernel", "combine_tiles_kernel"]
