@@ -10,12 +10,13 @@ from typing import Any
 from unittest import mock
 
 import torch
-from rlvr_kernels import dlogits, fused_policy, linear_lse, lse_fold, single_pass, weigh
+from rlvr_kernels import dlogits, fused_policy, linear_lse, lse_fold, single_pass, tile, weigh
 from rlvr_kernels.linear_lse_tiling import CANDIDATES, Tiling
 from rlvr_kernels.tile import bytes_per_logit
 
 import rlvr_ops
 from benchmarks.cases import Batch, Case
+from rlvr_ops import ops
 
 MIB = 1 << 20
 Choice = tuple[dict[str, Any], Callable[[], object]]
@@ -49,6 +50,25 @@ def fused_or_separate(batch: Batch, case: Case) -> Iterator[Choice]:
     yield {"what": "fused_policy, one launch"}, whole
     patch = mock.patch.object(single_pass._Step, "_fused", separate)
     yield {"what": "fused_policy, three launches"}, partial(under, [patch], whole)
+
+
+def compaction(batch: Batch, case: Case) -> Iterator[Choice]:
+    """A third of the tokens clipped: their rows leave the tile before the last two products, or are multiplied all the same."""
+    third = torch.arange(batch.old.shape[1], device=batch.old.device) % 3 == 0
+    clipped = batch._replace(old=batch.old - 2 * third * batch.advantages.sign()[:, None])
+    step = partial(loss_step, clipped, "single_pass")
+    for moves in (True, False):
+        patch = mock.patch.object(single_pass, "moving_pays", lambda *_, moves=moves: moves)
+        yield {"what": "a third clipped", "moved": moves}, partial(under, [patch], step)
+
+
+def dtypes(batch: Batch, case: Case) -> Iterator[Choice]:
+    """The tile in float32, as where products can widen, and in the operands' dtype: half the bytes, and rounded logits."""
+    for schedule in ("single_pass", "two_pass"):
+        step = partial(loss_step, batch, schedule)
+        yield {"what": "tile in float32", "schedule": schedule}, step
+        patches = [mock.patch.object(module, "logit_dtype", lambda device, dtype: dtype) for module in (tile, ops)]
+        yield {"what": "tile in the operands' dtype", "schedule": schedule}, partial(under, patches, step)
 
 
 def tilings(batch: Batch, case: Case) -> Iterator[Choice]:
@@ -103,4 +123,4 @@ def blocks(batch: Batch, case: Case) -> Iterator[Choice]:
         yield {"what": "weigh", "block": block, "warps": warps}, partial(under, [patch], weighed)
 
 
-GROUPS = (fused_or_separate, tilings, workspaces, blocks)
+GROUPS = (fused_or_separate, dtypes, compaction, tilings, workspaces, blocks)

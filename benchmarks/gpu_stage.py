@@ -17,10 +17,15 @@ class Stage(NamedTuple):
     device: torch.device
     end: float
     tiny: bool
+    without: tuple[str, ...] = ()
+
+    def left(self) -> float:
+        """Seconds until the time is up."""
+        return self.end - time.monotonic()
 
     def over(self) -> bool:
         """Whether the time is up."""
-        return time.monotonic() > self.end
+        return self.left() <= 0
 
 
 def stage() -> Stage:
@@ -30,6 +35,8 @@ def stage() -> Stage:
     parser.add_argument("--device", required=True)
     parser.add_argument("--seconds", type=float, required=True)
     parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--without", nargs="*", default=[], help="systems that have broken the device before")
     given = parser.parse_args()
     commit()  # as it is now, not when the first result is written
-    return Stage(given.out, torch.device(given.device), time.monotonic() + given.seconds, given.tiny)
+    end = time.monotonic() + given.seconds
+    return Stage(given.out, torch.device(given.device), end, given.tiny, tuple(given.without))

@@ -8,11 +8,14 @@ slice of d_weight is all-reduced once a step. Nothing overlaps: communication an
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from rlvr_kernels.cost import H100_BF16, Problem, Rates, cheapest, single_pass_workspace
+from rlvr_kernels.tile import default_workspace_bytes
 
 NVLINK = 450e9  # bytes/s in each direction of an H100 SXM: the vendor's figure
 INFINIBAND = 50e9  # bytes/s of a 400 Gb/s adapter, one for each GPU: the vendor's figure
 GPUS_PER_NODE = 8
+WORKSPACE_BYTES = default_workspace_bytes(torch.device("cuda"))
 STATE_BYTES = 12  # of a row: maximum, sum of exponentials, target logit
 D_HIDDEN_BYTES = 4  # summed in float32
 D_WEIGHT_BYTES = 4  # reduced in float32
@@ -27,7 +30,7 @@ class Job:
     hidden: int
     vocabulary: int
     gpus: int
-    workspace_bytes: int = 2 << 30
+    workspace_bytes: int = WORKSPACE_BYTES
 
 
 class Step(NamedTuple):

@@ -5,6 +5,7 @@ the allocator had handed out above what was there before, gradients included; on
 every allocation, which leaves out the scratch space of the matmul library, on a GPU from torch.cuda's statistics.
 """
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -17,6 +18,7 @@ from benchmarks.cases import Batch, Case
 from benchmarks.entrants import System
 
 Step = Callable[[], object]
+JUDGED = 5
 
 
 class Computed(NamedTuple):
@@ -82,19 +84,21 @@ def milliseconds(step: Step, device: torch.device) -> float:
 
 
 def interleave(
-    steps: Sequence[Step], device: torch.device, *, seconds: float, least: int, most: int
+    steps: Sequence[Step], device: torch.device, *, seconds: float, least: int, most: int, slow: float = math.inf
 ) -> list[list[float]]:
     """Milliseconds of each step, in rounds that begin with another step each time, until `seconds` are over.
 
-    A step whose first `least` turns took a quarter of the time sits out after them, so that slow systems leave others some.
+    A step that takes over `slow` times as long as the fastest sits out after JUDGED turns, so that it leaves the others more.
     """
     times: list[list[float]] = [[] for _ in steps]
-    began = time.perf_counter()
+    began, playing = time.perf_counter(), list(range(len(steps)))
     for turn in range(most):
-        for i in range(len(steps)):
-            which = (turn + i) % len(steps)
-            if turn < least or 4e-3 * least * statistics.median(times[which]) <= seconds:
-                times[which].append(milliseconds(steps[which], device))
+        if turn == min(least, JUDGED):
+            typical = [statistics.median(mine) for mine in times]
+            playing = [i for i in playing if typical[i] <= slow * min(typical)]
+        for i in range(len(playing)):
+            which = playing[(turn + i) % len(playing)]
+            times[which].append(milliseconds(steps[which], device))
         if turn + 1 >= least and time.perf_counter() - began > seconds:
             break
     return times

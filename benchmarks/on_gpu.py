@@ -1,10 +1,11 @@
 """Everything that a machine with an accelerator can tell, in one command and a given time, the most valuable first.
 
-    python -m benchmarks.on_gpu --minutes 20 --out results [--only tests products suite launches tuning]
+    python -m benchmarks.on_gpu --minutes 20 --out results [--only tests products suite launches graphs scaling tuning]
 
 Needs no network. In order: what the device is; the tests marked gpu; the matrix products that the schedules are built from;
-the cases of the suite, measured as `pytest --benchmark` measures them; launch overhead, CUDA graphs and the sizes that the
-library has chosen without measuring. JSON is written after every single one, so that a run that is cut off still counts.
+the cases of the suite, measured as `pytest --benchmark` measures them; launch overhead, CUDA graphs, sweeps over each size, and
+the sizes that the library has chosen without measuring. JSON is written after every single one, so that a run that is cut off still
+counts, and the suite goes on where an earlier run with the same --out has stopped.
 Each stage runs in a process of its own: what crashes one leaves the others. A short table against the targets comes last.
 The suite's files lie in a folder named after the device, ready to be copied into benchmarks/results/.
 """
@@ -12,9 +13,11 @@ The suite's files lie in a folder named after the device, ready to be copied int
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -23,14 +26,16 @@ from benchmarks.provenance import ROOT, clocks, commit, device_folder, device_na
 from benchmarks.report import Result, devices, load, write
 from benchmarks.targets import compared
 
-SHARES = {"tests": 0.3, "products": 0.1, "suite": 0.8, "launches": 0.3, "scaling": 0.5, "tuning": 1.0}
-"""How much of the time that is left a stage may take."""
+SHARES = {"tests": 0.3, "products": 0.1, "suite": 0.7, "launches": 0.2, "graphs": 0.2, "scaling": 0.4, "tuning": 1.0}
+"""How much of the time that is left a stage may take; the last one may take all."""
 
-
-GPU_TESTS = ("tests/gpu", "tests/kernels/test_linear_lse.py")  # no others, which need packages that the suite does not
-
-
+# No others, which need packages that the suite does not. A capture that fails may leave its process unable to do more.
+TESTS = {
+    "tests": ("tests/kernels/test_linear_lse.py", "tests/gpu/test_on_an_accelerator.py"),
+    "graphs": ("tests/gpu/test_cuda_graph.py",),
+}
 TIMED_OUT = 124
+LAST_WORDS = 15  # seconds for what was interrupted to say what it has found so far
 PATHS = [*(str(ROOT / folder) for folder in (".", "kernels", "trainer")), *filter(None, [os.environ.get("PYTHONPATH")])]
 
 
@@ -62,7 +67,7 @@ def main(arguments: list[str] | None = None) -> int:
     write(chosen.out / "machine.json", machine(torch.device(chosen.device)))
     outcome = 0
     for stage in chosen.only:
-        seconds = budget.left() * SHARES[stage]
+        seconds = budget.left() * (1 if stage == chosen.only[-1] else SHARES[stage])
         began = time.monotonic()
         code = run(stage, chosen, seconds)
         outcome |= code not in (0, TIMED_OUT)
@@ -74,11 +79,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run(stage: str, chosen: argparse.Namespace, seconds: float) -> int:
     """One stage in a process of its own, ended after its seconds; its exit code, 124 if it was ended."""
-    if stage == "tests":
-        report = f"--junit-xml={chosen.out / 'tests.xml'}"
+    if stage in TESTS:
+        report = f"--junit-xml={chosen.out / stage}.xml"
         # A device on which everything fails says so after 25 tests; the time is then better spent on what can be measured.
-        command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "--maxfail=25", report, *GPU_TESTS]
-        command += ["-k", "two_runs"] if chosen.tiny else []
+        command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "--maxfail=25", report, *TESTS[stage]]
+        command += ["-n", "8"] if stage == "tests" and not chosen.tiny and find_spec("xdist") else []
+        command += ["-k", "two_runs"] if chosen.tiny and stage == "tests" else []
     elif stage == "scaling":
         place = chosen.out / device_folder(torch.device(chosen.device))
         command = [sys.executable, "-m", "benchmarks.scaling", "--out", str(place), "--device", chosen.device]
@@ -88,14 +94,23 @@ def run(stage: str, chosen: argparse.Namespace, seconds: float) -> int:
         command += ["--seconds", str(seconds * 0.95), *(["--tiny"] if chosen.tiny else [])]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(PATHS)}  # works without an installation
     environment |= {"RLVR_OPS_TEST_DEVICE": "cpu"} if chosen.device == "cpu" else {}
+    with (chosen.out / f"{stage}.log").open("w") as log:
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
+        return ended(process, seconds)
+
+
+def ended(process: subprocess.Popen[bytes], seconds: float) -> int:
+    """The exit code of a process, or 124 if it had to be interrupted."""
     try:
-        with (chosen.out / f"{stage}.log").open("w") as log:
-            done = subprocess.run(
-                command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, timeout=seconds
-            )
+        return process.wait(seconds)
     except subprocess.TimeoutExpired:
-        return TIMED_OUT
-    return done.returncode
+        process.send_signal(signal.SIGINT)  # pytest then says what has failed so far
+    try:
+        process.wait(LAST_WORDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    return TIMED_OUT
 
 
 def machine(device: torch.device) -> Result:
@@ -104,7 +119,7 @@ def machine(device: torch.device) -> Result:
 
 
 def table(out: Path) -> str:
-    """A line for each product, tuned size and target that was measured, and the tests' last."""
+    """A line for each product, tuned size and target that was measured, and the last of the tests' logs."""
     lines: list[str] = []
     for name in ("products", "tuning", "launches"):
         if (out / f"{name}.json").exists():
@@ -112,8 +127,10 @@ def table(out: Path) -> str:
             lines += [f"{name}: " + "  ".join(f"{key}={value}" for key, value in row.items()) for row in rows]
     for place in devices(out):
         lines += compared(load(place), place.name.partition("-")[0])
-    tail = (out / "tests.log").read_text().splitlines()[-1:] if (out / "tests.log").exists() else []
-    return "\n".join([*lines, *(f"tests: {line}" for line in tail)])
+    for stage in TESTS:
+        log = out / f"{stage}.log"
+        lines += [f"{stage}: {line}" for line in (log.read_text().splitlines()[-1:] if log.exists() else [])]
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,11 @@
 Their trainers put the loss on top in plain PyTorch, and so do these. All are loaded only when a case begins.
 """
 
+import sys
 from importlib import import_module
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -17,6 +21,27 @@ TRL_CHUNK = 32768  # what TRL's trainers pass
 FEW_LOGITS = 1 << 23
 
 
+def import_alone(name: str) -> ModuleType:
+    """A module of a package that cannot be imported whole: the packages around it are then there without their contents.
+
+    verl's own import ray and tensordict, which its functions for the head do not need.
+    """
+    try:
+        return import_module(name)
+    except ImportError:
+        top, *inner = name.split(".")[:-1]
+        spec = find_spec(top)
+        if spec is None or not spec.submodule_search_locations:
+            raise
+        path = spec.submodule_search_locations[0]
+    for package in [top, *inner]:
+        top, path = (package, path) if package == top else (f"{top}.{package}", f"{path}/{package}")
+        around, spec = ModuleType(top), ModuleSpec(top, None, is_package=True)
+        around.__path__ = spec.submodule_search_locations = [path]
+        around.__spec__, sys.modules[top] = spec, around
+    return import_module(name)
+
+
 def compiled_eager(case: Case) -> Run:
     """Eager through torch.compile, the loss included."""
     _seldom_on_a_cpu(case)
@@ -26,6 +51,7 @@ def compiled_eager(case: Case) -> Run:
 
 def trl_chunked(case: Case) -> Run:
     """TRL's always-on kernel: chunks of logits, recomputed in backward."""
+    import_module("trl.trainer.utils")  # which its backward imports: says what is missing, if it is
     function: Any = import_module("trl.kernels").ChunkedLogProbFunction
 
     def score(hidden: Tensor, weight: Tensor, ids: Tensor, entropy: bool) -> tuple[Tensor, Tensor | None]:
@@ -38,7 +64,7 @@ def trl_chunked(case: Case) -> Run:
 
 def verl_torch(case: Case) -> Run:
     """verl's chunks of 512 rows in PyTorch; the entropy comes with it whether wanted or not."""
-    function: Any = import_module("verl.utils.experimental.torch_functional").FusedLinearForPPOFunction
+    function: Any = import_alone("verl.utils.experimental.torch_functional").FusedLinearForPPOFunction
 
     def score(hidden: Tensor, weight: Tensor, ids: Tensor, entropy: bool) -> tuple[Tensor, Tensor | None]:
         logps, entropies = function.apply(hidden.flatten(0, 1), weight, ids.flatten())
@@ -50,7 +76,7 @@ def verl_torch(case: Case) -> Run:
 def verl_triton(case: Case) -> Run:
     """verl's Triton kernels; the entropy comes with it whether wanted or not."""
     need_cuda()
-    function: Any = import_module("verl.utils.kernel.linear_cross_entropy").linear_cross_entropy
+    function: Any = import_alone("verl.utils.kernel.linear_cross_entropy").linear_cross_entropy
 
     def score(hidden: Tensor, weight: Tensor, ids: Tensor, entropy: bool) -> tuple[Tensor, Tensor | None]:
         logps, entropies = function(hidden.flatten(0, 1), weight, ids.flatten(), 1.0, "none", None)

@@ -2,6 +2,7 @@
 
 import functools
 import importlib.metadata
+import os
 import platform
 import re
 import subprocess
@@ -59,10 +60,13 @@ def clocks(device: torch.device) -> dict[str, Any]:
 
 @functools.cache
 def commit() -> dict[str, Any]:
-    """The commit that was checked out when the run began, and whether tracked files differed; results and pages aside."""
+    """The commit that was checked out when the run began, and whether tracked files differed; results and pages aside.
+
+    A copy without its .git is told by the environment variable RLVR_OPS_COMMIT, if at all.
+    """
     found = _said("git", "-C", str(ROOT), "rev-parse", "HEAD")
     if found is None:
-        return {"id": None, "dirty": None}
+        return {"id": os.environ.get("RLVR_OPS_COMMIT"), "dirty": None}
     aside = (":!benchmarks/results", ":!docs")
     changed = _said("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no", "--", ".", *aside)
     return {"id": found, "dirty": bool(changed)}

@@ -175,6 +175,8 @@ def _commit(id: str | None, dirty: bool | None) -> str:
 if __name__ == "__main__":
     for chosen in [Path(sys.argv[1])] if len(sys.argv) > 1 else devices():
         stored = load(chosen)
-        if not stored:
+        if not stored and len(sys.argv) > 1:
             sys.exit(f"no results of cases in {chosen}: a device's folder of JSON files is wanted")
+        if not stored:
+            continue
         print(f"{provenance(stored)}{os.linesep}{os.linesep}{markdown(stored)}")

@@ -1,10 +1,12 @@
 """One case, measured: every system's numbers and memory, then the times of all, taken in turns."""
 
+import gc
 from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any
 
 import torch
+from rlvr_kernels.tile import widens
 
 from benchmarks.cases import Batch, Case
 from benchmarks.entrants import Absent, Entry, System, reason
@@ -13,13 +15,23 @@ from benchmarks.systems import NEEDED, entries
 from benchmarks.truth import Truth, assert_ours, errors, is_comparable, truth
 
 Row = dict[str, Any]
+SLOW = 3.0  # times the fastest
+NOT_ASKED = "not asked for in this run"
+
+
+class DeviceLostError(RuntimeError):
+    """A system has left the device in a state in which nothing runs any more; `key` says which."""
+
+    def __init__(self, key: str, why: str):
+        super().__init__(f"{key} ended the device's context: {why}")
+        self.key = key
 
 
 def rounds(device: torch.device, *, quick: bool = False) -> dict[str, Any]:
-    """How often: seconds of turns at the least, and the least and the most turns."""
+    """How often: seconds of turns at the least, the least and the most turns, and from when on a slow system has only a few."""
     if device.type == "cuda":
-        return {"seconds": 1 if quick else 5, "least": 20, "most": 100}
-    return {"seconds": 1 if quick else 20, "least": 3 if quick else 5, "most": 40}
+        return {"seconds": 1 if quick else 5, "least": 20, "most": 100, "slow": SLOW}
+    return {"seconds": 1 if quick else 20, "least": 3 if quick else 5, "most": 40, "slow": SLOW}
 
 
 def measure(
@@ -27,15 +39,17 @@ def measure(
 ) -> tuple[list[Row], list[Absent], dict[str, list[float]]]:
     """A row for each system among `keys` (None: all), who is missing, and each system's times in milliseconds.
 
-    Numerics are asserted before anything is timed. Without `strict` rlvr_ops may be further off than eager, so that a rare
-    machine's times are not lost over it; the errors say so.
+    Numerics are asserted before anything is timed. Without `strict` rlvr_ops may be further off than eager, or be absent because it
+    failed, so that a rare machine's times are not lost over it; the errors and reasons say so.
 
     Raises:
         AssertionError: rlvr_ops is further from the truth than eager, or computes something else.
+        DeviceLostError: a system has broken the device for all.
     """
     chosen = [entry for entry in entries(case) if keys is None or entry.key in {*keys, *NEEDED}]
     batch = case.batch(device)
     systems, absent = _enter(chosen, case)
+    absent += [Absent(entry.key, entry.name, NOT_ASKED) for entry in entries(case) if entry not in chosen]
     bare = bare_matmuls(case, batch)  # its memory is taken now, so that whoever fits beside it also does so when timed
     rows, failed = _numbers(systems, batch, case, device, strict)
     steps = [_step(system, batch, case, bare) for system in systems if system.key in rows]
@@ -70,24 +84,47 @@ def _numbers(
         if system.kind == "products":
             rows[system.key] = row
             continue
+        _release(device)
         try:
             found, memory = _once(system, batch, case, device, want)
         except Exception as error:  # out of memory, or a kernel that does not know this GPU
-            if system.kind == "ours":
+            if system.kind == "ours" and strict:
                 raise
             failed.append(Absent(system.key, system.name, reason(error)))
+            _check_device(device, system.key)
             continue
         if system.kind == "ours" and strict:
             eager = [r["errors"] for r in rows.values() if r["kind"] == "eager"]
-            assert_ours(system, found, eager, wide=device.type != "cpu" or case.dtype == "float32")
+            dtype = getattr(torch, case.dtype)
+            assert_ours(system, found, eager, wide=dtype == torch.float32 or widens(device, dtype))
         if is_comparable(found, case):
             rows[system.key] = row | memory | {"errors": found}
         else:
-            assert system.kind != "ours", f"{system.name} computes something else: {found}"
+            assert system.kind != "ours" or not strict, f"{system.name} computes something else: {found}"
             failed.append(Absent(system.key, system.name, f"computes something else here: errors {found}"))
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+    _release(device)
     return rows, failed
+
+
+def _release(device: torch.device) -> None:
+    """Give back what the systems before have left, also what an error's traceback held."""
+    if device.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def _check_device(device: torch.device, key: str) -> None:
+    """After a failure: an illegal access, unlike a lack of memory, fails every later call as well.
+
+    Raises:
+        DeviceLostError: it does.
+    """
+    if device.type != "cuda":
+        return
+    try:
+        torch.cuda.synchronize()
+    except Exception as error:
+        raise DeviceLostError(key, reason(error)) from error
 
 
 def _once(

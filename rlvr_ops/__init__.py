@@ -1,6 +1,7 @@
 """Losses for reinforcement learning with verifiable rewards, from hidden states and the lm_head, without the logits."""
 
 from rlvr_kernels.backend import explain_backend
+from rlvr_kernels.capture import cuda_graph_warmup
 
 from rlvr_ops import surrogates
 from rlvr_ops.advantages import easy_but_brittle, group_advantages, informative_groups, overlong_penalty
@@ -71,6 +72,7 @@ __all__ = [
     "cispo_loss",
     "cispo_loss_from_logps",
     "crew_reward",
+    "cuda_graph_warmup",
     "dapo_loss",
     "dapo_loss_from_logps",
     "dispo_loss",

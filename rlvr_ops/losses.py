@@ -126,7 +126,7 @@ def policy_loss(
             longest rollout does not fit the workspace of a single pass, and for float16, whose gradients would underflow
             before a loss scale reached them. The metric `head/single_pass` says which it was.
         workspace_bytes: the most that the logits and their gradient may occupy. None: 160 MiB on CPU; on an accelerator
-            2 GiB for a single pass (or a single chunk, if that takes no more memory) and 384 MiB for two passes. Two passes
+            2.5 GiB for a single pass (or a single chunk, if that takes no more memory) and 384 MiB for two passes. Two passes
             given more may keep logits for backward.
         backend: "auto", "triton" or "torch"; see `rlvr_ops.explain_backend`.
         validate: also check the inputs for NaN and inf, and ids on an accelerator; costs host syncs.

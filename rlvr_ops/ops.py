@@ -15,7 +15,7 @@ from rlvr_kernels.scale import scale_
 from rlvr_kernels.score import score as score_rows
 from rlvr_kernels.single_pass import Weigher
 from rlvr_kernels.single_pass import single_pass as single_pass_rows
-from rlvr_kernels.tile import Kept, kept_shape, logit_dtype
+from rlvr_kernels.tile import Kept, kept_columns, logit_dtype, row_pitch
 from rlvr_kernels.weigh import STATISTICS
 from rlvr_kernels.weigh import weigh as weigh_rows
 from torch import Tensor
@@ -46,7 +46,7 @@ def score(
         out = score_rows(
             states, weight.to(dtype), chosen(ids, rows), chosen(inv_temperature, rows), bias=bias,
             head=decode_head(head), entropy=entropy, mean=mean, top1=top1, squares=squares,
-            workspace_bytes=workspace_bytes, kept=_as_rows(kept, states.shape[0], weight.shape[0]), backend=backend,
+            workspace_bytes=workspace_bytes, kept=kept_columns(kept, states.shape[0], weight.shape[0]), backend=backend,
         )  # fmt: skip
         logp, lse, *others = (spread(x, rows, hidden) for x in out)
         return logp, lse, others[0], others[1], others[2], others[3], kept
@@ -55,13 +55,8 @@ def score(
 def _kept_logits(hidden: Tensor, weight: Tensor, dtype: torch.dtype, keep_bytes: int) -> Tensor:
     """An uninitialised buffer for the logits to keep, whose size depends on no data."""
     dtype = logit_dtype(hidden.device, dtype)
-    return hidden.new_empty(min(keep_bytes // dtype.itemsize, hidden.shape[0] * weight.shape[0]), dtype=dtype)
-
-
-def _as_rows(kept: Tensor, rows: int, vocabulary: int) -> Tensor:
-    """The buffer as (rows, C)."""
-    shape = kept_shape(rows, vocabulary, kept.shape[0])
-    return kept[: shape[0] * shape[1]].view(shape)
+    most = hidden.shape[0] * row_pitch(weight.shape[0], hidden.device)
+    return hidden.new_empty(min(keep_bytes // dtype.itemsize, most), dtype=dtype)
 
 
 @score.register_fake
@@ -151,9 +146,9 @@ def _kept_rows(kept: Tensor, scored: Tensor | None, rows: Tensor | None, total: 
         return None
     scored_rows = rows_of(scored)
     if scored_rows is None:
-        return Kept(_as_rows(kept, total, vocabulary), rows)
+        return Kept(kept_columns(kept, total, vocabulary), rows)
     assert rows is not None  # not all are scored, so not all are pulled back
-    return Kept(_as_rows(kept, scored_rows.shape[0], vocabulary), torch.searchsorted(scored_rows, rows))
+    return Kept(kept_columns(kept, scored_rows.shape[0], vocabulary), torch.searchsorted(scored_rows, rows))
 
 
 def _or_empty(values: Tensor | None, like: Tensor) -> Tensor:

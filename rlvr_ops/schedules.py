@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from rlvr_kernels.capture import capturing
 from rlvr_kernels.cost import Problem, Rates, best_two_pass, cheapest, rates_of, single_pass_workspace
-from rlvr_kernels.tile import bytes_per_logit, default_workspace_bytes, kept_shape, whole_row_tile
+from rlvr_kernels.tile import ALIGNED_COLUMNS, bytes_per_logit, default_workspace_bytes, row_pitch, whole_row_tile
 from rlvr_kernels.weigh import STATISTICS
 from torch import Tensor
 
@@ -194,8 +194,9 @@ def _bytes_to_keep(call: HeadCall, workspace: int) -> int:
     rows = call.hidden.shape[0]
     problem = call.problem(rows, rows)
     best = best_two_pass(problem, workspace, call.rates())
-    elements = best.cached_rows * problem.vocabulary
-    return elements * problem.logit_bytes if kept_shape(rows, problem.vocabulary, elements)[1] else 0
+    pitch = row_pitch(problem.vocabulary, call.hidden.device)
+    columns = best.cached_rows * pitch // max(rows, 1)
+    return best.cached_rows * pitch * problem.logit_bytes if columns >= min(ALIGNED_COLUMNS, pitch) else 0
 
 
 def weigh(

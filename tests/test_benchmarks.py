@@ -133,11 +133,11 @@ def test_systems_take_turns_and_another_one_begins_each_round():
     assert [len(mine) for mine in times] == [3, 3]
 
 
-def test_a_slow_system_sits_out_when_its_turns_took_a_quarter_of_the_time():
-    steps = [lambda: time.sleep(0.05), lambda: None]
-    slow, fast = interleave(steps, CPU, seconds=0.5, least=3, most=50)
-    assert len(slow) == 3
-    assert len(fast) == 50
+def test_a_slow_system_sits_out_after_a_few_turns():
+    steps = [lambda: time.sleep(0.05), lambda: time.sleep(0.001)]
+    assert [len(mine) for mine in interleave(steps, CPU, seconds=0, least=20, most=20, slow=3)] == [5, 20]
+    assert [len(mine) for mine in interleave(steps, CPU, seconds=0, least=3, most=3, slow=3)] == [3, 3]
+    assert [len(mine) for mine in interleave(steps, CPU, seconds=0, least=7, most=7)] == [7, 7]
 
 
 def test_the_spread_of_one_run_is_that_run():

@@ -98,3 +98,19 @@ def test_a_missing_gpu_or_another_one_is_said(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
     with pytest.raises(Missing, match=r"needs compute capability 9\.0, this GPU has 8\.0"):
         need_cuda((9, 0))
+
+
+def test_one_module_of_a_package_that_cannot_be_imported_whole(tmp_path, monkeypatch):
+    inner = tmp_path / "unfit_package" / "deep"
+    inner.mkdir(parents=True)
+    (tmp_path / "unfit_package" / "__init__.py").write_text("import a_module_that_nobody_has")
+    (inner / "__init__.py").write_text("")
+    (inner / "leaf.py").write_text("from unfit_package.deep.twig import value")
+    (inner / "twig.py").write_text("value = 7")
+    (inner / "rotten.py").write_text("import another_module_that_nobody_has")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert peers.import_alone("unfit_package.deep.leaf").value == 7
+    with pytest.raises(ImportError, match="another_module_that_nobody_has"):
+        peers.import_alone("unfit_package.deep.rotten")
+    with pytest.raises(ImportError, match="no_package"):
+        peers.import_alone("no_package.leaf")

@@ -4,11 +4,35 @@ Elsewhere rows that have no gradient are found by reading them and leave the bat
 computes all of them instead, whatever their values are when it is replayed, and gives them the weight 0.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
+
+_warm_ups = 0  # of the whole process: backward runs in a thread of its own
+
+
+@contextmanager
+def cuda_graph_warmup() -> Iterator[None]:
+    """Steps within it are computed as in a capture, so that the capture finds every kernel that it launches compiled and loaded.
+
+    Outside of one, rows without a gradient leave the batch, which is another path through other variants of the kernels, and a
+    kernel that is launched for the first time while a graph is captured ends the capture with an error.
+
+    >>> with cuda_graph_warmup():  # one or two steps, and then torch.cuda.graph(...)
+    ...     print(capturing())
+    True
+    """
+    global _warm_ups
+    _warm_ups += 1
+    try:
+        yield
+    finally:
+        _warm_ups -= 1
 
 
 def capturing() -> bool:
-    """True between the beginning and the end of a CUDA graph's capture on the current stream."""
-    if torch.compiler.is_compiling() or not torch.cuda.is_initialized():
+    """True between the beginning and the end of a CUDA graph's capture on the current stream, and in a warm-up for one."""
+    if torch.compiler.is_compiling():
         return False
-    return torch.cuda.is_current_stream_capturing()
+    return _warm_ups > 0 or (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())

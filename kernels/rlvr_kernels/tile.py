@@ -33,12 +33,13 @@ def bytes_per_logit(device: torch.device, dtype: torch.dtype) -> int:
 def default_workspace_bytes(device: torch.device, *, whole_rows: bool = True) -> int:
     """160 MiB on a CPU: the time is flat above it and the memory is not (docs/performance-log.md).
 
-    On an accelerator, predicted: 2 GiB for a single pass, whose tile holds whole rows and which adds to the weight's gradient
-    for every tile; 384 MiB where the tile is a slice of the vocabulary, enough for 8192 rows by 8192 columns.
+    On an accelerator, predicted: 2.5 GiB for a single pass, whose tile holds whole rows and which adds to the weight's gradient
+    for every tile (with `cost.single_pass_workspace` one chunk is enough for (8192, 4096, 151936)); 384 MiB where the tile is a
+    slice of the vocabulary, enough for 8192 rows by 8192 columns.
     """
     if device.type == "cpu":
         return 160 << 20
-    return 2 << 30 if whole_rows else 384 << 20
+    return 5 << 29 if whole_rows else 384 << 20
 
 
 def logit_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
@@ -87,10 +88,12 @@ class Kept(NamedTuple):
     rows: torch.Tensor | None = None
 
 
-def kept_shape(rows: int, vocabulary: int, elements: int) -> tuple[int, int]:
-    """(rows, C): how many columns' logits of all rows a buffer of `elements` keeps, a multiple of ALIGNED_COLUMNS or all."""
-    cols = elements // max(rows, 1)
-    return rows, vocabulary if cols >= vocabulary else cols // ALIGNED_COLUMNS * ALIGNED_COLUMNS
+def kept_columns(buffer: torch.Tensor, rows: int, vocabulary: int) -> torch.Tensor:
+    """The buffer as (rows, C): as many columns' logits of all rows as it holds, a multiple of ALIGNED_COLUMNS or all."""
+    room, pitch = buffer.shape[0] // max(rows, 1), row_pitch(vocabulary, buffer.device)
+    if room < pitch:
+        pitch = room // ALIGNED_COLUMNS * ALIGNED_COLUMNS
+    return buffer[: rows * pitch].view(rows, pitch)[:, :vocabulary]
 
 
 def column_slices(vocabulary: int, cols: int, kept: int) -> Iterator[slice]:

@@ -37,7 +37,7 @@ def test_a_captured_step_replays_on_other_values(on_policy, schedule, dtype):
 
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # kernels are compiled here
+    with torch.cuda.stream(side), rlvr_ops.cuda_graph_warmup():
         for _ in range(2):
             step()
     torch.cuda.current_stream().wait_stream(side)

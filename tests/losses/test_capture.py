@@ -1,13 +1,16 @@
 """While a CUDA graph is captured no row may be looked for on the host: the same numbers, from all rows."""
 
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+
 import pytest
 import torch
+from rlvr_kernels.capture import capturing
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import rlvr_ops
 
 B, T, H, V = 6, 10, 8, 37
-MODULES = ("rlvr_kernels.single_pass", "rlvr_ops.rows", "rlvr_ops.schedules", "rlvr_ops.arguments")
 ROOM = B * T * V * 8
 CASES = {
     "on policy": {"old": False},
@@ -24,12 +27,9 @@ CASES = {
 
 
 @pytest.fixture
-def capture(monkeypatch):
-    def begin():
-        for module in MODULES:
-            monkeypatch.setattr(f"{module}.capturing", lambda: True)
-
-    return begin
+def capture():
+    with ExitStack() as stack:
+        yield lambda: stack.enter_context(rlvr_ops.cuda_graph_warmup())
 
 
 class NoWaiting(TorchDispatchMode):
@@ -118,3 +118,14 @@ def test_a_step_that_was_compiled_for_chunks_is_refused_when_it_is_captured(monk
     monkeypatch.setattr("rlvr_ops.rows.capturing", lambda: True)
     with pytest.raises(ValueError, match="schedule='two_pass'"):
         step(make_batch(poison=False), workspace_bytes=ROOM // 4, schedule="single_pass")
+
+
+def test_a_warm_up_holds_in_every_thread_and_until_the_outermost_ends():
+    with ThreadPoolExecutor(1) as other:  # as backward's
+        with rlvr_ops.cuda_graph_warmup():
+            with pytest.raises(RuntimeError, match="inner"), rlvr_ops.cuda_graph_warmup():
+                raise RuntimeError("inner")
+            assert capturing()
+            assert other.submit(capturing).result()
+        assert not capturing()
+        assert not other.submit(capturing).result()
