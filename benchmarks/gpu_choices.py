@@ -53,7 +53,7 @@ def fused_or_separate(batch: Batch, case: Case) -> Iterator[Choice]:
 
 
 def compaction(batch: Batch, case: Case) -> Iterator[Choice]:
-    """A third of the tokens clipped: their rows leave the tile before the last two products, or are multiplied all the same."""
+    """A third of the tokens clipped: their rows leave the tile before the last two products, or are multiplied."""
     third = torch.arange(batch.old.shape[1], device=batch.old.device) % 3 == 0
     clipped = batch._replace(old=batch.old - 2 * third * batch.advantages.sign()[:, None])
     step = partial(loss_step, clipped, "single_pass")

@@ -27,7 +27,7 @@ class Rates(NamedTuple):
 
 
 ACCUMULATOR = 4  # bytes of an element of the float32 accumulators
-MOVES = 4  # a row that moves up in the tile is gathered out of it and copied back: two reads, two writes
+MOVES = 4  # a row that moves in the tile is gathered out of it and copied back: two reads, two writes
 MARGIN = 1.05  # two passes must save this much to be chosen: the model is no better, and they have more launches
 # Published: 700 to 798 TFLOP/s in an 8192^3 product of bf16, a copy at 3.0 TB/s. Assumed: 5 us a launch. None measured here.
 H100_BF16 = Rates(720e12, 3.0e12, 5e-6)
@@ -47,10 +47,15 @@ def rates_of(device: torch.device, dtype: torch.dtype) -> Rates:
     return H100_BF16 if dtype.itemsize <= 2 else H100_FP32
 
 
+def rows_moved(kept: int, dropped: int) -> float:
+    """How many of the kept rows lie below the place where they end when they are together, the dropped ones being anywhere."""
+    return kept * dropped / max(kept + dropped, 1)
+
+
 def moving_pays(kept: int, dropped: int, hidden: int, itemsize: int, products: int, rates: Rates) -> bool:
-    """Whether so many products less of the dropped rows' gradients are worth moving up the kept ones, logit by logit."""
+    """Whether so many products less of the dropped rows' gradients are worth moving rows to their places, logit by logit."""
     saved = dropped * products * 2 * hidden / rates.matmul_flops
-    return saved > kept * MOVES * itemsize / rates.bytes_per_second
+    return saved > rows_moved(kept, dropped) * MOVES * itemsize / rates.bytes_per_second
 
 
 @dataclass(frozen=True)
@@ -160,7 +165,8 @@ def single_pass(p: Problem, rates: Rates, *, chunk_rows: int) -> Cost:
         phases.add(
             (p.scored - p.active) * p.vocabulary * (p.logit_bytes + p.operand_bytes), launches=0
         )  # differentiated, too
-        phases.add(MOVES * p.active * p.vocabulary * p.operand_bytes, launches=2 * pieces)
+        moved = rows_moved(p.active, p.scored - p.active)
+        phases.add(MOVES * moved * p.vocabulary * p.operand_bytes, launches=2 * pieces)
         phases.take(p.active, p.scored)
     else:
         p = phases.p = replace(p, active=p.scored)

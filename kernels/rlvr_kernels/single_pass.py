@@ -28,7 +28,10 @@ from rlvr_kernels.weigh import STATISTICS, Weighed, rollout_of_row, weigh
 Weigher = Callable[..., Weighed]
 """`rlvr_kernels.weigh.weigh`, or something with its signature."""
 
-COMPACTION_BYTES = 16 << 20  # rows move up in pieces of this size
+MOVED_BYTES, CACHED_BYTES = (
+    16 << 20,
+    1 << 20,
+)  # rows move in pieces of this size, on a CPU of one that a core's cache holds
 
 
 class Rows(NamedTuple):
@@ -209,7 +212,7 @@ def _weighted_advantages(rows: Rows, shift: torch.Tensor, spec: PolicySpec) -> R
 
 
 class _Pulled(NamedTuple):
-    """A chunk after its step: gradient (k, V) of the k rows kept (None: all), to be multiplied by scale (k,) (None: 1)."""
+    """A chunk after its step: gradient (k, V) of the rows `keep` (k,) (None: all), to be multiplied by scale (k,) (None: 1)."""
 
     logp: torch.Tensor
     entropy: torch.Tensor | None
@@ -254,7 +257,8 @@ class _Step:
             scale = coef if scale is None else coef * scale
         keep = _rows_to_keep(coef, self.weight, self.products)
         if keep is not None:
-            gradient, scale = _move_up(gradient, keep), None if scale is None else scale[keep]
+            gradient, keep = _fill_up(gradient, keep)
+            scale = None if scale is None else scale[keep]
         return _Pulled(fused.logp, None, coef, keep, gradient, scale)
 
     def _separate(self, logits: torch.Tensor, rows: Rows, chunk: Chunk) -> _Pulled:
@@ -272,7 +276,9 @@ class _Step:
             out=self.tile.gradient(*logits.shape), backend=self.backend, **options,
         )  # fmt: skip
         keep = None if self.entropy_coef else _rows_to_keep(coef, self.weight, self.products)
-        return _Pulled(logp, entropy, coef, keep, gradient if keep is None else _move_up(gradient, keep), None)
+        if keep is not None:
+            gradient, keep = _fill_up(gradient, keep)
+        return _Pulled(logp, entropy, coef, keep, gradient, None)
 
     def _coef(self, logp: torch.Tensor, rows: Rows, chunk: Chunk) -> torch.Tensor:
         """dL/dlogp of a chunk, which either is whole rollouts or needs none of them whole."""
@@ -299,8 +305,8 @@ def _cut(values: torch.Tensor | None, part: slice) -> torch.Tensor | None:
 
 
 def _rows_to_keep(coef: torch.Tensor, weight: torch.Tensor, products: int) -> torch.Tensor | None:
-    """The rows (k,) whose coefficient is not 0, or None for all of them, if moving those up costs more than the others' products,
-    of which a row takes so many.
+    """The rows (k,) whose coefficient is not 0, ascending, or None for all of them, if bringing them together costs more than the
+    others' products, of which a row takes so many.
 
     One host sync, but none in a capture.
     """
@@ -312,10 +318,19 @@ def _rows_to_keep(coef: torch.Tensor, weight: torch.Tensor, products: int) -> to
     return keep if moving_pays(kept, dropped, weight.shape[1], weight.element_size(), products, rates) else None
 
 
-def _move_up(tile: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
-    """Move rows `keep` (k,), ascending, to the top of the tile in place: a row is read before anything overwrites it."""
-    step = max(1, COMPACTION_BYTES // (tile.shape[1] * tile.element_size()))
-    for start in range(0, keep.shape[0], step):
-        piece = keep[start : start + step]
-        tile[start : start + piece.shape[0]] = tile[piece]
-    return tile[: keep.shape[0]]
+def _fill_up(tile: torch.Tensor, keep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The top k rows of the tile, in which those of `keep` (k,), ascending, that lie below have taken the places of others; and
+    the row (k,) that is in each place. No row moves that need not; one host sync."""
+    count = keep.shape[0]
+    below = keep[keep >= count]
+    taken = torch.zeros(count, dtype=torch.uint8, device=keep.device)
+    taken[keep[: count - below.shape[0]]] = 1
+    free = taken.argsort(stable=True)[: below.shape[0]]
+    piece_bytes = CACHED_BYTES if tile.device.type == "cpu" else MOVED_BYTES
+    step = max(1, piece_bytes // (tile.shape[1] * tile.element_size()))
+    for start in range(0, below.shape[0], step):
+        piece = slice(start, start + step)
+        tile[free[piece]] = tile[below[piece]]
+    order = torch.arange(count, device=keep.device)
+    order[free] = below
+    return tile[:count], order

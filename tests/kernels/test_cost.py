@@ -10,6 +10,7 @@ from rlvr_kernels.cost import (
     equal_chunks,
     forward_only,
     moving_pays,
+    rows_moved,
     single_pass,
     two_pass,
 )
@@ -118,16 +119,22 @@ def test_a_workspace_without_a_whole_row_takes_two_passes():
     assert cheapest(replace(WIDE, rows=1, scored=1, active=1), row, H100_BF16).schedule == "single_pass"
 
 
-def test_rows_are_moved_up_only_where_that_is_cheaper_than_their_products():
-    # H100: a dropped logit saves 4 * 4096 / 720e12 = 22.8 ps, a kept one costs 4 * 2 / 3e12 = 2.7 ps
-    assert moving_pays(8000, 960, 4096, 2, 2, H100_BF16)
-    assert not moving_pays(8000, 920, 4096, 2, 2, H100_BF16)
-    assert not moving_pays(0, 0, 4096, 2, 2, H100_BF16)
-    assert moving_pays(8000, 1900, 4096, 2, 1, H100_BF16), "one product, where the head is frozen"
-    assert not moving_pays(8000, 1850, 4096, 2, 1, H100_BF16)
-    assert not moving_pays(8000, 8000, 4096, 2, 0, H100_BF16)
-    few = replace(WIDE, active=8000)
-    assert single_pass(few, H100_BF16, chunk_rows=8192).flops == single_pass(WIDE, H100_BF16, chunk_rows=8192).flops
+def test_rows_are_moved_only_where_that_is_cheaper_than_their_products():
+    # H100, bf16: a dropped logit saves 4 * 480 / 720e12 = 2.67 ps; one that is moved costs 4 * 2 / 3e12 = 2.67 ps, and
+    # for every dropped row as much of one is moved as rows are kept.
+    assert rows_moved(6000, 2000) == 1500
+    for kept, hidden in ((4000, 240), (6000, 360), (8000, 480)):
+        assert moving_pays(kept, 8000 - kept or 1, hidden + 1, 2, 2, H100_BF16)
+        assert not moving_pays(kept, 8000 - kept or 1, hidden - 1, 2, 2, H100_BF16)
+        assert not moving_pays(kept, 8000 - kept or 1, 2 * hidden - 1, 2, 1, H100_BF16), (
+            "one product: the head is frozen"
+        )
+    assert not moving_pays(8000, 0, 4096, 2, 2, H100_BF16)
+    assert not moving_pays(4000, 4000, 4096, 2, 0, H100_BF16)
+    assert moving_pays(0, 8000, 4096, 2, 2, H100_BF16)
+    narrow = replace(WIDE, hidden=400, active=8000)  # too narrow: the dropped rows are multiplied
+    every = replace(narrow, active=8192)
+    assert single_pass(narrow, H100_BF16, chunk_rows=8192).flops == single_pass(every, H100_BF16, chunk_rows=8192).flops
 
 
 def test_without_gradients_nothing_is_pulled_back():

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from rlvr_kernels import tile
+from rlvr_kernels.single_pass import _fill_up as fill_up
 from rlvr_kernels.tile import TileShape, row_pitch, vocabulary_tile
 from torch.profiler import ProfilerActivity, profile
 
@@ -231,3 +232,19 @@ def test_vocabulary_tiles_fill_the_workspace_and_cut_rows_before_they_get_narrow
     assert vocabulary_tile(10, 50_000, 4, 4) == TileShape(1, 1)
     with pytest.raises(ValueError, match="workspace_bytes must be at least 4"):
         vocabulary_tile(10, 50_000, 4, 3)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.05, 0.3, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize("piece_bytes", [1, 16 << 20])
+def test_only_rows_from_below_move_and_each_is_where_the_order_says(share, piece_bytes, monkeypatch):
+    monkeypatch.setattr("rlvr_kernels.single_pass.CACHED_BYTES", piece_bytes)
+    g = torch.Generator().manual_seed(int(100 * share))
+    rows = torch.rand(97, generator=g)
+    tile = (rows[:, None] + torch.arange(5)).repeat(1, 1)
+    before, keep = tile.clone(), (torch.rand(97, generator=g) < share).nonzero()[:, 0]
+    top, order = fill_up(tile, keep)
+    assert order.sort().values.equal(keep)
+    assert top.equal(before[order])
+    stays = keep[keep < len(keep)]
+    assert order[stays].equal(stays)
+    assert tile[len(keep) :].equal(before[len(keep) :])
