@@ -34,11 +34,12 @@ class System(NamedTuple):
 
 
 class Absent(NamedTuple):
-    """A system that does not take part here, and why."""
+    """A system that does not take part here, and why: it cannot, or it has tried and failed."""
 
     key: str
     name: str
     reason: str
+    failed: bool = False
 
 
 class Missing(Exception):  # noqa: N818

@@ -18,6 +18,8 @@ class Stage(NamedTuple):
     end: float
     tiny: bool
     without: tuple[str, ...] = ()
+    skip: tuple[str, ...] = ()
+    failed: bool = False
 
     def left(self) -> float:
         """Seconds until the time is up."""
@@ -36,7 +38,10 @@ def stage() -> Stage:
     parser.add_argument("--seconds", type=float, required=True)
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--without", nargs="*", default=[], help="systems that have broken the device before")
+    parser.add_argument("--skip", nargs="*", default=[], help="cases that have")
+    parser.add_argument("--failed", action="store_true", help="something has failed before")
     given = parser.parse_args()
     commit()  # as it is now, not when the first result is written
     end = time.monotonic() + given.seconds
-    return Stage(given.out, torch.device(given.device), end, given.tiny, tuple(given.without))
+    device, without, skip = torch.device(given.device), tuple(given.without), tuple(given.skip)
+    return Stage(given.out, device, end, given.tiny, without, skip, given.failed)

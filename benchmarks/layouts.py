@@ -16,6 +16,7 @@ NVLINK = 450e9  # bytes/s in each direction of an H100 SXM: the vendor's figure
 INFINIBAND = 50e9  # bytes/s of a 400 Gb/s adapter, one for each GPU: the vendor's figure
 GPUS_PER_NODE = 8
 WORKSPACE_BYTES = default_workspace_bytes(torch.device("cuda"))
+SLICE_BYTES = default_workspace_bytes(torch.device("cuda"), whole_rows=False)
 STATE_BYTES = 12  # of a row: maximum, sum of exponentials, target logit
 D_HIDDEN_BYTES = 4  # summed in float32
 D_WEIGHT_BYTES = 4  # reduced in float32

@@ -5,7 +5,8 @@
 Needs no network. In order: what the device is; the tests marked gpu; the matrix products that the schedules are built from;
 the cases of the suite, measured as `pytest --benchmark` measures them; launch overhead, CUDA graphs, sweeps over each size, and
 the sizes that the library has chosen without measuring. JSON is written after every single one, so that a run that is cut off still
-counts, and the suite goes on where an earlier run with the same --out has stopped.
+counts, and the suite goes on where an earlier run of the same commit with the same --out has stopped; a copy without .git is told
+its commit by RLVR_OPS_COMMIT.
 Each stage runs in a process of its own: what crashes one leaves the others. A short table against the targets comes last.
 The suite's files lie in a folder named after the device, ready to be copied into benchmarks/results/.
 """
@@ -17,6 +18,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -59,6 +61,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true", help="toy shapes, to see that the script itself works")
     chosen = parser.parse_args(arguments)
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a shell's background jobs, and what they start, ignore it
     if chosen.device == "cuda" and not torch.cuda.is_available():
         parser.error("no CUDA device is available here; --device cpu --tiny shows that the script works")
     chosen.out = chosen.out.resolve()
@@ -95,22 +100,25 @@ def run(stage: str, chosen: argparse.Namespace, seconds: float) -> int:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(PATHS)}  # works without an installation
     environment |= {"RLVR_OPS_TEST_DEVICE": "cpu"} if chosen.device == "cpu" else {}
     with (chosen.out / f"{stage}.log").open("w") as log:
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
         return ended(process, seconds)
 
 
 def ended(process: subprocess.Popen[bytes], seconds: float) -> int:
-    """The exit code of a process, or 124 if it had to be interrupted."""
+    """The exit code of a process with a session of its own, or 124 if it had to be interrupted; nothing of it is left."""
     try:
         return process.wait(seconds)
     except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGINT)  # pytest then says what has failed so far
-    try:
-        process.wait(LAST_WORDS)
-    except subprocess.TimeoutExpired:
-        process.kill()
+        os.killpg(process.pid, signal.SIGINT)  # pytest then says what has failed so far
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(LAST_WORDS)
+        return TIMED_OUT
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    return TIMED_OUT
 
 
 def machine(device: torch.device) -> Result:

@@ -34,12 +34,18 @@ def import_alone(name: str) -> ModuleType:
         if spec is None or not spec.submodule_search_locations:
             raise
         path = spec.submodule_search_locations[0]
+    before = set(sys.modules)
     for package in [top, *inner]:
         top, path = (package, path) if package == top else (f"{top}.{package}", f"{path}/{package}")
         around, spec = ModuleType(top), ModuleSpec(top, None, is_package=True)
         around.__path__ = spec.submodule_search_locations = [path]
         around.__spec__, sys.modules[top] = spec, around
-    return import_module(name)
+    try:
+        return import_module(name)
+    except ImportError:
+        for hollow in set(sys.modules) - before:
+            del sys.modules[hollow]
+        raise
 
 
 def compiled_eager(case: Case) -> Run:

@@ -22,7 +22,7 @@ from rlvr_kernels.cost import (
 )
 
 from benchmarks import layouts
-from benchmarks.layouts import INFINIBAND, NVLINK, WORKSPACE_BYTES, Job
+from benchmarks.layouts import INFINIBAND, NVLINK, SLICE_BYTES, WORKSPACE_BYTES, Job
 
 PAGE = Path(__file__).parents[1] / "docs" / "scaling.md"
 RESULTS = Path(__file__).parent / "results"
@@ -61,7 +61,7 @@ def sizes() -> str:
             problems.append(replace(H100_SHAPE, **dict.fromkeys(names, value)))  # type: ignore[arg-type]
     rows = []
     for p in dict.fromkeys(problems):
-        cost = cheapest(p, single_pass_workspace(p, WORKSPACE_BYTES), H100_BF16, slice_bytes=384 * MIB)
+        cost = cheapest(p, single_pass_workspace(p, WORKSPACE_BYTES), H100_BF16, slice_bytes=SLICE_BYTES)
         floor = 6e3 * p.rows * p.vocabulary * p.hidden / H100_BF16.matmul_flops
         rows.append((
             p.rows, p.hidden, p.vocabulary, cost.schedule, f"{floor:.1f}", f"{1e3 * cost.seconds:.1f}",

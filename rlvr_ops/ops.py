@@ -8,6 +8,7 @@ Everything is flat here: R rows of B rollouts. Specs travel as text, which an op
 """
 
 import torch
+from rlvr_kernels.capture import capturing
 from rlvr_kernels.logits import accumulator_dtype
 from rlvr_kernels.pull_back import Needs
 from rlvr_kernels.pull_back import pull_back as pull_back_rows
@@ -92,12 +93,17 @@ def _save_score(ctx, inputs, output):
     ctx.mark_non_differentiable(lse, mean, top1, squares, kept)
     ctx.save_for_backward(hidden, weight, bias, ids, scored, inv_temperature, lse, entropy, kept)
     ctx.constants = (has_entropy, head, dtype, workspace_bytes, backend)
+    ctx.captured = capturing()
 
 
 def _backward_score(ctx, d_logp, d_lse, d_entropy, *others):
     hidden, weight, bias, ids, scored, inv_temperature, lse, entropy, kept = ctx.saved_tensors
     has_entropy, head, dtype, workspace_bytes, backend = ctx.constants
     d_entropy = d_entropy if has_entropy else None
+    if kept.numel() and scored is not None and ctx.captured != capturing():  # the rows whose logits are kept are others
+        raise RuntimeError(
+            "forward and backward of a step belong on the same side of cuda_graph_warmup(), or of a capture"
+        )
     needs = ctx.needs_input_grad[:3]
     grads: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
     if (d_logp is not None or d_entropy is not None) and any(needs):

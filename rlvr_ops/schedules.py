@@ -138,12 +138,13 @@ def _too_long(call: HeadCall, loss: Loss) -> str:
     limit, workspace = call.whole_rows(), call.workspace(whole_rows=True)
     if limit == 0:
         return f"workspace_bytes must hold one row of logits for schedule='single_pass', {row} bytes, got {workspace}"
-    longest = loss.layout.rows if capturing() else loss.layout.longest()  # in a capture nobody may ask
+    longest = loss.layout.rows if capturing() else loss.layout.longest()
+    which = "the batch has" if capturing() else "the longest rollout has"  # in a capture nobody may ask
     would_be_local = replace(loss.hyper.spec, confidence="old").is_token_local(has_old=True)
     local = "confidence='old', " if would_be_local and loss.hyper.function is None else ""
     return (
         f"schedule='single_pass' needs each rollout in one chunk, and workspace_bytes={workspace} holds {limit} rows "
-        f"but the longest rollout has {longest}: give workspace_bytes >= {longest * row}, {local}or schedule='two_pass'"
+        f"but {which} {longest}: give workspace_bytes >= {longest * row}, {local}or schedule='two_pass'"
     )
 
 
@@ -193,8 +194,8 @@ def _bytes_to_keep(call: HeadCall, workspace: int) -> int:
         return 0
     rows = call.hidden.shape[0]
     problem = call.problem(rows, rows)
-    best = best_two_pass(problem, workspace, call.rates())
     pitch = row_pitch(problem.vocabulary, call.hidden.device)
+    best = best_two_pass(replace(problem, vocabulary=pitch), workspace, call.rates())
     columns = best.cached_rows * pitch // max(rows, 1)
     return best.cached_rows * pitch * problem.logit_bytes if columns >= min(ALIGNED_COLUMNS, pitch) else 0
 

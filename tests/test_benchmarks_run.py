@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -19,7 +20,7 @@ from benchmarks.provenance import ROOT
 from benchmarks.recorder import Recorder
 from benchmarks.replay import REPLAY
 from benchmarks.report import SCRATCH, device_folder
-from benchmarks.run import NOT_ASKED, DeviceLostError
+from benchmarks.run import DeviceLostError
 from benchmarks.systems import ENTRIES, entries
 
 CPU = torch.device("cpu")
@@ -112,7 +113,7 @@ def test_every_stage_of_the_command_for_a_gpu_writes_what_it_finds(tmp_path, mon
     given = ["stage", "--tiny", "--device", "cpu", "--seconds", "60", "--out", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", given)
     for stage in (gpu_suite, gpu_launches, gpu_tuning):
-        stage.main()
+        assert not stage.main(), stage.__name__
     assert {path.stem for path in (tmp_path / device_folder(CPU)).glob("*.json")} == {
         "ace-16x8x50-float32-100-active",
         "grpo-16x8x50-float32-50-active",
@@ -138,70 +139,99 @@ def test_a_stage_runs_in_a_process_of_its_own_and_is_ended_when_its_time_is_up(t
 
 
 @pytest.fixture
-def tiny_stage(tmp_path):
+def tiny_stage(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_suite, "commit", lambda: {"id": "abc", "dirty": False})
+    monkeypatch.setattr("benchmarks.report.commit", gpu_suite.commit)
     return Stage(tmp_path, CPU, time.monotonic() + 60, tiny=True)
 
 
-def test_the_suite_goes_on_where_an_earlier_run_has_stopped(tiny_stage):
+def broken(key):
+    """The entries, of which one fails whenever it runs."""
+
+    def load(case):
+        def run(batch):
+            raise RuntimeError("a kernel that has never run")
+
+        return run
+
+    return [replace(entry, load=load) if entry.key == key else entry for entry in ENTRIES]
+
+
+def test_the_suite_goes_on_where_an_earlier_run_has_stopped(tiny_stage, monkeypatch):
     place, some = tiny_stage.out, gpu_suite.of_this(LOSS, gpu_suite.FEW)
     path = place / f"{LOSS.name}.json"
     assert not gpu_suite.is_there(path, some)
     assert gpu_suite.run(LOSS, some, tiny_stage, place)
     assert gpu_suite.is_there(path, some)
     assert not gpu_suite.is_there(path, gpu_suite.of_this(LOSS, None)), "most were not asked for"
-    stored = json.loads(path.read_text())
-    path.write_text(json.dumps(stored | {"commit": {"id": "another", "dirty": False}}))
-    assert not gpu_suite.is_there(path, some)
+    for other in ({"id": "another", "dirty": False}, {"id": "abc", "dirty": True}, {"id": None, "dirty": None}):
+        monkeypatch.setattr(gpu_suite, "commit", lambda other=other: other)
+        assert not gpu_suite.is_there(path, some)
 
 
-def test_a_system_of_ours_that_fails_leaves_the_others_their_results(tiny_stage, monkeypatch, capsys):
-    def broken(case):
-        def run(batch):
-            raise RuntimeError("a kernel that has never run")
-
-        return run
-
-    ours = next(entry for entry in ENTRIES if entry.key == "rlvr_ops-two_pass")
-    entries = [replace(ours, load=broken) if entry is ours else entry for entry in ENTRIES]
-    monkeypatch.setattr("benchmarks.systems.ENTRIES", entries)
-    keys = {"rlvr_ops", "rlvr_ops-two_pass"}
+def test_a_system_of_ours_that_fails_leaves_the_others_their_results_and_is_tried_again(
+    tiny_stage, monkeypatch, capsys
+):
+    monkeypatch.setattr("benchmarks.systems.ENTRIES", broken("rlvr_ops-two_pass"))
+    keys, path = {"rlvr_ops", "rlvr_ops-two_pass"}, tiny_stage.out / f"{LOSS.name}.json"
     assert not gpu_suite.run(LOSS, keys, tiny_stage, tiny_stage.out)
-    assert "rlvr_ops, two_pass is absent: RuntimeError: a kernel that has never run" in capsys.readouterr().out
-    stored = json.loads((tiny_stage.out / f"{LOSS.name}.json").read_text())
-    assert {row["key"] for row in stored["systems"]} >= {"rlvr_ops", "products", "eager-logsumexp"}
+    assert "WRONG rlvr_ops, two_pass: RuntimeError: a kernel that has never run" in capsys.readouterr().out
+    assert {row["key"] for row in json.loads(path.read_text())["systems"]} >= {
+        "rlvr_ops",
+        "products",
+        "eager-logsumexp",
+    }
+    assert not gpu_suite.is_there(path, keys)
+    assert gpu_suite.is_there(path, {"rlvr_ops"})
 
 
-def test_a_system_that_breaks_the_device_is_named_and_left_out_of_the_next_process(tiny_stage, monkeypatch):
+def test_numbers_of_ours_that_are_off_are_timed_and_said(tiny_stage, monkeypatch, capsys):
+    monkeypatch.setattr("benchmarks.truth.FLOAT32_NOISE", 0.0)
+    monkeypatch.setattr("benchmarks.truth.TIE", 0.0)
+    assert not gpu_suite.run(LOSS, {"rlvr_ops"}, tiny_stage, tiny_stage.out)
+    assert "WRONG rlvr_ops: loss is" in capsys.readouterr().out
+    rows = {row["key"]: row for row in json.loads((tiny_stage.out / f"{LOSS.name}.json").read_text())["systems"]}
+    assert rows["rlvr_ops"]["wrong"].startswith("rlvr_ops: loss is")
+    assert rows["rlvr_ops"]["median_ms"] > 0
+
+
+class BegunAnew(Exception):  # noqa: N818
+    pass
+
+
+@pytest.mark.parametrize(
+    ("key", "before", "after"),
+    [
+        ("trl", "--without cce-exact", "--without cce-exact trl --skip"),
+        ("eager-logsumexp", "", "--failed --without --skip ace-16x8x50-float32-100-active"),
+        ("trl", "--without trl", "--failed --without trl --skip ace-16x8x50-float32-100-active"),
+    ],
+    ids=["a peer", "one that every case needs", "again"],
+)
+def test_what_breaks_the_device_is_left_out_of_the_next_process(key, before, after, tiny_stage, monkeypatch):
     def lost(*_, **__):
-        raise DeviceLostError("trl", "an illegal memory access was encountered")
+        raise DeviceLostError(key, "an illegal memory access was encountered")
+
+    def anew(program, command):
+        begun.append(command)
+        raise BegunAnew
 
     begun = []
-    given = [
-        "stage",
-        "--tiny",
-        "--device",
-        "cpu",
-        "--seconds",
-        "60",
-        "--out",
-        str(tiny_stage.out),
-        "--without",
-        "cce-exact",
-    ]
+    given = ["stage", "--tiny", "--device", "cpu", "--seconds", "60", "--out", str(tiny_stage.out), *before.split()]
     monkeypatch.setattr(sys, "argv", given)
     monkeypatch.setattr(gpu_suite, "measure", lost)
-    monkeypatch.setattr(gpu_suite.os, "execv", lambda program, command: begun.append(command))
-    gpu_suite.main()
+    monkeypatch.setattr(gpu_suite.os, "execv", anew)
+    with pytest.raises(BegunAnew):
+        gpu_suite.main()
     assert begun[0][1:3] == ["-m", "benchmarks.gpu_suite"]
-    assert begun[0][-3:] == ["--without", "cce-exact", "trl"]
-    monkeypatch.undo()
+    assert begun[0][begun[0].index("--tiny") + 1 :] == after.split()
+
+
+def test_a_system_that_was_left_out_has_its_reason(tiny_stage):
     without = tiny_stage._replace(without=("trl",))
     gpu_suite.run(LOSS, {"rlvr_ops", "trl"}, without, tiny_stage.out)
-    reasons = {
-        one["key"]: one["reason"] for one in json.loads((tiny_stage.out / f"{LOSS.name}.json").read_text())["absent"]
-    }
-    assert reasons["trl"] == "ended the device's context in an earlier case"
-    assert reasons["verl-torch"] == NOT_ASKED
+    stored = json.loads((tiny_stage.out / f"{LOSS.name}.json").read_text())
+    assert [(one["key"], one["reason"]) for one in stored["absent"]] == [("trl", "has broken the device for all")]
 
 
 def test_the_last_stage_may_take_all_that_is_left(tmp_path, monkeypatch):
@@ -212,8 +242,17 @@ def test_the_last_stage_may_take_all_that_is_left(tmp_path, monkeypatch):
     assert given["suite"] == pytest.approx(600, abs=5)
 
 
-def test_what_is_interrupted_has_time_for_its_last_words():
-    talks = "import time\ntry:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    print('failed so far: 3')"
-    process = subprocess.Popen([sys.executable, "-c", talks], stdout=subprocess.PIPE)
-    assert on_gpu.ended(process, 2) == on_gpu.TIMED_OUT
+def test_what_is_interrupted_has_time_for_its_last_words_and_leaves_nobody_behind(tmp_path):
+    pid = tmp_path / "pid"
+    talks = (
+        "import pathlib, subprocess, time\n"
+        f"pathlib.Path({str(pid)!r}).write_text(str(subprocess.Popen(['sleep', '60']).pid))\n"
+        "try:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    print('failed so far: 3')"
+    )
+    process = subprocess.Popen([sys.executable, "-c", talks], stdout=subprocess.PIPE, start_new_session=True)
+    while not (pid.exists() and pid.read_text()):
+        time.sleep(0.05)
+    assert on_gpu.ended(process, 0.5) == on_gpu.TIMED_OUT
     assert process.stdout.read() == b"failed so far: 3\n"
+    state = Path(f"/proc/{pid.read_text()}/stat")
+    assert not state.exists() or state.read_text().split()[2] == "Z"

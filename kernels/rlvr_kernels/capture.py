@@ -4,31 +4,36 @@ Elsewhere rows that have no gradient are found by reading them and leave the bat
 computes all of them instead, whatever their values are when it is replayed, and gives them the weight 0.
 """
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
+_lock = threading.Lock()
 _warm_ups = 0  # of the whole process: backward runs in a thread of its own
 
 
 @contextmanager
 def cuda_graph_warmup() -> Iterator[None]:
-    """Steps within it are computed as in a capture, so that the capture finds every kernel that it launches compiled and loaded.
+    """Steps within it, forward and backward, are computed as in a capture, which then finds every kernel that it launches loaded.
 
     Outside of one, rows without a gradient leave the batch, which is another path through other variants of the kernels, and a
-    kernel that is launched for the first time while a graph is captured ends the capture with an error.
+    kernel that is launched for the first time while a graph is captured ends the capture with an error. It holds for the whole
+    process, and goes around a call of a compiled function, not into it.
 
     >>> with cuda_graph_warmup():  # one or two steps, and then torch.cuda.graph(...)
     ...     print(capturing())
     True
     """
     global _warm_ups
-    _warm_ups += 1
+    with _lock:
+        _warm_ups += 1
     try:
         yield
     finally:
-        _warm_ups -= 1
+        with _lock:
+            _warm_ups -= 1
 
 
 def capturing() -> bool:
