@@ -112,7 +112,9 @@ def blocks(batch: Batch, case: Case) -> Iterator[Choice]:
     )  # fmt: skip
     for (module, schedule), block, warps in itertools.product(modules, (2048, 4096, 8192), (4, 8, 16)):
         patch = mock.patch.multiple(module, BLOCK=block, NUM_WARPS=warps)
-        label = {"what": module.__name__.rpartition(".")[2], "block": block, "warps": warps}
+        label = {"what": module.__name__.rpartition(".")[2], "block": block, "warps": warps} | _chosen(
+            module, block, warps
+        )
         yield label, partial(under, [patch], partial(loss_step, batch, schedule, on_policy=module is fused_policy))
     for block, warps in itertools.product((512, 1024, 2048), (4, 8)):
         patch = mock.patch.multiple(weigh, BLOCK=block, NUM_WARPS=warps)
@@ -120,7 +122,12 @@ def blocks(batch: Batch, case: Case) -> Iterator[Choice]:
             rlvr_ops.ace_loss_from_logps, batch.ref, batch.advantages, ref_per_token_logps=batch.ref,
             old_per_token_logps=batch.old,
         )  # fmt: skip
-        yield {"what": "weigh", "block": block, "warps": warps}, partial(under, [patch], weighed)
+        label = {"what": "weigh", "block": block, "warps": warps} | _chosen(weigh, block, warps)
+        yield label, partial(under, [patch], weighed)
+
+
+def _chosen(module: ModuleType, block: int, warps: int) -> dict[str, Any]:
+    return {"as": "chosen"} if (block, warps) == (module.BLOCK, module.NUM_WARPS) else {}
 
 
 GROUPS = (fused_or_separate, dtypes, compaction, tilings, workspaces, blocks)

@@ -14,6 +14,7 @@ The suite's files lie in a folder named after the device, ready to be copied int
 import argparse
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -76,8 +77,9 @@ def main(arguments: list[str] | None = None) -> int:
         began = time.monotonic()
         code = run(stage, chosen, seconds)
         outcome |= code not in (0, TIMED_OUT)
+        said = "out of time" if code == TIMED_OUT else f"exit {code}"
         log = f", see {chosen.out / stage}.log" if code else ""
-        print(f"{stage}: exit {code}, {time.monotonic() - began:.0f} s of {seconds:.0f}{log}", flush=True)
+        print(f"{stage}: {said}, {time.monotonic() - began:.0f} s of {seconds:.0f}{log}", flush=True)
     print(table(chosen.out))
     return int(outcome)
 
@@ -127,18 +129,29 @@ def machine(device: torch.device) -> Result:
 
 
 def table(out: Path) -> str:
-    """A line for each product, tuned size and target that was measured, and the last of the tests' logs."""
+    """A line for each product, tuned size and target that was measured, what the suite left out, and the tests' last lines."""
     lines: list[str] = []
     for name in ("products", "tuning", "launches"):
         if (out / f"{name}.json").exists():
             rows = json.loads((out / f"{name}.json").read_text())
-            lines += [f"{name}: " + "  ".join(f"{key}={value}" for key, value in row.items()) for row in rows]
+            lines += [f"{name}: " + "  ".join(f"{key}={_short(value)}" for key, value in row.items()) for row in rows]
     for place in devices(out):
         lines += compared(load(place), place.name.partition("-")[0])
+    suite = out / "suite.log"
+    said = suite.read_text().splitlines() if suite.exists() else []
+    lines += [
+        f"suite: {line.strip()}"
+        for line in said
+        if re.search(r"no time for|WRONG|ended the device|from an earlier", line)
+    ]
     for stage in TESTS:
         log = out / f"{stage}.log"
         lines += [f"{stage}: {line}" for line in (log.read_text().splitlines()[-1:] if log.exists() else [])]
     return "\n".join(lines)
+
+
+def _short(value: object) -> object:
+    return f"{value:.4g}" if isinstance(value, float) else value
 
 
 if __name__ == "__main__":

@@ -139,11 +139,14 @@ def _too_long(call: HeadCall, loss: Loss) -> str:
     if limit == 0:
         return f"workspace_bytes must hold one row of logits for schedule='single_pass', {row} bytes, got {workspace}"
     longest = loss.layout.rows if capturing() else loss.layout.longest()
-    which = "the batch has" if capturing() else "the longest rollout has"  # in a capture nobody may ask
+    needs = (
+        "all rows in one chunk in a CUDA graph" if capturing() else "each rollout in one chunk"
+    )  # there nobody may ask for lengths
+    which = "the batch has" if capturing() else "the longest rollout has"
     would_be_local = replace(loss.hyper.spec, confidence="old").is_token_local(has_old=True)
     local = "confidence='old', " if would_be_local and loss.hyper.function is None else ""
     return (
-        f"schedule='single_pass' needs each rollout in one chunk, and workspace_bytes={workspace} holds {limit} rows "
+        f"schedule='single_pass' needs {needs}, and workspace_bytes={workspace} holds {limit} rows "
         f"but {which} {longest}: give workspace_bytes >= {longest * row}, {local}or schedule='two_pass'"
     )
 
