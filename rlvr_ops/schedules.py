@@ -138,11 +138,10 @@ def _too_long(call: HeadCall, loss: Loss) -> str:
     limit, workspace = call.whole_rows(), call.workspace(whole_rows=True)
     if limit == 0:
         return f"workspace_bytes must hold one row of logits for schedule='single_pass', {row} bytes, got {workspace}"
-    longest = loss.layout.rows if capturing() else loss.layout.longest()
-    needs = (
-        "all rows in one chunk in a CUDA graph" if capturing() else "each rollout in one chunk"
-    )  # there nobody may ask for lengths
-    which = "the batch has" if capturing() else "the longest rollout has"
+    if capturing():  # nobody may ask where rollouts end
+        needs, which, longest = "all rows in one chunk in a CUDA graph", "the batch has", loss.layout.rows
+    else:
+        needs, which, longest = "each rollout in one chunk", "the longest rollout has", loss.layout.longest()
     would_be_local = replace(loss.hyper.spec, confidence="old").is_token_local(has_old=True)
     local = "confidence='old', " if would_be_local and loss.hyper.function is None else ""
     return (

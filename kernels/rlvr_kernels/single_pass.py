@@ -28,10 +28,8 @@ from rlvr_kernels.weigh import STATISTICS, Weighed, rollout_of_row, weigh
 Weigher = Callable[..., Weighed]
 """`rlvr_kernels.weigh.weigh`, or something with its signature."""
 
-MOVED_BYTES, CACHED_BYTES = (
-    16 << 20,
-    1 << 20,
-)  # rows move in pieces of this size, on a CPU of one that a core's cache holds
+MOVED_BYTES = 16 << 20  # rows move in pieces of this size,
+CACHED_BYTES = 1 << 20  # on a CPU of this, which a core's cache holds
 
 
 class Rows(NamedTuple):

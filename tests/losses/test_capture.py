@@ -151,3 +151,15 @@ def test_a_step_with_kept_logits_is_on_one_side_of_a_warm_up(forward_inside):
         pytest.raises(RuntimeError, match="same side of cuda_graph_warmup"),
     ):
         out.backward()
+
+
+def test_a_batch_that_does_not_fit_one_chunk_of_a_graph_is_refused_with_what_it_would_take():
+    hidden, weight, ids, advantages, given = make_batch(poison=False)
+    given |= {"old_per_token_logps": None, "schedule": "single_pass"}
+    call = {name: value for name, value in given.items() if name != "old"}
+    rlvr_ops.ace_loss(hidden, weight, ids, advantages, workspace_bytes=ROOM // 4, **call)  # half of the batch
+    refused = (
+        rf"all rows in one chunk in a CUDA graph.*but the batch has {B * T}: give workspace_bytes >= {B * T * V * 4}"
+    )
+    with rlvr_ops.cuda_graph_warmup(), pytest.raises(ValueError, match=refused):
+        rlvr_ops.ace_loss(hidden, weight, ids, advantages, workspace_bytes=ROOM // 4, **call)
