@@ -17,7 +17,7 @@ from benchmarks.cases import Case
 from benchmarks.entrants import Absent
 from benchmarks.gpu_stage import Stage, stage
 from benchmarks.provenance import commit, device_folder
-from benchmarks.report import save
+from benchmarks.report import Result, save
 from benchmarks.run import DeviceLostError, measure, rounds
 from benchmarks.suite import cases
 from benchmarks.systems import NEEDED, entries
@@ -43,14 +43,19 @@ def of_this(case: Case, keys: Collection[str] | None) -> set[str]:
 
 
 def run(case: Case, keys: set[str], here: Stage, place: Path) -> bool:
-    """Measure and store one case; whether all of our own systems went through with numbers as they should be."""
+    """Measure and store one case; whether it is sound."""
     turns = {"seconds": 0, "least": 1, "most": 1} if here.tiny else rounds(here.device)
     rows, absent, _ = measure(case, here.device, keys - {*here.without}, strict=False, **turns)
     absent += [Absent(key, key, "has broken the device for all") for key in sorted(keys & {*here.without})]
-    save(case, rows, absent, here.device, "python -m benchmarks.on_gpu", place)
-    wrong = [f"{one.name}: {one.reason}" for one in absent if one.failed and one.key.startswith("rlvr_ops")]
-    wrong += [row["wrong"] for row in rows if "wrong" in row]
-    print(case.name, "done", *(f"\n  WRONG {why}" for why in wrong), flush=True)
+    return is_sound(save(case, rows, absent, here.device, "python -m benchmarks.on_gpu", place), f"{case.name} done")
+
+
+def is_sound(result: Result, said: str) -> bool:
+    """Whether all of our own systems went through with numbers as they should be; printed after what is `said`."""
+    ours = [one for one in result["absent"] if one["failed"] and one["key"].startswith("rlvr_ops")]
+    wrong = [f"{one['name']}: {one['reason']}" for one in ours]
+    wrong += [row["wrong"] for row in result["systems"] if "wrong" in row]
+    print(said, *(f"\n  WRONG {why}" for why in wrong), flush=True)
     return not wrong
 
 
@@ -83,8 +88,10 @@ def main() -> int:
         keys = of_this(case, some)
         if case.name in here.skip:
             continue
-        if is_there(place / f"{case.name}.json", keys):
-            print(case.name, "is there from an earlier run", flush=True)
+        path = place / f"{case.name}.json"
+        if is_there(path, keys):
+            sound = is_sound(json.loads(path.read_text()), f"{case.name} is there from an earlier run")
+            here = here._replace(failed=here.failed | (not sound))
             continue
         if here.over():
             print(f"no time for {case.name}", flush=True)

@@ -62,9 +62,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true", help="toy shapes, to see that the script itself works")
     chosen = parser.parse_args(arguments)
-    signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # a shell's background jobs, and what they start, ignore it
+    # A shell's background jobs ignore it, and so would what they start.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if chosen.device == "cuda" and not torch.cuda.is_available():
         parser.error("no CUDA device is available here; --device cpu --tiny shows that the script works")
     chosen.out = chosen.out.resolve()

@@ -192,6 +192,8 @@ def test_numbers_of_ours_that_are_off_are_timed_and_said(tiny_stage, monkeypatch
     assert "WRONG rlvr_ops: loss is" in capsys.readouterr().out
     rows = {row["key"]: row for row in json.loads((tiny_stage.out / f"{LOSS.name}.json").read_text())["systems"]}
     assert rows["rlvr_ops"]["wrong"].startswith("rlvr_ops: loss is")
+    stored = json.loads((tiny_stage.out / f"{LOSS.name}.json").read_text())
+    assert not gpu_suite.is_sound(stored, "from an earlier run"), "nor is it when the run goes on"
     assert rows["rlvr_ops"]["median_ms"] > 0
 
 
@@ -244,11 +246,15 @@ def test_the_last_stage_may_take_all_that_is_left(tmp_path, monkeypatch):
 
 def test_what_is_interrupted_has_time_for_its_last_words_and_leaves_nobody_behind(tmp_path):
     pid = tmp_path / "pid"
-    talks = (
-        "import pathlib, subprocess, time\n"
-        f"pathlib.Path({str(pid)!r}).write_text(str(subprocess.Popen(['sleep', '60']).pid))\n"
-        "try:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    print('failed so far: 3')"
-    )
+    talks = f"""
+import pathlib, subprocess, time
+deaf = subprocess.Popen(["sh", "-c", "trap : INT; sleep 60; sleep 60"], stdout=subprocess.DEVNULL)
+pathlib.Path({str(pid)!r}).write_text(str(deaf.pid))
+try:
+    time.sleep(60)
+except KeyboardInterrupt:
+    print("failed so far: 3")
+"""
     process = subprocess.Popen([sys.executable, "-c", talks], stdout=subprocess.PIPE, start_new_session=True)
     while not (pid.exists() and pid.read_text()):
         time.sleep(0.05)
