@@ -1,6 +1,6 @@
-"""One case: the shape, what is computed, and one batch of inputs for it. benchmarks/suite.py has the list."""
+"""What is measured: a case says what is computed on which shape and makes a batch for it; the suites list the cases."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -20,13 +20,12 @@ class Batch(NamedTuple):
 
     @property
     def active(self) -> Tensor:
-        """Which rollouts (B,) have an advantage."""
         return self.advantages != 0
 
 
 @dataclass(frozen=True)
 class Case:
-    """The loss ("ace", "grpo", or "logps": scores alone, without gradient), the shape, and what is varied.
+    """The loss ("ace", "grpo", or "logps": log-probabilities alone, without gradient), the shape, and what is varied.
 
     active: share of rollouts with an advantage other than zero. peaked: about 0.3 nats of entropy. entropy: the mean
     entropy is wanted too. frozen: the weight needs no gradient.
@@ -45,19 +44,23 @@ class Case:
 
     @property
     def name(self) -> str:
-        """File name and test id."""
-        kinds = [kind for kind in ("peaked", "entropy", "frozen") if getattr(self, kind)]
         shape = f"{self.rows}x{self.hidden}x{self.vocabulary}"
-        return "-".join([self.loss, shape, self.dtype, *kinds, f"{round(100 * self.active)}-active"])
+        return "-".join([self.loss, shape, self.dtype, *self.kinds, f"{round(100 * self.active)}-active"])
+
+    @property
+    def kinds(self) -> list[str]:
+        return [kind for kind in ("peaked", "entropy", "frozen") if getattr(self, kind)]
 
     @property
     def forward(self) -> bool:
-        """Whether no gradient is asked for."""
         return self.loss == "logps"
 
     @property
+    def all_rows(self) -> bool:
+        return self.active == 1 and not self.forward
+
+    @property
     def active_rows(self) -> int:
-        """Rows of rollouts that have an advantage; all rows where there is no loss."""
         return self.rows if self.forward else round(self.rollouts * self.active) * (self.rows // self.rollouts)
 
     @property
@@ -67,12 +70,7 @@ class Case:
 
     @property
     def flops(self) -> int:
-        """What is useful: 2NVH a product, of the active rows."""
         return 2 * self.products * self.active_rows * self.hidden * self.vocabulary
-
-    def describe(self) -> dict[str, Any]:
-        """The fields, for JSON."""
-        return asdict(self) | {"active_rows": self.active_rows, "products": self.products}
 
     def batch(self, device: torch.device) -> Batch:
         """Random hidden states and weight; old log-probabilities so near the policy's that no token is clipped.
@@ -81,8 +79,7 @@ class Case:
         in twenty is unlikely.
         """
         generator = torch.Generator(device).manual_seed(0)
-        dtype = getattr(torch, self.dtype)
-        size = (self.rollouts, self.rows // self.rollouts)
+        size, dtype = (self.rollouts, self.rows // self.rollouts), getattr(torch, self.dtype)
 
         def normal(*shape: int) -> Tensor:
             return torch.randn(shape, device=device, generator=generator)
@@ -92,17 +89,35 @@ class Case:
         hidden = normal(*size, self.hidden)
         if self.peaked:
             hidden = hidden + 15 * weight[ids]
-            unlikely = torch.rand(size, device=device, generator=generator) < 0.05
-            ids = torch.where(unlikely, ids.roll(1), ids)
+            ids = torch.where(torch.rand(size, device=device, generator=generator) < 0.05, ids.roll(1), ids)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
-        logps = torch.stack([_logps(states, weight, row) for states, row in zip(hidden, ids, strict=True)])
+        rollouts = zip(hidden, ids, strict=True)  # one at a time: the logits of all need not fit
+        logps = -torch.stack([cross_entropy((h @ weight.T).float(), row, reduction="none") for h, row in rollouts])
         old = logps + (0.05 * normal(*size)).clamp(-0.15, 0.15)
         ref = logps + 0.3 * normal(*size)
-        # Right and wrong rollouts take turns; the last ones have no advantage.
-        advantages = 1.0 - 2.0 * (torch.arange(self.rollouts, device=device) % 2)
+        advantages = 1.0 - 2.0 * (torch.arange(self.rollouts, device=device) % 2)  # right and wrong take turns
         advantages[round(self.rollouts * self.active) :] = 0.0
         return Batch(hidden, weight, ids, advantages, old, ref)
 
 
-def _logps(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
-    return -cross_entropy((hidden @ weight.T).float(), ids, reduction="none")
+def variations(case: Case) -> list[Case]:
+    """The case, and everything that is varied, one at a time, the most telling first."""
+    changes: list[dict[str, Any]] = [{}, {"active": 0.5}, {"loss": "logps"}, {"loss": "grpo"}]
+    changes += [{"peaked": True}, {"entropy": True}, {"frozen": True}, {"active": 0.7}, {"active": 0.25}]
+    return [replace(case, **change) for change in changes]
+
+
+def cases(device_type: str, *, quick: bool) -> list[Case]:
+    """The suite for a device, the most telling case first; `quick` has small shapes, for a run under 3 minutes."""
+    cuda = device_type == "cuda"
+    if quick:
+        small = Case("ace", 2048, 1024, 32768, 16, "bfloat16") if cuda else Case("ace", 128, 256, 4096, 16)
+        return [*variations(small), replace(small, rows=32 * small.rows, hidden=small.hidden // 8)]
+    if cuda:
+        main, *varied = variations(Case("ace", 8192, 4096, 151936, 16, "bfloat16"))
+        shapes = [(8192, 4096, 131072), (4096, 4096, 128256), (16384, 2048, 151936), (8192, 896, 151936)]
+        others = [replace(main, rows=rows, hidden=hidden, vocabulary=vocabulary) for rows, hidden, vocabulary in shapes]
+        return [main, *varied[:3], *others, Case("ace", 65536, 2048, 151936, 64, "bfloat16"), *varied[3:]]
+    large, small = Case("ace", 1024, 896, 151936, 8), Case("ace", 256, 256, 32000, 16)
+    first = [large, replace(large, active=0.5), replace(large, loss="grpo"), replace(large, dtype="bfloat16")]
+    return [*first, *variations(small), replace(small, dtype="bfloat16"), Case("ace", 8192, 64, 8192, 16)]

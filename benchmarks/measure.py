@@ -1,76 +1,124 @@
-"""Time and memory of one system, and the bare matrix products beside it.
+"""A case, measured: every system's numbers and memory, then the times of all, taken in turns.
 
 Time: the systems take turns, so that a slow minute hits all of them; CUDA events on a GPU. Memory: the most bytes that
 the allocator had handed out above what was there before, gradients included; on a CPU from torch.profiler's record of
-every allocation, which leaves out the scratch space of the matmul library, on a GPU from torch.cuda's statistics.
+every allocation, which leaves out the scratch space of the matmul library. Numbers: against eager PyTorch in float64.
 """
 
+import gc
+import itertools
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.cases import Batch, Case
-from benchmarks.entrants import System
+from benchmarks.peers import systems
+from benchmarks.systems import NEEDED, Missing, Outputs, Run, compute, eager, reason
 
+FLOAT32_NOISE = 1e-5  # below it two float32 results differ by the order of their operations alone
+ROUNDING = 2.0**-9  # of a number in bfloat16, relative
+TIE = 1.01  # two systems that round alike differ by less than this
+NOT_COMPARABLE = {"float32": 1e-3, "bfloat16": 0.25}  # beyond it a system computes something else
+SLOW = 10.0  # times the fastest: nothing that a target speaks of
+JUDGED = 5  # turns
 Step = Callable[[], object]
-JUDGED = 5
+Row = dict[str, Any]
 
 
-class Computed(NamedTuple):
-    """What a system has computed: loss 0-d, logps (B, T), entropy (B, T) or its mean, and the gradients."""
+class Measured(NamedTuple):
+    """By the systems' keys: their rows, who is absent and why, and milliseconds."""
 
-    loss: Tensor | None = None
-    logps: Tensor | None = None
-    entropy: Tensor | None = None
-    d_hidden: Tensor | None = None
-    d_weight: Tensor | None = None
-
-    @property
-    def gradient_bytes(self) -> int:
-        """What the returned gradients occupy."""
-        return sum(x.nbytes for x in (self.d_hidden, self.d_weight) if x is not None)
+    rows: dict[str, Row]
+    absent: dict[str, Row]
+    times: dict[str, list[float]]
 
 
-def compute(system: System, batch: Batch, case: Case) -> Computed:
-    """Everything that the case asks for, once."""
+class DeviceLostError(RuntimeError):
+    """A system, `key`, has left the device in a state in which nothing runs any more."""
+
+    def __init__(self, key: str, why: str):
+        super().__init__(f"{key} ended the device's context: {why}")
+        self.key = key
+
+
+def truth(case: Case, batch: Batch) -> Outputs:
+    """Eager in float64, a rollout at a time, so that the logits of all rows never exist together; entropy is the mean."""
+    case, parts, d_weight = replace(case, entropy=True), [], None
+    wide = Batch(*(x.double() if x.is_floating_point() else x for x in batch))
+    for b in range(case.rollouts):
+        *found, last = compute(eager(case), Batch(*(x if x is wide.weight else x[b : b + 1] for x in wide)), case)
+        parts.append(found)
+        d_weight = last if d_weight is None or last is None else d_weight.add_(last)
+    loss, logps, entropy, d_hidden = ([x for x in each if x is not None] for each in zip(*parts, strict=True))
     if case.forward:
-        with torch.no_grad():
-            return Computed(*system.run(batch))
-    hidden, weight = batch.hidden.detach().requires_grad_(), batch.weight.detach().requires_grad_(not case.frozen)
-    out = system.run(batch._replace(hidden=hidden, weight=weight))
-    assert out.loss is not None, system.name
-    gradients = torch.autograd.grad(out.loss, (hidden,) if case.frozen else (hidden, weight))
-    loss, logps, entropy = (None if x is None else x.detach() for x in out)
-    return Computed(loss, logps, entropy, *gradients)
+        return Outputs(None, torch.cat(logps), torch.cat(entropy).mean())
+    gradients = torch.cat(d_hidden) / case.rollouts, None if d_weight is None else d_weight.div_(case.rollouts)
+    return Outputs(torch.stack(loss).mean(), torch.cat(logps), torch.cat(entropy).mean(), *gradients)
+
+
+def errors(got: Outputs, want: Outputs, batch: Batch, case: Case, kind: str = "peer") -> dict[str, float]:
+    """How far from the truth.
+
+    logps: root mean square in nats, over the rows that have a gradient. Gradients: |got - want| / |want|, norms. loss,
+    entropy: absolute, because losses of right and wrong rollouts may cancel. A floor's loss is the mean negative
+    log-probability, and its gradients are of that: they are not compared.
+    """
+    if kind == "floor":
+        return {"loss": float((got.loss.double() + want.logps.mean()).abs())}  # type: ignore[union-attr]
+    found: dict[str, float] = {}
+    for name, mine, true in zip(Outputs._fields, got, want, strict=True):
+        if mine is not None and true is not None:
+            off = (mine.double().mean() if name == "entropy" else mine.double()) - true
+            off = off[batch.active] if name == "logps" and not case.forward else off
+            found[name] = float(off.norm() / (true.norm() if name.startswith("d_") else off.numel() ** 0.5))
+    return found
+
+
+def is_comparable(found: dict[str, float], case: Case) -> bool:
+    """Whether these are errors of rounding, and not of another computation (NaN is another computation)."""
+    return all(error <= NOT_COMPARABLE[case.dtype] for error in found.values())
+
+
+def too_far(mine: dict[str, float], eager: list[dict[str, float]], *, wide: bool) -> str | None:
+    """What of ours is further from the truth than the best eager form of the same dtype, in words; None if nothing is.
+
+    Loss and entropy are single numbers, whose rounding may cancel by chance: they have eager's error in the
+    log-probabilities as a bound, too. Unless the products are `wide`, written in float32, what a gradient sums up of several
+    of them is rounded once more (bfloat16 on a CPU).
+    """
+    for name, error in mine.items():
+        alike = (name, "logps") if name in ("loss", "entropy") else (name,)
+        bounds = [max(other[n] for n in alike if n in other) for other in eager if name in other]
+        bound = max(FLOAT32_NOISE, TIE * min(bounds, default=math.inf))
+        if not wide and name in ("d_hidden", "d_weight"):
+            bound = math.hypot(bound, ROUNDING)
+        if not error <= bound:
+            return f"{name} is {error:.2e} from the truth, the best eager form {bound:.2e}"
+    return None
 
 
 def peak_bytes(step: Step, device: torch.device) -> int:
     """The most that `step` had allocated at one time, above what was allocated before it."""
     if device.type == "cuda":
-        torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         step()
-        torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        result = step()
-    del result
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    now = most = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        now += event.nbytes()
-        most = max(most, now)
-    return most
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        step()
+    found: Any = seen.profiler
+    events = sorted(found.kineto_results.events(), key=lambda event: event.start_ns())
+    return max(itertools.accumulate((event.nbytes() for event in events if event.name() == "[memory]"), initial=0))
 
 
 def milliseconds(step: Step, device: torch.device) -> float:
-    """One run of `step`."""
     if device.type == "cuda":
         start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
@@ -104,6 +152,13 @@ def interleave(
     return times
 
 
+def rounds(device: torch.device, *, quick: bool = False) -> dict[str, Any]:
+    """How often: seconds of turns at the least, the least and the most turns, and from when on a slow system has only a few."""
+    if device.type == "cuda":
+        return {"seconds": 1 if quick else 5, "least": 20, "most": 100, "slow": SLOW}
+    return {"seconds": 1 if quick else 20, "least": 3 if quick else 5, "most": 40, "slow": SLOW}
+
+
 def spread(times: list[float]) -> dict[str, float]:
     """Median, 20th and 80th percentile, the fastest, and how many."""
     cuts = statistics.quantiles(times, n=10, method="inclusive") if len(times) > 1 else 9 * times
@@ -116,13 +171,12 @@ def bare_matmuls(case: Case, batch: Batch) -> Callable[..., None]:
 
     Called with recompute=True it computes the logits twice: the floor of two passes.
     """
-    hidden = batch.hidden.detach().flatten(0, 1)[: case.active_rows].contiguous()
-    weight = batch.weight.detach()
-    logits = torch.empty(case.active_rows, case.vocabulary, dtype=weight.dtype, device=weight.device)
+    hidden, weight = batch.hidden.detach().flatten(0, 1)[: case.active_rows].contiguous(), batch.weight.detach()
+    logits = hidden.new_empty(case.active_rows, case.vocabulary)
     d_hidden, d_weight = torch.empty_like(hidden), torch.empty_like(weight)
 
     def step(recompute: bool = False) -> None:
-        for _ in range(2 if recompute else 1):
+        for _ in range(1 + recompute):
             torch.mm(hidden, weight.T, out=logits)
         if case.products >= 2:
             torch.mm(logits, weight, out=d_hidden)
@@ -130,3 +184,89 @@ def bare_matmuls(case: Case, batch: Batch) -> Callable[..., None]:
             torch.mm(logits.T, hidden, out=d_weight)
 
     return step
+
+
+def measure(case: Case, device: torch.device, keys: Collection[str] | None = None, **turns: Any) -> Measured:
+    """The systems among `keys` (None: all) and those that every case needs.
+
+    A system of ours that is further from the truth than eager says so in its row, under "wrong". Who cannot take part,
+    fails in the first call or computes something else is absent, and not timed.
+
+    Raises:
+        DeviceLostError: a system has broken the device for all.
+    """
+    batch = case.batch(device)
+    bare, want = bare_matmuls(case, batch), truth(case, batch)  # who fits beside them also does so when timed
+    found, steps = Measured({}, {}, {}), {}
+    for system in systems(case):
+        if keys is not None and system.key not in {*keys, *NEEDED}:
+            continue
+        run: Run | None = None
+        row: Row = {"key": system.key, "system": system.title, "kind": system.kind}
+        try:
+            run = system.enter(case)
+            if system.kind != "products":
+                row |= _first_call(run, batch, case, device, want, system.kind)
+        except Exception as error:  # not installed, out of memory, or a kernel that does not know this GPU
+            row = {"key": system.key, "name": system.title, "reason": reason(error), "failed": run is not None}
+            found.absent[system.key] = row
+            if lost := check(device):
+                raise DeviceLostError(system.key, lost) from error
+            continue
+        if system.kind == "ours":
+            others = [other["errors"] for other in found.rows.values() if other["kind"] == "eager"]
+            off = too_far(row["errors"], others, wide=case.dtype == "float32" or device.type == "cuda")
+            row |= {"wrong": f"{system.name}: {off}"} if off else {}
+        products = partial(bare, recompute=system.key == "products-8NVH")
+        steps[system.key] = products if system.kind == "products" else partial(compute, run, batch, case)
+        found.rows[system.key] = row
+    release(device)
+    if device.type == "cuda":
+        interleave(list(steps.values()), device, seconds=0, least=2, most=2)  # warm up
+    times = interleave(list(steps.values()), device, **(turns or rounds(device)))
+    for key, row, mine in zip(found.rows, found.rows.values(), times, strict=True):
+        found.times[key] = mine
+        row |= spread(mine)
+    best = min((row["median_ms"] for row in found.rows.values() if row["kind"] == "eager"), default=None)
+    for row in found.rows.values():
+        row["tflops"] = 1e-9 * case.flops / row["median_ms"]
+        row["share_of_products"] = found.rows["products"]["median_ms"] / row["median_ms"]
+        row["ratio_to_eager"] = None if best is None else row["median_ms"] / best
+    return found
+
+
+def _first_call(run: Run, batch: Batch, case: Case, device: torch.device, want: Outputs, kind: str) -> Row:
+    """Errors, and peak memory above the inputs and above the inputs and the returned gradients."""
+    got: list[Outputs] = []
+    release(device)
+    if device.type == "cuda":
+        compute(run, batch, case)  # what a compiler or a tuner allocates once is not the system's
+    peak = peak_bytes(lambda: got.append(compute(run, batch, case)), device)
+    found = errors(got[0], want, batch, case, kind)
+    if not is_comparable(found, case):
+        raise Missing(f"computes something else here: errors {found}")
+    gradients = sum(x.nbytes for x in (got[0].d_hidden, got[0].d_weight) if x is not None)
+    return {"peak_bytes": peak, "workspace_bytes": max(0, peak - gradients), "errors": found}
+
+
+def release(device: torch.device) -> None:
+    """Give back what the systems before have left, also what an error's traceback held."""
+    if device.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def check(device: torch.device) -> str | None:
+    """Why nothing runs on the device any more, if so: an illegal access, unlike a lack of memory, fails every later call."""
+    try:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+    except Exception as error:
+        return reason(error)
+    return None
+
+
+def wrong(rows: Iterable[Row], absent: Iterable[Row]) -> list[str]:
+    """Which systems of ours have failed or are too far off, and why."""
+    failed = (one for one in absent if one["failed"] and one["key"].startswith("rlvr_ops"))
+    return [f"{one['name']}: {one['reason']}" for one in failed] + [row["wrong"] for row in rows if "wrong" in row]

@@ -1,147 +1,155 @@
-"""What other libraries and PyTorch itself offer for the same loss: each a way to the log-probabilities, as installed.
+"""What other libraries and PyTorch itself offer for the same loss, as installed, and the list of all systems.
 
-Their trainers put the loss on top in plain PyTorch, and so do these. All are loaded only when a case begins.
+Most give log-probabilities, on which their trainers put the loss in plain PyTorch, and so does `scored`.
 """
 
+import operator
 import sys
+from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from importlib.machinery import ModuleSpec
-from importlib.util import find_spec
-from types import ModuleType
+from importlib.util import find_spec, module_from_spec
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from benchmarks.cases import Case
-from benchmarks.eager import by_cross_entropy, scored
-from benchmarks.entrants import Missing, Run, need_cuda
+from benchmarks.cases import Batch, Case
+from benchmarks.systems import OWN, Load, Missing, Outputs, Run, System, cuda, cuda_or_small, scored
 
 TRL_CHUNK = 32768  # what TRL's trainers pass
-FEW_LOGITS = 1 << 23
+TORCH, CCE, LIGER = "torch.nn.functional:linear_cross_entropy", "cut-cross-entropy", "liger-kernel"
 
 
-def import_alone(name: str) -> ModuleType:
+def chunked_torch(case: Case) -> None:
+    """Needs a PyTorch whose linear cross entropy works in chunks."""
+    cuda_or_small(case)
+    if not hasattr(torch.nn, "LinearCrossEntropyOptions"):
+        raise Missing(f"torch {torch.__version__} has no chunked F.linear_cross_entropy")
+
+
+def import_alone(name: str) -> Any:
     """A module of a package that cannot be imported whole: the packages around it are then there without their contents.
 
     verl's own import ray and tensordict, which its functions for the head do not need.
     """
+    top, *inner = name.split(".")[:-1]
     try:
         return import_module(name)
     except ImportError:
-        top, *inner = name.split(".")[:-1]
-        spec = find_spec(top)
-        if spec is None or not spec.submodule_search_locations:
+        found = find_spec(top)
+        if found is None or not found.submodule_search_locations:
             raise
-        path = spec.submodule_search_locations[0]
-    before = set(sys.modules)
-    for package in [top, *inner]:
-        top, path = (package, path) if package == top else (f"{top}.{package}", f"{path}/{package}")
-        around, spec = ModuleType(top), ModuleSpec(top, None, is_package=True)
-        around.__path__ = spec.submodule_search_locations = [path]
-        around.__spec__, sys.modules[top] = spec, around
+    before, path = set(sys.modules), found.submodule_search_locations[0]
+    for depth in range(len(inner) + 1):
+        hollow = ModuleSpec(".".join([top, *inner[:depth]]), None, is_package=True)
+        hollow.submodule_search_locations = ["/".join([path, *inner[:depth]])]
+        sys.modules[hollow.name] = module_from_spec(hollow)
     try:
         return import_module(name)
     except ImportError:
-        for hollow in set(sys.modules) - before:
-            del sys.modules[hollow]
+        for added in set(sys.modules) - before:
+            del sys.modules[added]
         raise
 
 
-def compiled_eager(case: Case) -> Run:
-    """Eager through torch.compile, the loss included."""
-    _seldom_on_a_cpu(case)
-    torch._dynamo.reset()  # the cases before do not count against the number of shapes that are specialised
-    return torch.compile(scored(case, by_cross_entropy), dynamic=False)
+def peer(place: str, call: Callable[..., Any], *, imports: str | None = None, floor: bool = False) -> Load:
+    """Load the function at `place`, "module:name", and score with call(function, case, hidden, weight, ids).
 
-
-def trl_chunked(case: Case) -> Run:
-    """TRL's always-on kernel: chunks of logits, recomputed in backward."""
-    import_module("trl.trainer.utils")  # which its backward imports: says what is missing, if it is
-    function: Any = import_module("trl.kernels").ChunkedLogProbFunction
-
-    def score(hidden: Tensor, weight: Tensor, ids: Tensor, entropy: bool) -> tuple[Tensor, Tensor | None]:
-        wanted = ("entropy",) if entropy else ()
-        out = function.apply(hidden.flatten(0, 1), weight, None, ids.flatten(), 1.0, TRL_CHUNK, None, 1.0, wanted)
-        return out[0].view(ids.shape), out[1].view(ids.shape) if entropy else None
-
-    return scored(case, score)
-
-
-def verl_torch(case: Case) -> Run:
-    """verl's chunks of 512 rows in PyTorch; the entropy comes with it whether wanted or not."""
-    function: Any = import_alone("verl.utils.experimental.torch_functional").FusedLinearForPPOFunction
-
-    def score(hidden: Tensor, weight: Tensor, ids: Tensor, entropy: bool) -> tuple[Tensor, Tensor | None]:
-        logps, entropies = function.apply(hidden.flatten(0, 1), weight, ids.flatten())
-        return logps.view(ids.shape), entropies.view(ids.shape) if entropy else None
-
-    return scored(case, score)
-
-
-def verl_triton(case: Case) -> Run:
-    """verl's Triton kernels; the entropy comes with it whether wanted or not."""
-    need_cuda()
-    function: Any = import_alone("verl.utils.kernel.linear_cross_entropy").linear_cross_entropy
-
-    def score(hidden: Tensor, weight: Tensor, ids: Tensor, entropy: bool) -> tuple[Tensor, Tensor | None]:
-        logps, entropies = function(hidden.flatten(0, 1), weight, ids.flatten(), 1.0, "none", None)
-        return logps.view(ids.shape), entropies.view(ids.shape) if entropy else None
-
-    return scored(case, score)
-
-
-def liger_scaled(case: Case) -> Run:
-    """Liger's CuTe DSL kernels for Hopper. On other GPUs and on a CPU the same function runs verl's chunks."""
-    need_cuda((9, 0))
-    import_module("liger_kernel.ops.cutedsl.ops.fused_scaled_cross_entropy_sm90")  # says what is missing, if it is
-    function: Any = import_module("liger_kernel.ops").LigerFusedLinearScaledCrossEntropyFunction
-
-    def score(hidden: Tensor, weight: Tensor, ids: Tensor, entropy: bool) -> tuple[Tensor, Tensor | None]:
-        out = function.apply(hidden.flatten(0, 1), weight, ids.flatten(), return_entropy=entropy)
-        nll, entropies = out if entropy else (out, None)
-        return -nll.view(ids.shape), None if entropies is None else entropies.view(ids.shape)
-
-    return scored(case, score)
-
-
-def cut_cross_entropy(case: Case) -> Run:
-    """Apple's cut-cross-entropy with its gradient filter off, which on random logits drops most of the gradient."""
-    need_cuda()
-    function: Any = import_module("cut_cross_entropy").linear_cross_entropy
-
-    def score(hidden: Tensor, weight: Tensor, ids: Tensor, entropy: bool) -> tuple[Tensor, Tensor | None]:
-        return -function(hidden, weight, ids, reduction="none", filter_eps=None), None
-
-    return scored(case, score)
-
-
-def torch_linear_cross_entropy(case: Case) -> Run:
-    """PyTorch's own chunked linear cross entropy, without reduction: its backward recomputes the logits."""
-    function, options = torch_chunked(case)
-
-    def score(hidden: Tensor, weight: Tensor, ids: Tensor, entropy: bool) -> tuple[Tensor, Tensor | None]:
-        nll = function(hidden.flatten(0, 1), weight, ids.flatten(), reduction="none", options=options)
-        return -nll.view(ids.shape), None
-
-    return scored(case, score)
-
-
-def _seldom_on_a_cpu(case: Case) -> None:
-    """Refuse all but a few small cases on a CPU, to those that are so slow there that they would fill the whole run.
-
-    Raises:
-        Missing: this is not one of them.
+    imports: a module that the function imports only when called; loading it says at once what is missing. floor: what
+    is computed is the mean cross entropy alone.
     """
-    plain = case.active == 1 and not (case.peaked or case.entropy or case.frozen)
-    if not torch.cuda.is_available() and not (plain and case.rows * case.vocabulary <= FEW_LOGITS):
-        raise Missing("slow on a CPU, so there it takes part in the small plain cases only")
+
+    def load(case: Case) -> Run:
+        module, _, name = place.partition(":")
+        if imports:
+            import_module(imports)
+        score = partial(call, operator.attrgetter(name)(import_alone(module)), case)
+        if floor:
+            return lambda batch: Outputs(score(batch.hidden.flatten(0, 1), batch.weight, batch.ids.flatten()))
+        return scored(case, score)
+
+    return load
 
 
-def torch_chunked(case: Case) -> tuple[Any, Any]:
-    """PyTorch's function, and the options that make it chunk as it does by default: on a CPU a few rows at a time."""
-    _seldom_on_a_cpu(case)
-    options = getattr(torch.nn, "LinearCrossEntropyOptions", None)
-    if options is None:
-        raise Missing(f"torch {torch.__version__} has no chunked F.linear_cross_entropy")
-    return torch.nn.functional.linear_cross_entropy, options()
+def scaled(function: Any, case: Case, *given: Tensor) -> tuple[Tensor, Tensor | None]:
+    out = function(*given, return_entropy=case.entropy)
+    return (-out[0], out[1]) if case.entropy else (-out, None)
+
+
+def in_chunks(function: Any, case: Case, *given: Tensor, reduction: str) -> Tensor:
+    return function(*given, reduction=reduction, options=torch.nn.LinearCrossEntropyOptions())  # chunks as by default
+
+
+def liger_grpo(case: Case, precision: str = "highest") -> Run:
+    """Liger's fused GRPO, whose matmuls are float32: exact, or with "high" in TF32."""
+    loss: Any = import_module("liger_kernel.chunked_loss").LigerFusedLinearGRPOLoss
+    # On a GPU it compiles by default; on a CPU that would time the C++ compiler's code, which is not how it is used.
+    fused = loss(beta=0.0, use_ref_model=False, loss_type="grpo", compiled=torch.cuda.is_available())
+
+    def run(batch: Batch) -> Outputs:
+        given = batch.hidden, batch.weight, batch.ids, torch.ones_like(batch.ids), batch.advantages
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision(precision)
+        try:  # the matmuls of its backward are in its forward
+            return Outputs(fused(*given, old_per_token_logps=batch.old)[0])
+        finally:
+            torch.set_float32_matmul_precision(before)
+
+    return run
+
+
+def liger_triton_grpo(case: Case) -> Run:
+    """Liger's Triton loss over full logits, of which it wants one row more than there are tokens."""
+    function: Any = import_module("liger_kernel.transformers.grpo_loss").triton_grpo_loss
+    options = {"temperature": 1.0, "beta": 0.0, "eps_low": 0.2, "eps_high": 0.2, "loss_type": "grpo", "reduce": True}
+
+    def run(batch: Batch) -> Outputs:
+        logits = pad(batch.hidden, (0, 0, 0, 1)) @ batch.weight.T
+        return Outputs(function(logits, batch.old, None, batch.ids, batch.advantages, **options)[0])
+
+    return run
+
+
+WITHOUT_ENTROPY = {"entropy": False}
+PLAIN_GRPO = {"loss": "grpo", "entropy": False}
+PLAIN_LOSS = {"all_rows": True, "entropy": False, "frozen": False}
+SYSTEMS = [
+    *OWN,
+    System("trl", "TRL ChunkedLogProbFunction", peer(
+        "trl.kernels:ChunkedLogProbFunction.apply", lambda f, case, h, w, ids: f(
+            h, w, None, ids, 1.0, TRL_CHUNK, None, 1.0, ("entropy",) if case.entropy else ())[:2],
+        imports="trl.trainer.utils"), package="trl"),
+    System("liger-scaled_ce", "Liger FusedLinearScaledCrossEntropy", peer(  # elsewhere it runs verl's chunks
+        "liger_kernel.ops:LigerFusedLinearScaledCrossEntropyFunction.apply", scaled,
+        imports="liger_kernel.ops.cutedsl.ops.fused_scaled_cross_entropy_sm90"),
+        package=LIGER, needs=partial(cuda, capability=(9, 0))),
+    System("verl-torch", "verl FusedLinearForPPO", peer(
+        "verl.utils.experimental.torch_functional:FusedLinearForPPOFunction.apply", lambda f, case, *x: f(*x)),
+        package="verl"),
+    System("verl-triton", "verl linear_cross_entropy", peer(
+        "verl.utils.kernel.linear_cross_entropy:linear_cross_entropy", lambda f, case, *x: f(*x, 1.0, "none", None)),
+        package="verl", needs=cuda),
+    System("torch-chunked", "F.linear_cross_entropy, per token", peer(
+        TORCH, lambda *x: (-in_chunks(*x, reduction="none"), None)), WITHOUT_ENTROPY, package="torch", needs=chunked_torch),
+    System("cce-exact", CCE, peer(  # without its filter, which on random logits drops most of the gradient
+        "cut_cross_entropy:linear_cross_entropy",
+        lambda f, case, *x: (-f(*x, reduction="none", filter_eps=None), None)), WITHOUT_ENTROPY, package=CCE, needs=cuda),
+    System("liger-grpo", "Liger FusedLinearGRPOLoss", liger_grpo, PLAIN_GRPO, package=LIGER),
+    System("liger-grpo-tf32", "Liger FusedLinearGRPOLoss, TF32", partial(liger_grpo, precision="high"), PLAIN_GRPO,
+           package=LIGER, needs=cuda),
+    System("liger-triton_grpo", "Liger triton_grpo_loss", liger_triton_grpo, PLAIN_GRPO, package=LIGER, needs=cuda),
+    System("torch-floor", "F.linear_cross_entropy, mean", peer(TORCH, partial(in_chunks, reduction="mean"), floor=True),
+           PLAIN_LOSS, "floor", "torch", chunked_torch),
+    System("quack-floor", "QuACK chunked_linear_cross_entropy", peer(
+        "quack.linear_cross_entropy:chunked_linear_cross_entropy",
+        lambda f, case, *x: f(*x, reduction="mean"), floor=True), PLAIN_LOSS, "floor", "quack-kernels", cuda),
+]  # fmt: skip
+"""In the order in which they are loaded."""
+
+
+def systems(case: Case) -> list[System]:
+    """Those that can do the case at all, whether or not they are installed here."""
+    return [one for one in SYSTEMS if all(getattr(case, name) == wanted for name, wanted in one.takes.items())]

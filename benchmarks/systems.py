@@ -1,94 +1,181 @@
-"""Who takes part in which case."""
+"""What takes part in a case, in what form; this library, and the losses in eager PyTorch."""
 
-from benchmarks import peers, peers_fused
+import importlib.metadata
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy, softplus
+
+import rlvr_ops
 from benchmarks.cases import Batch, Case
-from benchmarks.eager import by_cross_entropy, by_logsumexp, on_active_rows, scored
-from benchmarks.entrants import Entry, Outputs, Run, need_cuda
-from rlvr_ops import ace_loss, grpo_loss, token_logps
 
 
-def _ours(case: Case, schedule: str = "auto") -> Run:
-    def score(batch: Batch) -> Outputs:
-        scores = token_logps(batch.hidden, batch.weight, batch.ids, with_entropy=case.entropy)
-        return Outputs(None, scores.logps, scores.entropy)
+class Outputs(NamedTuple):
+    """loss 0-d; logps (B, T); entropy of any shape, or its mean; the gradients. None: not computed, or not given out."""
 
-    def loss(batch: Batch) -> Outputs:
-        given = batch.hidden, batch.weight, batch.ids, batch.advantages
+    loss: Tensor | None = None
+    logps: Tensor | None = None
+    entropy: Tensor | None = None
+    d_hidden: Tensor | None = None
+    d_weight: Tensor | None = None
+
+
+Run = Callable[[Batch], Outputs]
+Load = Callable[[Case], Run]
+
+
+class Missing(Exception):  # noqa: N818
+    """Raised by what cannot take part on this machine; the message is the reason."""
+
+
+@dataclass(frozen=True)
+class System:
+    """A line of the table of every case that has what it `takes`; `load` gives what computes a case.
+
+    kind: "ours", "eager", "peer", "floor" (computes less) or "products" (computes nothing). needs: raises Missing on a
+    machine where it cannot run.
+    """
+
+    key: str
+    name: str
+    load: Load
+    takes: Mapping[str, Any] = field(default_factory=dict)
+    kind: str = "peer"
+    package: str | None = None
+    needs: Callable[[Case], None] = lambda case: None
+
+    @property
+    def title(self) -> str:
+        """The name, with the version of its package where that is installed."""
+        try:
+            return f"{self.name} {importlib.metadata.version(self.package)}" if self.package else self.name
+        except importlib.metadata.PackageNotFoundError:
+            return self.name
+
+    def enter(self, case: Case) -> Run:
+        if self.package and self.title == self.name:
+            raise Missing(f"{self.package} is not installed")
+        self.needs(case)
+        return self.load(case)
+
+
+def reason(error: BaseException) -> str:
+    """An error in one line."""
+    first = next(iter(str(error).strip().splitlines()), "")[:160]
+    return str(error) if isinstance(error, Missing) else f"{type(error).__name__}: {first}"
+
+
+def compute(run: Run, batch: Batch, case: Case) -> Outputs:
+    """Everything that the case asks for, once."""
+    if case.forward:
+        with torch.no_grad():
+            return run(batch)
+    hidden, weight = batch.hidden.detach().requires_grad_(), batch.weight.detach().requires_grad_(not case.frozen)
+    out = run(batch._replace(hidden=hidden, weight=weight))
+    gradients = torch.autograd.grad(out.loss, (hidden,) if case.frozen else (hidden, weight))  # type: ignore[arg-type]
+    return Outputs(*(None if x is None else x.detach() for x in out[:3]), *gradients)
+
+
+def clipped_loss(logp: Tensor, old: Tensor, advantages: Tensor, ref: Tensor | None) -> Tensor:
+    """GRPO's loss, mean over rollouts of token means; ACE's if `ref` is given. No masked tokens."""
+    if ref is not None:
+        shift = (logp.detach() - ref).mean(dim=1)
+        advantages = torch.where(advantages < 0, advantages * (1 + softplus(shift)), advantages)
+    ratio, advantages = torch.exp(logp - old), advantages[:, None]
+    return -torch.min(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages).mean(dim=1).mean()
+
+
+def scored(case: Case, score: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]) -> Run:
+    """What the case asks for, from `score`: hidden (N, H), weight (V, H), ids (N,) -> log-probabilities, entropies (N,)."""
+
+    def run(batch: Batch) -> Outputs:
+        logps, entropy = score(batch.hidden.flatten(0, 1), batch.weight, batch.ids.flatten())
+        logps, entropy = logps.view(batch.ids.shape), entropy if case.entropy else None
+        ref = batch.ref if case.loss == "ace" else None
+        loss = None if case.forward else clipped_loss(logps, batch.old, batch.advantages, ref)
+        return Outputs(loss, logps.detach(), entropy)
+
+    return run
+
+
+def eager(case: Case, by_logsumexp: bool = False) -> Run:
+    """Full logits, and one of the two obvious ways to a log-probability."""
+
+    def score(hidden: Tensor, weight: Tensor, ids: Tensor) -> tuple[Tensor, Tensor | None]:
+        logits = hidden @ weight.T
+        logits, entropy = logits.to(torch.promote_types(logits.dtype, torch.float32)), None
+        if case.entropy:
+            with torch.no_grad():
+                entropy = logits.logsumexp(1) - (logits.softmax(1) * logits).sum(1)
+        if by_logsumexp:
+            return logits.gather(1, ids[:, None]).squeeze(1) - logits.logsumexp(1), entropy
+        return -cross_entropy(logits, ids, reduction="none"), entropy
+
+    return scored(case, score)
+
+
+def eager_on_active_rows(case: Case) -> Run:
+    """What a trainer could do with rollouts that have no advantage, and trainers do not."""
+
+    def run(batch: Batch) -> Outputs:
+        loss: Any = eager(case)(Batch(*(x if x is batch.weight else x[batch.active] for x in batch))).loss
+        return Outputs(loss * batch.active.sum() / len(batch.active))
+
+    return run
+
+
+def compiled_eager(case: Case) -> Run:
+    torch._dynamo.reset()  # the cases before do not count against the number of shapes that are specialised
+    return torch.compile(eager(case), dynamic=False)
+
+
+def ours(case: Case, schedule: str = "auto", **options: Any) -> Run:
+    """The public function that the case names, called as by default but for the schedule."""
+    options |= {"with_entropy": case.entropy, "schedule": schedule}
+
+    def run(batch: Batch) -> Outputs:
+        given: dict[str, Any] = {"hidden_states": batch.hidden, "lm_head_weight": batch.weight, "completion_ids": batch.ids}
+        if case.forward:
+            return Outputs(None, *rlvr_ops.token_logps(**given, with_entropy=case.entropy)[:2])
+        given |= {"advantages": batch.advantages, "old_per_token_logps": batch.old, **options}
         if case.loss == "ace":
-            out = ace_loss(
-                *given, ref_per_token_logps=batch.ref, old_per_token_logps=batch.old, schedule=schedule,
-                with_entropy=case.entropy,
-            )  # fmt: skip
-        else:
-            out = grpo_loss(
-                *given, old_per_token_logps=batch.old, schedule=schedule, with_entropy=case.entropy
-            )  # fmt: skip
+            given["ref_per_token_logps"] = batch.ref
+        out = (rlvr_ops.ace_loss if case.loss == "ace" else rlvr_ops.grpo_loss)(**given)
         return Outputs(out.loss, out.per_token_logps, out.metrics.get("entropy"))
 
-    return score if case.forward else loss
+    return run
 
 
-def _without_workspace(case: Case) -> Run:
-    need_cuda()
-
-    def score(batch: Batch) -> Outputs:
-        return Outputs(None, token_logps(batch.hidden, batch.weight, batch.ids, workspace_bytes=0).logps)
-
-    return score
-
-
-def _all_rows(case: Case) -> bool:
-    return case.active == 1 and not case.forward
+def cuda(case: Case, capability: tuple[int, int] | None = None) -> None:
+    """Needs a CUDA GPU, and of exactly this compute capability if one is given."""
+    if not torch.cuda.is_available():
+        raise Missing("needs a CUDA GPU")
+    found = torch.cuda.get_device_capability()
+    if capability is not None and found != capability:
+        raise Missing(f"needs compute capability {capability[0]}.{capability[1]}, this GPU has {found[0]}.{found[1]}")
 
 
-def _log_probabilities_alone(case: Case) -> bool:
-    return not case.entropy
+def cuda_or_small(case: Case) -> None:
+    """Needs a GPU or a small plain case: on a CPU it is so slow that it would fill the whole run."""
+    small = case.active == 1 and not case.kinds and case.rows * case.vocabulary <= 1 << 23
+    if not small and not torch.cuda.is_available():
+        raise Missing("slow on a CPU, so there it takes part in the small plain cases only")
 
 
-def _plain_grpo(case: Case) -> bool:
-    return case.loss == "grpo" and not case.entropy
-
-
-def _floor(case: Case) -> bool:
-    return _all_rows(case) and not case.entropy and not case.frozen
-
-
-def _nothing(case: Case) -> Run:
-    return lambda batch: Outputs()
-
-
-CCE, TORCH = "cut-cross-entropy", "F.linear_cross_entropy"
-ENTRIES = [
-    Entry("products", "matrix products alone", _nothing, kind="products"),
-    Entry("products-8NVH", "matrix products of two passes", _nothing, lambda c: _all_rows(c) and not c.frozen,
-          kind="products"),
-    Entry("eager-cross_entropy", "eager, cross_entropy", lambda c: scored(c, by_cross_entropy), kind="eager"),
-    Entry("eager-logsumexp", "eager, logsumexp", lambda c: scored(c, by_logsumexp), kind="eager"),
-    Entry("rlvr_ops", "rlvr_ops", _ours, kind="ours"),
-    Entry("rlvr_ops-two_pass", "rlvr_ops, two_pass", lambda c: _ours(c, "two_pass"), _all_rows, kind="ours"),
-    Entry("rlvr_ops-no_workspace", "rlvr_ops, workspace_bytes=0", _without_workspace,
-          lambda c: c.forward and not c.entropy, kind="ours"),
-    Entry("eager-active_rows", "eager, cross_entropy on active rows", lambda c: on_active_rows(c, by_cross_entropy),
-          lambda c: c.active < 1),
-    Entry("eager-compiled", "eager under torch.compile", peers.compiled_eager),
-    Entry("trl", "TRL ChunkedLogProbFunction", peers.trl_chunked, package="trl"),
-    Entry("liger-scaled_ce", "Liger FusedLinearScaledCrossEntropy", peers.liger_scaled, package="liger-kernel"),
-    Entry("verl-torch", "verl FusedLinearForPPO", peers.verl_torch, package="verl"),
-    Entry("verl-triton", "verl linear_cross_entropy", peers.verl_triton, package="verl"),
-    Entry("torch-chunked", f"{TORCH}, per token", peers.torch_linear_cross_entropy, _log_probabilities_alone, "torch"),
-    Entry("cce-exact", CCE, peers.cut_cross_entropy, _log_probabilities_alone, CCE),
-    Entry("liger-grpo", "Liger FusedLinearGRPOLoss", peers_fused.liger_grpo, _plain_grpo, "liger-kernel"),
-    Entry("liger-grpo-tf32", "Liger FusedLinearGRPOLoss, TF32", peers_fused.liger_grpo_tf32, _plain_grpo, "liger-kernel"),
-    Entry("liger-triton_grpo", "Liger triton_grpo_loss", peers_fused.liger_triton_grpo, _plain_grpo, "liger-kernel"),
-    Entry("torch-floor", f"{TORCH}, mean", peers_fused.torch_cross_entropy_floor, _floor, "torch", "floor"),
-    Entry("quack-floor", "QuACK chunked_linear_cross_entropy", peers_fused.quack_floor, _floor, "quack-kernels", "floor"),
+OWN = [
+    System("products", "matrix products alone", lambda case: lambda batch: Outputs(), kind="products"),
+    System("products-8NVH", "matrix products of two passes", lambda case: lambda batch: Outputs(),
+           {"all_rows": True, "frozen": False}, "products"),
+    System("eager-cross_entropy", "eager, cross_entropy", eager, kind="eager"),
+    System("eager-logsumexp", "eager, logsumexp", partial(eager, by_logsumexp=True), kind="eager"),
+    System("rlvr_ops", "rlvr_ops", ours, kind="ours"),
+    System("rlvr_ops-two_pass", "rlvr_ops, two_pass", partial(ours, schedule="two_pass"), {"all_rows": True}, "ours"),
+    System("eager-active_rows", "eager, cross_entropy on active rows", eager_on_active_rows, {"all_rows": False, "forward": False}),
+    System("eager-compiled", "eager under torch.compile", compiled_eager, needs=cuda_or_small),
 ]  # fmt: skip
-"""In the order in which they are loaded."""
-
 NEEDED = ("products", "eager-cross_entropy", "eager-logsumexp")
 """Measured in every case, because the ratios are to them."""
-
-
-def entries(case: Case) -> list[Entry]:
-    """Those that can do the case at all, whether or not they are installed here."""
-    return [entry for entry in ENTRIES if entry.takes(case)]

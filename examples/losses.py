@@ -7,7 +7,7 @@ that end anywhere, and one that needs whole rollouts goes twice. With room for t
 
 import torch
 
-from rlvr_ops import group_advantages, policy_loss, token_logps
+from rlvr_ops import ace_loss, group_advantages, token_logps
 
 B, T, H, V, GROUP = 8, 16, 32, 500, 4
 
@@ -54,7 +54,7 @@ old, ref = (
 def measure(settings, alpha):
     """(loss, gradient norm by the hidden states, share of tokens clipped, passes over the vocabulary)."""
     leaf = hidden.clone().requires_grad_()
-    out = policy_loss(
+    out = ace_loss(
         leaf,
         weight,
         completion_ids,

@@ -1,64 +1,113 @@
 """Losses for reinforcement learning with verifiable rewards, from hidden states and the lm_head, without the logits."""
 
-from rlvr_kernels.backend import explain_backend
-from rlvr_kernels.capture import cuda_graph_warmup
+from rlvr_kernels.backend import cuda_graph_warmup, explain_backend
+from rlvr_kernels.objective import KL, Ace, Entropy
 
-from rlvr_ops import surrogates
-from rlvr_ops.advantages import easy_but_brittle, group_advantages, informative_groups, overlong_penalty
-from rlvr_ops.arm import arm_advantages
-from rlvr_ops.calibration import ReliabilityBins, auroc, brier_score, expected_calibration_error, reliability_bins
-from rlvr_ops.confidence import mean_self_certainty, mean_token_probability, stated_confidence, stated_confidences
-from rlvr_ops.custom import SurrogateRows
+from rlvr_ops.advantages import (
+    ace_advantages,
+    arm_advantages,
+    easy_but_brittle,
+    group_advantages,
+    informative_groups,
+    overlong_penalty,
+    squared_gradient_norms,
+)
+from rlvr_ops.calibration import (
+    BordaVote,
+    ReliabilityBins,
+    auroc,
+    borda_vote,
+    brier_score,
+    expected_calibration_error,
+    reliability_bins,
+    tokenised_brier_loss,
+)
 from rlvr_ops.evaluation import bootstrap_interval, paired_bootstrap_interval, pass_at_k
-from rlvr_ops.from_logps import policy_loss_from_logps
-from rlvr_ops.gradient_norms import squared_gradient_norms
-from rlvr_ops.losses import policy_loss
-from rlvr_ops.module import ACELoss
-from rlvr_ops.presets import (
+from rlvr_ops.head.head import Head
+from rlvr_ops.head.plan import Plan
+from rlvr_ops.head.token_logps import TokenScores, token_logps
+from rlvr_ops.losses.ace import (
+    ACELoss,
     ace_loss,
     ace_loss_from_logps,
+)
+from rlvr_ops.losses.policy_loss import policy_loss
+from rlvr_ops.losses.policy_loss_from_logps import policy_loss_from_logps
+from rlvr_ops.losses.ppo import (
     bnpo_loss,
     bnpo_loss_from_logps,
-    cispo_loss,
-    cispo_loss_from_logps,
     dapo_loss,
     dapo_loss_from_logps,
-    dispo_loss,
-    dispo_loss_from_logps,
     dr_grpo_loss,
     dr_grpo_loss_from_logps,
-    gmpo_loss,
-    gmpo_loss_from_logps,
     grpo_loss,
     grpo_loss_from_logps,
+)
+from rlvr_ops.losses.sequence import (
+    gmpo_loss,
+    gmpo_loss_from_logps,
     gspo_loss,
     gspo_loss_from_logps,
     luspo_loss,
     luspo_loss_from_logps,
+    vespo_loss,
+    vespo_loss_from_logps,
+)
+from rlvr_ops.losses.token import (
+    cispo_loss,
+    cispo_loss_from_logps,
+    dispo_loss,
+    dispo_loss_from_logps,
     reinforce_loss,
     reinforce_loss_from_logps,
     sapo_loss,
     sapo_loss_from_logps,
-    vespo_loss,
-    vespo_loss_from_logps,
 )
-from rlvr_ops.rewards import PPOCRewards, crew_reward, ppo_c_reward, prompt4trust_reward, rlcr_reward, trust_grpo_reward
-from rlvr_ops.schedules import LossOutput
-from rlvr_ops.scores import TokenScores, token_logps
-from rlvr_ops.tokenised_brier import tokenised_brier_loss
-from rlvr_ops.voting import BordaVote, borda_vote
-from rlvr_ops.weighting import ace_advantages
+from rlvr_ops.objectives import surrogates
+from rlvr_ops.objectives.custom import SurrogateRows
+from rlvr_ops.objectives.objective import LossOutput, Objective
+from rlvr_ops.objectives.sampling import SamplingCorrection
+from rlvr_ops.objectives.surrogates import Cispo, CispoTwoSided, Clip, Dispo, Gmpo, Reinforce, Sapo, Vespo
+from rlvr_ops.rewards import (
+    PPOCRewards,
+    crew_reward,
+    mean_self_certainty,
+    mean_token_probability,
+    ppo_c_reward,
+    prompt4trust_reward,
+    rlcr_reward,
+    stated_confidence,
+    stated_confidences,
+    trust_grpo_reward,
+)
+from rlvr_ops.rollouts import Rollouts
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "KL",
     "ACELoss",
+    "Ace",
     "BordaVote",
+    "Cispo",
+    "CispoTwoSided",
+    "Clip",
+    "Dispo",
+    "Entropy",
+    "Gmpo",
+    "Head",
     "LossOutput",
+    "Objective",
     "PPOCRewards",
+    "Plan",
+    "Reinforce",
     "ReliabilityBins",
+    "Rollouts",
+    "SamplingCorrection",
+    "Sapo",
     "SurrogateRows",
     "TokenScores",
+    "Vespo",
     "ace_advantages",
     "ace_loss",
     "ace_loss_from_logps",

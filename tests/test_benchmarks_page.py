@@ -3,9 +3,8 @@ import json
 import pytest
 
 from benchmarks import chart
-from benchmarks.plots import shows
-from benchmarks.report import RESULTS, devices, load, markdown
-from benchmarks.targets import compared
+from benchmarks.chart import shows
+from benchmarks.results import RESULTS, compared, devices, load, markdown
 
 CASE = {
     "loss": "ace", "rows": 1024, "hidden": 896, "vocabulary": 151936, "rollouts": 8, "dtype": "float32", "active": 1.0,
@@ -57,9 +56,9 @@ def test_the_page_holds_the_stored_results_and_no_others():
 
 def test_every_plot_shows_the_stored_results_and_there_is_no_other():
     drawn = chart.every_plot(RESULTS)
-    stale = [name for name, (data, _) in drawn.items() if not shows(chart.DOCS / name, data)]
+    stale = [name for name, data in drawn.items() if not shows(chart.PAGE.parent / name, data)]
     assert not stale, "run python -m benchmarks.chart"
-    there = {f"plots/{path.name}" for path in (chart.DOCS / "plots").iterdir()}
+    there = {f"plots/{path.name}" for path in (chart.PAGE.parent / "plots").iterdir()}
     assert there == {name for name in drawn if name.startswith("plots/")}
 
 
@@ -86,7 +85,7 @@ def test_a_plot_or_a_page_that_was_made_from_other_results_is_noticed(results, t
     path = results / "cuda-fast" / "ace.json"
     path.write_text(path.read_text().replace("5.0", "5.5"))
     assert chart.rewrite(page.read_text(), results) != page.read_text()
-    noticed = {name for name, (data, _) in chart.every_plot(results).items() if not shows(tmp_path / name, data)}
+    noticed = {name for name, data in chart.every_plot(results).items() if not shows(tmp_path / name, data)}
     assert noticed == {"chart.png", "plots/cuda-fast-time.svg"}
 
 
@@ -112,16 +111,22 @@ def test_what_was_measured_stands_beside_its_target():
     )
     # A slower quarter of an hour: 7.5 / 7.5 of its products against 11.5 / 10, of half the work
     half = result(row("rlvr_ops", "ours", 7.5), row("products", "products", 7.5), active=0.5, active_rows=512)
-    lines = compared([whole, half], "cpu")
-    assert "ace 1024x896x151936 100%  rlvr_ops: 1.15 x products (target 1.1) NOT MET" in lines
-    assert "ace 1024x896x151936 100%  rlvr_ops: 0.575 x eager (target 0.85) ok" in lines
-    assert "ace 1024x896x151936 100%  rlvr_ops: 1.15 x trl (target 0.6) NOT MET" in lines
-    assert "ace 1024x896x151936 100%  rlvr_ops: 0.5 x eager's peak in workspace (target 0.143) NOT MET" in lines
-    assert "ace 1024x896x151936 50%  rlvr_ops: 0.435 x our own time for all rows (target 0.55) ok" in lines
+    lines = list(compared([whole, half], "cpu"))
+    assert "ace-1024x896x151936-float32-100-active  rlvr_ops: 1.15 x products (target 1.1) NOT MET" in lines
+    assert "ace-1024x896x151936-float32-100-active  rlvr_ops: 0.575 x eager (target 0.85) ok" in lines
+    assert "ace-1024x896x151936-float32-100-active  rlvr_ops: 1.15 x trl (target 0.6) NOT MET" in lines
+    assert (
+        "ace-1024x896x151936-float32-100-active  rlvr_ops: 0.5 x eager's peak in workspace (target 0.143) NOT MET"
+        in lines
+    )
+    assert (
+        "ace-1024x896x151936-float32-50-active  rlvr_ops: 0.435 x our own time for all rows (target 0.55) ok" in lines
+    )
     assert not [line for line in lines if "error" in line]
-    assert not compared([whole], "cuda"), "its targets are for bfloat16"
-    lines = compared([whole | {"case": whole["case"] | {"dtype": "bfloat16"}}], "cuda")
-    assert "ace 1024x896x151936 100%  rlvr_ops: 1.15 x products (target 1.15) ok" in lines
-    assert "ace 1024x896x151936 100%  rlvr_ops: 1 x TRL's error of logps (target 1.01) ok" in lines
-    assert "ace 1024x896x151936 100%  rlvr_ops: 1 x eager's error of d_weight (target 1.01) ok" in lines
-    assert not compared([result(row("rlvr_ops", "ours", 5.0), row("products", "products", 1.0), vocabulary=50)], "cpu")
+    assert not list(compared([whole], "cuda")), "its targets are for bfloat16"
+    lines = list(compared([whole | {"case": whole["case"] | {"dtype": "bfloat16"}}], "cuda"))
+    assert "ace-1024x896x151936-bfloat16-100-active  rlvr_ops: 1.15 x products (target 1.15) ok" in lines
+    assert "ace-1024x896x151936-bfloat16-100-active  rlvr_ops: 1 x TRL's error of logps (target 1.01) ok" in lines
+    assert "ace-1024x896x151936-bfloat16-100-active  rlvr_ops: 1 x eager's error of d_weight (target 1.01) ok" in lines
+    toy = result(row("rlvr_ops", "ours", 5.0), row("products", "products", 1.0), vocabulary=50)
+    assert not list(compared([toy], "cpu"))

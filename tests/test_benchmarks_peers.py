@@ -6,55 +6,53 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import peers, peers_fused
+from benchmarks import peers
 from benchmarks.cases import Case
-from benchmarks.entrants import Missing, System, need_cuda
-from benchmarks.measure import compute
-from benchmarks.truth import errors, truth
+from benchmarks.measure import errors, truth
+from benchmarks.peers import SYSTEMS
+from benchmarks.systems import Missing, compute, cuda
 
 CPU = torch.device("cpu")
 CASE = Case("grpo", 16, 16, 50, 4)
 FORMS = [CASE, replace(CASE, entropy=True), replace(CASE, loss="logps"), replace(CASE, frozen=True)]
 
 
-@pytest.fixture
-def as_if_on_a_gpu(monkeypatch):
-    for module in (peers, peers_fused):
-        monkeypatch.setattr(module, "need_cuda", lambda *_: None)
+PEERS = {system.key: system for system in SYSTEMS}
 
 
-def is_exact(load, case):
+def is_exact(key, case):
+    """Loaded without asking whether this machine has what it needs."""
     batch = case.batch(CPU)
-    got = compute(System("peer", "peer", "peer", load(case)), batch, case)
+    got = compute(PEERS[key].load(case), batch, case)
     assert (got.entropy is not None) == case.entropy
-    return max(errors(got, truth(case, batch), batch, case, "peer").values()) < 1e-5
+    return max(errors(got, truth(case, batch), batch, case).values()) < 1e-5
 
 
 @pytest.mark.parametrize("case", FORMS, ids=lambda case: case.name)
 def test_trl(case):
     pytest.importorskip("trl")
-    assert is_exact(peers.trl_chunked, case)
+    assert is_exact("trl", case)
 
 
 @pytest.mark.parametrize("case", [CASE, replace(CASE, loss="logps")], ids=lambda case: case.name)
 def test_pytorchs_chunks(case):
     if hasattr(torch.nn, "LinearCrossEntropyOptions"):
-        assert is_exact(peers.torch_linear_cross_entropy, case)
+        assert is_exact("torch-chunked", case)
     else:
         with pytest.raises(Missing, match="has no chunked"):
-            peers.torch_linear_cross_entropy(case)
+            PEERS["torch-chunked"].enter(case)
 
 
 @pytest.mark.parametrize("case", FORMS, ids=lambda case: case.name)
-def test_ligers_scaled_cross_entropy_by_what_it_does_on_a_cpu(case, as_if_on_a_gpu, monkeypatch):
+def test_ligers_scaled_cross_entropy_by_what_it_does_on_a_cpu(case, monkeypatch):
     pytest.importorskip("liger_kernel")
     found = peers.import_module
     monkeypatch.setattr(peers, "import_module", lambda name: None if "sm90" in name else found(name))
-    assert is_exact(peers.liger_scaled, case)
+    assert is_exact("liger-scaled_ce", case)
 
 
 @pytest.mark.parametrize("case", FORMS, ids=lambda case: case.name)
-def test_verls_triton_kernels_by_the_same_in_pytorch(case, as_if_on_a_gpu, monkeypatch):
+def test_verls_triton_kernels_by_the_same_in_pytorch(case, monkeypatch):
     kernels = pytest.importorskip("verl.utils.kernel.kernels")
 
     def forward(hidden, weight, ids, reduction, temperature, group):
@@ -73,31 +71,31 @@ def test_verls_triton_kernels_by_the_same_in_pytorch(case, as_if_on_a_gpu, monke
     monkeypatch.setattr(kernels, "efficient_entropy_forward", forward)
     monkeypatch.setattr(kernels, "efficient_entropy_backward", backward)
     monkeypatch.setattr(torch.cuda.nvtx, "range", lambda *_: nullcontext())
-    assert is_exact(peers.verl_triton, case)
+    assert is_exact("verl-triton", case)
 
 
-def test_ligers_loss_leaves_the_precision_of_matmuls_as_it_was(as_if_on_a_gpu):
+def test_ligers_loss_leaves_the_precision_of_matmuls_as_it_was():
     pytest.importorskip("liger_kernel")
     before = torch.get_float32_matmul_precision()
-    assert is_exact(peers_fused.liger_grpo_tf32, CASE)
+    assert is_exact("liger-grpo-tf32", CASE)
     assert torch.get_float32_matmul_precision() == before
 
 
 def test_what_would_take_minutes_on_a_cpu_stays_out_of_the_large_cases(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for load in (peers.compiled_eager, peers.torch_linear_cross_entropy, peers_fused.torch_cross_entropy_floor):
+    for key in ("eager-compiled", "torch-chunked", "torch-floor"):
         with pytest.raises(Missing, match="slow on a CPU"):
-            load(Case("ace", 1024, 896, 151936, 8))
+            PEERS[key].enter(Case("ace", 1024, 896, 151936, 8))
 
 
 def test_a_missing_gpu_or_another_one_is_said(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(Missing, match="needs a CUDA GPU"):
-        need_cuda()
+        cuda(CASE)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
     with pytest.raises(Missing, match=r"needs compute capability 9\.0, this GPU has 8\.0"):
-        need_cuda((9, 0))
+        PEERS["liger-scaled_ce"].needs(CASE)
 
 
 def test_one_module_of_a_package_that_cannot_be_imported_whole(tmp_path, monkeypatch):

@@ -13,8 +13,8 @@ from rlvr_trainer.algorithm import PRESETS, AlgorithmConfig
 from rlvr_trainer.config import load
 
 import rlvr_ops
-from rlvr_ops import advantages, aggregation, calibration, confidence, rewards, surrogates
-from rlvr_ops.hyperparameters import make_hyperparameters
+from rlvr_ops import ACELoss, ace_loss, ace_loss_from_logps, advantages, calibration, evaluation, rewards, surrogates
+from rlvr_ops.objectives.objective import AGGREGATIONS, VERL_NAMES, Objective
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "methods.md").read_text()
@@ -88,20 +88,32 @@ def loss_of(function, **given) -> list[float]:
     return [out.loss.item(), data["hidden_states"].grad.norm().item()]
 
 
-def spec_of(given: dict) -> object:
-    defaults = {
-        name: parameter.default
-        for name, parameter in inspect.signature(rlvr_ops.policy_loss).parameters.items()
-        if name in inspect.signature(make_hyperparameters).parameters
-    }
-    return make_hyperparameters(**{**defaults, **{k: v for k, v in given.items() if k in defaults}})
+def plain(*args, **given):
+    """`ace_loss` without ACE, unless alpha is given."""
+    return ace_loss(*args, **{"alpha": 0.0, **given})
+
+
+def objective_of(given: dict) -> Objective:
+    return ACELoss(**{"alpha": 0.0, **given}).objective
+
+
+def run_block(with_text: str) -> tuple[str, dict, dict]:
+    """A block of the page, its names after running behind the example's, and the example's."""
+    block = next(block for block in re.findall(r"```python\n(.*?)```", PAGE, flags=re.S) if with_text in block)
+    example = runpy.run_path(str(EXAMPLE))
+    names = {name: example[name] for name in ("hidden", "completion_ids", "advantages", "old", "ref")}
+    names["lm_head"] = torch.nn.Linear(example["H"], example["V"], bias=False)
+    exec(block, names)
+    return block, names, example
 
 
 @pytest.mark.parametrize("name", surrogates.SURROGATES)
 def test_every_surrogate_is_on_the_page_by_name_and_with_its_numbers(name):
-    text = next(text for text in CODE if text.startswith(f"surrogates.{name}("))
+    record = surrogates.SURROGATES[name]
+    assert f"\n| `{name}` | `{record.__name__}(" in PAGE
+    text = next(text for text in CODE if text.startswith(f"{record.__name__}("))
     given = ast.parse(text, mode="eval").body.keywords
-    defaults = {name: p.default for name, p in inspect.signature(surrogates.SURROGATES[name]).parameters.items()}
+    defaults = {name: p.default for name, p in inspect.signature(record).parameters.items()}
     assert {keyword.arg: ast.literal_eval(keyword.value) for keyword in given} == defaults
     assert name in {keywords(code(row[2])[0]).get("surrogate", "ppo_clip") for row in SURROGATES}
 
@@ -120,12 +132,11 @@ def test_every_estimator_of_advantages_is_on_the_page(name):
     "name",
     [
         name
-        for module in (rewards, calibration, confidence, advantages)
+        for module in (rewards, calibration, evaluation, advantages)
         for name in module.__all__
         if name.islower() and name != "group_advantages"
     ]
-    + ["tokenised_brier_loss", "borda_vote", "arm_advantages", "squared_gradient_norms", "ace_advantages"]
-    + ["pass_at_k", "bootstrap_interval", "paired_bootstrap_interval"],
+    + ["ace_advantages"],
 )
 def test_every_function_around_the_losses_is_on_the_page(name):
     assert any(isinstance(call.func, ast.Name) and call.func.id == name for call in CALLS)
@@ -153,8 +164,8 @@ def test_every_preset_of_the_trainer_is_on_the_page(name):
 
 def test_every_aggregation_is_on_the_page_with_verls_name_for_it():
     found = {code(row[0])[0]: code(row[1]) for row in rows("From tokens to one number")}
-    assert set(found) == set(aggregation.LOSS_TYPES)
-    assert {verl[0]: ours for ours, verl in found.items() if verl} == aggregation.VERL_NAMES
+    assert set(found) == set(AGGREGATIONS)
+    assert {verl[0]: ours for ours, verl in found.items() if verl} == VERL_NAMES
 
 
 def test_the_estimators_that_the_page_gives_to_the_trainer_are_those_it_takes():
@@ -192,15 +203,15 @@ def test_every_module_that_the_page_names_exists():
 
 
 @pytest.mark.parametrize("row", [row for row in SURROGATES if code(row[1])], ids=lambda row: row[0])
-def test_a_preset_is_policy_loss_with_the_keywords_of_its_row(row):
-    preset = getattr(rlvr_ops, code(row[1])[0])
-    assert loss_of(preset) == loss_of(rlvr_ops.policy_loss, **keywords(code(row[2])[0]))
+def test_a_named_loss_is_ace_loss_with_the_keywords_of_its_row(row):
+    named = getattr(rlvr_ops, code(row[1])[0])
+    assert loss_of(named) == loss_of(plain, **keywords(code(row[2])[0]))
 
 
 @pytest.mark.parametrize("row", SURROGATES + COMPOSED, ids=lambda row: row[0])
 def test_the_keywords_of_a_row_run_and_reach_a_gradient(row):
     for text in code(row[2]):
-        assert loss_of(rlvr_ops.policy_loss, **keywords(text))[1] > 0
+        assert loss_of(plain, **keywords(text))[1] > 0
 
 
 @pytest.mark.parametrize(
@@ -218,15 +229,15 @@ def test_the_trainer_computes_the_loss_of_the_row(row):
     policy = algorithm.policy()
     if "beta" not in given:
         policy["beta"] = 0.0  # of the presets grpo and ace-grpo, whose objectives have a KL term
-    assert spec_of(policy) == spec_of(given)
-    assert aggregation.canonical(algorithm.loss_type) == given.get("loss_type", "grpo")
+    assert objective_of(policy) == objective_of(given)
+    assert objective_of(policy).aggregation == given.get("loss_type", "grpo")
 
 
 @pytest.mark.parametrize("row", SURROGATES + COMPOSED, ids=lambda row: row[0])
 def test_what_a_row_costs_is_what_the_head_does(row):
-    hyper = spec_of(keywords(code(row[2])[0]))
-    local = hyper.is_token_local(has_old=True) and hyper.top_entropy_quantile == 1
-    two = hyper.top_entropy_quantile < 1
+    objective = objective_of(keywords(code(row[2])[0]))
+    two = objective.entropy.top_quantile < 1
+    local = objective.is_token_local(has_old=True) and not two
     assert row[-1] == ("two passes" if two else "any chunk" if local else "whole rollouts")
 
 
@@ -240,22 +251,22 @@ def test_the_costs_are_what_auto_takes(cost, room, passes):
             given, data = keywords(code(row[2])[0]), batch()
             if "sampling_correction" in given:
                 given["sampling_per_token_logps"] = data["old_per_token_logps"]
-            out = rlvr_ops.policy_loss(**data, **given, workspace_bytes=room * 30 * 4)
+            out = plain(**data, **given, workspace_bytes=room * 30 * 4)
             assert out.metrics["head/single_pass"].item() == (passes == 1), row[0]
 
 
 @pytest.mark.parametrize("row", REFUSED, ids=lambda row: row[0])
 def test_what_the_page_says_is_refused_is(row):
     with pytest.raises(ValueError, match=r"\w+ .{20}"):
-        loss_of(rlvr_ops.policy_loss, **keywords(code(row[0])[0]))
+        loss_of(plain, **keywords(code(row[0])[0]))
 
 
 @pytest.mark.parametrize("name", surrogates.SURROGATES)
 def test_on_policy_every_surrogate_has_the_derivative_that_the_page_says(name):
     logp, given = torch.full((3, 4), -1.0, requires_grad=True), torch.tensor([1.0, -2.0, 0.5])
     for old in (None, logp.detach()):
-        out = rlvr_ops.policy_loss_from_logps(
-            logp, given, surrogate=name, old_per_token_logps=old, loss_type="luspo", num_items_in_batch=1
+        out = ace_loss_from_logps(
+            logp, given, surrogate=name, alpha=0.0, old_per_token_logps=old, loss_type="luspo", num_items_in_batch=1
         )
         (slope,) = torch.autograd.grad(out.loss, logp)
         torch.testing.assert_close(slope, -given[:, None].expand(3, 4), rtol=1e-6, atol=0)
@@ -281,23 +292,35 @@ def test_every_link_to_a_section_finds_its_heading(page):
 def test_every_metric_of_a_loss_is_explained():
     given = {"sampling_correction": "token_mask", "off_policy_mask_threshold": 0.1, "with_entropy": True, "alpha": 1.0}
     data = batch()
-    out = rlvr_ops.policy_loss(**data, **given, sampling_per_token_logps=data["old_per_token_logps"])
+    out = ace_loss(**data, **given, sampling_per_token_logps=data["old_per_token_logps"])
     page = (ROOT / "docs" / "metrics.md").read_text()
     assert [name for name in out.metrics if f"`{name}`" not in page] == []
 
 
 def test_the_five_lines_of_the_page_are_those_of_the_example_and_run():
-    block = next(block for block in re.findall(r"```python\n(.*?)```", PAGE, flags=re.S) if "def quadratic" in block)
-    example = runpy.run_path(str(EXAMPLE))
-    names = {name: example[name] for name in ("hidden", "completion_ids", "advantages", "old")}
-    names["lm_head"] = torch.nn.Linear(example["H"], example["V"], bias=False)
-    exec(block, names)
+    block, names, example = run_block("def quadratic")
     assert torch.isfinite(names["out"].loss)
     lines = [line for line in inspect.getsource(example["quadratic"]).splitlines() if '"""' not in line]
     assert len(lines) <= 5
     assert [line.strip() for line in lines[1:]] == [
         line.strip() for line in block.split("def quadratic", 1)[1].split("\n\n")[0].splitlines()[1:]
     ]
+
+
+def test_the_records_of_the_page_are_the_loss_of_its_keywords():
+    _, names, _ = run_block("Objective(")
+    weight = names["lm_head"].weight
+    given = {"ref_per_token_logps": names["ref"], "old_per_token_logps": names["old"], "schedule": "two_pass"}
+    same = ace_loss(
+        names["hidden"], weight, names["completion_ids"], names["advantages"], **given,
+        alpha=1.0, beta=0.001, epsilon_high=0.28, loss_type="dapo",
+    )  # fmt: skip
+    assert names["out"].loss.item() == same.loss.item()
+
+
+def test_every_keyword_of_ace_loss_is_in_the_table_of_records():
+    held = {name for row in rows("The same as records") for cell in row for name in re.findall(r"\w+", cell)}
+    assert not set(inspect.signature(ace_loss).parameters) - held - {"hidden_states"}
 
 
 def test_the_losses_of_the_readme_run_after_its_ten_lines(capsys):

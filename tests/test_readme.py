@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from rlvr_ops import token_logps
+from rlvr_ops import ace_loss, token_logps
 
 ROOT = Path(__file__).parents[1]
 EXAMPLE = ROOT / "examples" / "losses_on_cpu.py"
@@ -43,6 +43,31 @@ def run_block(with_text: str) -> dict:
     names = {}
     exec(next(block for block in code_blocks(ROOT / "README.md") if with_text in block), names)
     return names
+
+
+def run_blocks(*texts: str) -> dict:
+    """The names after running the first block with each text, one after the other."""
+    names: dict = {}
+    for text in texts:
+        exec(next(block for block in code_blocks(ROOT / "README.md") if text in block), names)
+    return names
+
+
+def test_the_records_of_the_readme_are_ace_dapo():
+    names = run_blocks("ace_loss(hidden", "surrogate=surrogate", "Objective(")
+    same = ace_loss(
+        names["hidden"], names["lm_head"].weight, names["completion_ids"], names["advantages"], **names["given"],
+        loss_type="dapo", epsilon_high=0.28,
+    )  # fmt: skip
+    assert names["out"].loss.item() == same.loss.item()
+    assert names["out"].metrics["entropy"].isfinite()
+
+
+def test_the_head_of_the_readme_is_the_module_that_it_is_made_of():
+    names = run_blocks("ace_loss(hidden", "surrogate=surrogate", "Objective(", "Head.of(lm_head)")
+    given = (names[name] for name in ("completion_ids", "advantages"))
+    same = ace_loss(names["hidden"], names["lm_head"].weight, *given, ref_per_token_logps=names["ref"])
+    assert names["out"].loss.item() == same.loss.item()
 
 
 class TinyModel(torch.nn.Module):

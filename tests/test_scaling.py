@@ -1,22 +1,34 @@
+"""The cost model beside what runs, and its page; a head on several ranks, simulated in one process, beside the whole."""
+
 import json
 import math
+from functools import partial
+from itertools import pairwise
 
 import pytest
 import torch
 from rlvr_kernels.cost import H100_BF16, Problem, Rates, forward_only, single_pass, two_pass
-from rlvr_kernels.logits import TWIN_BLOCK_BYTES
-from rlvr_kernels.pull_back import Needs, pull_back
-from rlvr_kernels.score import score
 
-from benchmarks import scaling, scaling_page
+from benchmarks import scaling
 from benchmarks.cases import Case
-from benchmarks.layouts import INFINIBAND, NVLINK, Job, bandwidth, layouts, rows_dominate, step, weights_dominate
 from benchmarks.measure import peak_bytes
-from benchmarks.scaling_page import PAGE, rewrite
-from benchmarks.shards import combine, look, pull, split
+from benchmarks.scaling import (
+    INFINIBAND,
+    NVLINK,
+    PAGE,
+    bandwidth,
+    layout,
+    layouts,
+    rewrite,
+    rows_dominate,
+    weights_dominate,
+)
+from benchmarks.systems import compute, ours
+from rlvr_ops import token_logps
 
 CPU = torch.device("cpu")
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12}
+TWIN_BLOCK_BYTES = 8 << 20  # the temporary block of a PyTorch twin
 
 
 def head(dtype, rows=24, hidden=16, vocabulary=101):
@@ -29,13 +41,43 @@ def head(dtype, rows=24, hidden=16, vocabulary=101):
 
 
 def whole(states, weight, ids, coef, workspace_bytes):
-    ones = torch.ones_like(coef)
-    scores = score(states, weight, ids, ones, workspace_bytes=workspace_bytes)
-    gradients = pull_back(
-        states, weight, ids, ones, scores.lse, coef, needs=Needs(True, True, False), weight_dtype=weight.dtype,
-        workspace_bytes=workspace_bytes,
-    )  # fmt: skip
-    return scores, gradients
+    """logp, d_hidden and d_weight of the head on one rank."""
+    states, weight = states.detach().requires_grad_(), weight.detach().requires_grad_()
+    logp = token_logps(states, weight, ids, workspace_bytes=workspace_bytes).logps
+    return logp.detach(), *torch.autograd.grad(logp, (states, weight), coef)
+
+
+def split(weight, ranks):
+    """(first row, rows) of the weight for each rank; the slices differ by at most one row."""
+    ends = [weight.shape[0] * rank // ranks for rank in range(ranks + 1)]
+    return [(first, weight[first:stop]) for first, stop in pairwise(ends)]
+
+
+def look(states, shard, ids, workspace_bytes):
+    """What one rank tells the others of each row: its slice's log-sum-exp, and the target's logit or -inf."""
+    first, weight = shard
+    there = (ids >= first) & (ids < first + len(weight))
+    mine = (ids - first).clamp(0, len(weight) - 1)
+    logit = (states * weight[mine]).sum(1)
+    lse = logit - token_logps(states, weight, mine, workspace_bytes=workspace_bytes).logps
+    return lse, logit.where(there, -math.inf)
+
+
+def combine(seen):
+    """(logp, lse) of the whole rows."""
+    lse = torch.logsumexp(torch.stack([lse for lse, _ in seen]), 0)
+    return torch.stack([logit for _, logit in seen]).amax(0) - lse, lse
+
+
+def pull(states, shard, ids, lse, coef, workspace_bytes):
+    """This rank's part of d_hidden, and its d_weight: dL/dlse = -coef times the slice's share of the probability."""
+    states, weight = states.detach().requires_grad_(), shard[1].detach().requires_grad_()
+    mine, logit = look(states, (shard[0], weight), ids, workspace_bytes)
+    there = logit.isfinite()
+    share = (mine - lse).exp().detach()
+    return torch.autograd.grad(
+        (logit, mine), (states, weight), (coef.where(there, torch.zeros_like(coef)), -coef * share)
+    )
 
 
 def assert_near(got, want, dtype):
@@ -47,14 +89,14 @@ def assert_near(got, want, dtype):
 @pytest.mark.parametrize("workspace_bytes", [1 << 10, 1 << 20])
 def test_a_vocabulary_on_several_ranks_gives_the_unsharded_head(dtype, ranks, workspace_bytes):
     states, weight, ids, coef = head(dtype)
-    scores, gradients = whole(states, weight, ids, coef, workspace_bytes)
+    want_logp, d_hidden, d_weight = whole(states, weight, ids, coef, workspace_bytes)
     shards = split(weight, ranks)
-    logp, lse = combine([look(states, shard, ids, workspace_bytes=workspace_bytes) for shard in shards])
-    parts = [pull(states, shard, ids, lse, coef, workspace_bytes=workspace_bytes) for shard in shards]
-    assert_near(logp, scores.logp, dtype)
-    assert_near(lse, scores.lse, dtype)
-    assert_near(torch.cat([part.weight for part in parts]), gradients.weight, dtype)
-    assert_near(torch.stack([part.hidden for part in parts]).sum(0), gradients.hidden, dtype)
+    logp, lse = combine([look(states, shard, ids, workspace_bytes) for shard in shards])
+    parts = [pull(states, shard, ids, lse, coef, workspace_bytes) for shard in shards]
+    assert_near(logp, want_logp, dtype)
+    assert_near(lse, (states @ weight.T).logsumexp(1), dtype)
+    assert_near(torch.cat([part[1] for part in parts]), d_weight, dtype)
+    assert_near(torch.stack([part[0] for part in parts]).sum(0), d_hidden, dtype)
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
@@ -64,24 +106,24 @@ def test_the_sharded_head_has_the_gradient_of_full_logits(ranks):
     logps = torch.log_softmax(h @ w.T, -1).gather(1, ids[:, None])[:, 0]
     d_hidden, d_weight = torch.autograd.grad((coef * logps).sum(), (h, w))
     shards = split(weight, ranks)
-    logp, lse = combine([look(states, shard, ids, workspace_bytes=1 << 20) for shard in shards])
-    parts = [pull(states, shard, ids, lse, coef, workspace_bytes=1 << 20) for shard in shards]
+    logp, lse = combine([look(states, shard, ids, 1 << 20) for shard in shards])
+    parts = [pull(states, shard, ids, lse, coef, 1 << 20) for shard in shards]
     assert_near(logp, logps.detach(), torch.float64)
-    assert_near(torch.cat([part.weight for part in parts]), d_weight, torch.float64)
-    assert_near(sum(part.hidden for part in parts), d_hidden, torch.float64)
+    assert_near(torch.cat([part[1] for part in parts]), d_weight, torch.float64)
+    assert_near(sum(part[0] for part in parts), d_hidden, torch.float64)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_data_parallel_ranks_add_up_to_the_whole_batch(dtype, ranks):
     states, weight, ids, coef = head(dtype)
-    scores, gradients = whole(states, weight, ids, coef, 1 << 20)
+    logp, d_hidden, d_weight = whole(states, weight, ids, coef, 1 << 20)
     pieces = [whole(*some, 1 << 20) for some in zip(
         states.chunk(ranks), [weight] * ranks, ids.chunk(ranks), coef.chunk(ranks), strict=True
     )]  # fmt: skip
-    assert_near(torch.cat([piece.logp for piece, _ in pieces]), scores.logp, dtype)
-    assert_near(torch.cat([found.hidden for _, found in pieces]), gradients.hidden, dtype)
-    assert_near(sum(found.weight for _, found in pieces), gradients.weight, dtype)
+    assert_near(torch.cat([piece[0] for piece in pieces]), logp, dtype)
+    assert_near(torch.cat([piece[1] for piece in pieces]), d_hidden, dtype)
+    assert_near(sum(piece[2] for piece in pieces), d_weight, dtype)
 
 
 def ran(action):
@@ -94,18 +136,22 @@ def test_the_model_counts_the_products_that_run():
     case = Case("ace", 32, 16, 101, 4)
     problem = Problem(32, 16, 101, 32, 32, 4, 4, 4)
     batch = case.batch(CPU)
-    assert ran(scaling.head(case, batch)) == single_pass(problem, H100_BF16, chunk_rows=32).flops
-    assert ran(scaling.one_rank(case, batch)) == two_pass(problem, H100_BF16, tile_bytes=1 << 20).flops
-    shard = split(batch.weight, 1)[0]
-    looked = ran(lambda: look(batch.hidden.flatten(0, 1), shard, batch.ids.flatten(), workspace_bytes=1 << 20))
-    assert looked == forward_only(problem, H100_BF16, tile_bytes=1 << 20).flops
+    assert (
+        ran(partial(compute, ours(case, "single_pass"), batch, case))
+        == single_pass(problem, H100_BF16, chunk_rows=32).flops
+    )
+    assert (
+        ran(partial(compute, scaling.one_rank, batch, case)) == two_pass(problem, H100_BF16, tile_bytes=1 << 20).flops
+    )
+    scored = ran(lambda: token_logps(batch.hidden, batch.weight, batch.ids, workspace_bytes=1 << 20))
+    assert scored == forward_only(problem, H100_BF16, tile_bytes=1 << 20).flops
 
 
 def test_rows_without_a_gradient_are_scored_and_in_no_other_product():
     case = Case("ace", 32, 16, 101, 4, active=0.5)
     batch = case.batch(CPU)
     problem = Problem(32, 16, 101, 32, 16, 4, 4, 4)
-    step = scaling.head(case, batch, score_inactive=True)
+    step = partial(compute, ours(case, "single_pass", score_inactive=True), batch, case)
     assert ran(step) == single_pass(problem, H100_BF16, chunk_rows=32).flops
 
 
@@ -114,7 +160,11 @@ def test_the_model_foresees_the_peak_of_memory_but_for_a_block_of_the_twins():
     problem = Problem(64, 128, 20000, 64, 64, 4, 4, 4)
     batch = case.batch(CPU)
     said = single_pass(problem, H100_BF16, chunk_rows=64).peak_bytes
-    assert said <= peak_bytes(scaling.head(case, batch), CPU) <= 1.01 * said + TWIN_BLOCK_BYTES
+    assert (
+        said
+        <= peak_bytes(partial(compute, ours(case, "single_pass"), batch, case), CPU)
+        <= 1.01 * said + TWIN_BLOCK_BYTES
+    )
 
 
 def test_an_exponent_is_that_of_the_power():
@@ -134,7 +184,8 @@ def test_rates_are_fitted_from_the_products_alone(overlapped):
 
 def test_a_sweep_varies_one_size_alone():
     base = Case("ace", 64, 32, 400, 4)
-    for varied, size in scaling.SIZES.items():
+    for varied in ("N", "V", "H"):
+        size = scaling.SIZES[varied]
         found = scaling.cases(base, varied)
         assert [getattr(case, size) / getattr(base, size) for case in found] == [0.25, 0.5, 1, 2, 4]
         assert {case.rows * case.hidden * case.vocabulary for case in found} == {
@@ -145,19 +196,18 @@ def test_a_sweep_varies_one_size_alone():
 
 def test_one_command_measures_and_keeps_what_the_page_needs(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(scaling, "COPIED_BYTES", {"cpu": 1 << 16})
-    arguments = ["--device", "cpu", "--seconds", "0", "--shape", "32", "8", "80"]
-    scaling.main([*arguments, "--out", str(tmp_path / "here")])
+    scaling.main(["--device", "cpu", "--tiny", "--out", str(tmp_path / "here")])
     stored = json.loads((tmp_path / "here" / "scaling.json").read_text())
     assert {"device", "versions", "command", "points", "exponents", "rates"} <= set(stored)
-    assert stored["command"] == "python -m benchmarks.scaling --seconds 0 --shape 32 8 80"
+    assert stored["command"] == "python -m benchmarks.scaling --tiny"
     assert set(stored["exponents"]) == {"N", "V", "H", "ranks"}
     assert [point["varied"] for point in stored["points"]] == ["N"] * 5 + ["V"] * 5 + ["H"] * 5 + ["ranks"] * 4
     for point in stored["points"]:
         assert min(point[key] for key in ("median_ms", "products_ms", "predicted_ms", "predicted_peak_bytes")) > 0
         assert point["measured_over_predicted"] == pytest.approx(point["median_ms"] / point["predicted_ms"])
     assert "ranks" in capsys.readouterr().out
-    monkeypatch.setattr(scaling_page, "RESULTS", tmp_path)
-    shown = scaling_page.measured()
+    monkeypatch.setattr(scaling, "RESULTS", tmp_path)
+    shown = scaling.measured()
     assert stored["device"] in shown
     assert len([line for line in shown.splitlines() if line.startswith("| ranks |")]) == 1 + 4
 
@@ -168,7 +218,7 @@ def test_the_page_is_what_the_command_writes():
 
 
 def test_sharding_the_vocabulary_divides_the_weight_and_leaves_the_arithmetic():
-    found = layouts(Job(1 << 16, 4096, 131072, 8))
+    found = layouts(1 << 16, 4096, 131072, 8)
     assert list(found) == [1, 2, 4, 8]
     assert found[1].rows_exchanged == found[8].weight_reduced == 0
     # 7/8 of 65536 rows, each 4096 * 2 bytes gathered, 4096 * 4 scattered and 2 * 12 for its log-sum-exp, at 450 GB/s
@@ -194,9 +244,9 @@ def test_the_thresholds_are_where_communication_takes_as_long_as_the_products():
 
 
 def test_more_shards_than_pay_off_take_longer_again():
-    job = Job(1 << 20, 4096, 262144, 64)
-    times = [each.seconds for each in layouts(job).values()]
+    job = (1 << 20, 4096, 262144, 64)
+    times = [each.seconds for each in layouts(*job).values()]
     best = times.index(min(times))
     assert 0 < best < len(times) - 1
-    assert step(job, 64).memory_bytes > step(job, 8).memory_bytes
-    assert math.isclose(step(job, 8).seconds, times[3])
+    assert layout(*job, 64).memory_bytes > layout(*job, 8).memory_bytes
+    assert math.isclose(layout(*job, 8).seconds, times[3])

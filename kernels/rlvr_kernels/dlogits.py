@@ -10,7 +10,7 @@ import torch
 
 from rlvr_kernels._triton import dense, device_guard, jit, tl
 from rlvr_kernels.backend import use_triton
-from rlvr_kernels.logits import Head, chain, load_logits, row_blocks
+from rlvr_kernels.logits import LogitMap, chain, load_logits, row_blocks
 
 BLOCK = 4096
 NUM_WARPS = 8
@@ -22,37 +22,31 @@ def dlogits(
     first_col: int,
     lse: torch.Tensor,
     coef: torch.Tensor,
-    inv_temperature: torch.Tensor,
+    logit_map: LogitMap,
     *,
     entropy: torch.Tensor | None = None,
     entropy_coef: torch.Tensor | None = None,
-    bias: torch.Tensor | None = None,
-    head: Head = Head(),
     out: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
     """Write dL/d(h W^T) of tile (n, c) into `out`, by default over the tile itself, and return it.
 
-    coef = dL/dlogp, entropy_coef = dL/dH, entropy = H, lse and inv_temperature are (n,) in float32.
+    coef = dL/dlogp, entropy_coef = dL/dH, entropy = H and lse are (n,) in float32; logit_map is that of the tile.
     """
     out = tile if out is None else out
     if use_triton(tile, backend):
-        _dlogits_triton(tile, ids, first_col, lse, coef, inv_temperature, entropy, entropy_coef, bias, head, out)
+        _dlogits_triton(tile, ids, first_col, lse, coef, logit_map, entropy, entropy_coef, out)
         return out
-    in_place = is_tile(out, tile) and head.softcap is None  # the softcap's derivative needs z
-    for rows in row_blocks(*tile.shape):
-        z = head.logits(tile[rows], bias, inv_temperature[rows], overwrite=in_place)
+    in_place = out.data_ptr() == tile.data_ptr() and out.dtype == tile.dtype and logit_map.softcap is None
+    for rows in row_blocks(*tile.shape):  # the softcap's derivative needs z: not in place then
+        part = logit_map[rows, :]
+        z = part.logits(tile[rows], overwrite=in_place)
         logp = torch.sub(z, lse[rows, None], out=z if in_place else None)
         gradient = softmax_gradient(logp, ids[rows] - first_col, coef[rows], entropy, entropy_coef, rows)
-        head.chain_(gradient, z, inv_temperature[rows])
+        part.chain_(gradient, z)
         if not in_place or out.dtype != gradient.dtype:  # else it was computed where it belongs
             out[rows] = gradient
     return out
-
-
-def is_tile(out: torch.Tensor, tile: torch.Tensor) -> bool:
-    """Whether `out` is the tile itself."""
-    return out.data_ptr() == tile.data_ptr() and out.dtype == tile.dtype
 
 
 def is_overlaid(tile: torch.Tensor, out: torch.Tensor) -> bool:
@@ -80,19 +74,19 @@ def softmax_gradient(
 
 
 def _dlogits_triton(
-    tile: torch.Tensor, ids: torch.Tensor, first_col: int, lse: torch.Tensor, coef: torch.Tensor, inv_temperature: torch.Tensor,
-    entropy: torch.Tensor | None, entropy_coef: torch.Tensor | None, bias: torch.Tensor | None, head: Head, out: torch.Tensor,
+    tile: torch.Tensor, ids: torch.Tensor, first_col: int, lse: torch.Tensor, coef: torch.Tensor, logit_map: LogitMap,
+    entropy: torch.Tensor | None, entropy_coef: torch.Tensor | None, out: torch.Tensor,
 ) -> None:  # fmt: skip
     rows, cols = tile.shape
     if not rows:
         return
-    ids, lse, coef, inv_temperature, bias = dense(ids, lse, coef, inv_temperature, bias)  # type: ignore[assignment]
-    entropy, entropy_coef = dense(entropy, entropy_coef)
+    ids, lse, coef, entropy, entropy_coef = dense(ids, lse, coef, entropy, entropy_coef)  # type: ignore[assignment]
     with device_guard(tile):
         dlogits_kernel[(rows,)](
-            tile, out, bias, ids, lse, coef, inv_temperature, entropy, entropy_coef,
-            cols, first_col, tile.stride(0), out.stride(0), HAS_BIAS=bias is not None, ENTROPY=entropy_coef is not None,
-            OVERLAID=is_overlaid(tile, out), BLOCK=BLOCK, num_warps=NUM_WARPS, **head.kernel_arguments(),
+            tile_ptr=tile, out_ptr=out, ids_ptr=ids, lse_ptr=lse, coef_ptr=coef, entropy_ptr=entropy,
+            entropy_coef_ptr=entropy_coef, n_cols=cols, first_col=first_col, row_stride=tile.stride(0),
+            out_stride=out.stride(0), ENTROPY=entropy_coef is not None, OVERLAID=is_overlaid(tile, out), BLOCK=BLOCK,
+            num_warps=NUM_WARPS, **logit_map.kernel_arguments(),
         )  # fmt: skip
 
 

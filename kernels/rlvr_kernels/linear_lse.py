@@ -15,8 +15,9 @@ import torch
 
 from rlvr_kernels._triton import device_guard, jit, tl, triton
 from rlvr_kernels.backend import use_triton
+from rlvr_kernels.checks import check_logits
 from rlvr_kernels.linear_lse_tiling import Tiling, tiling
-from rlvr_kernels.logits import Head, accumulator_dtype
+from rlvr_kernels.logits import LogitMap, accumulator_dtype
 from rlvr_kernels.lse_fold import RowState, lse_fold
 
 GROUP = 8  # row blocks that share what they read of the weight
@@ -49,12 +50,12 @@ def linear_lse(
     Raises:
         ValueError: a shape, a dtype or a device does not fit, or backend="triton" cannot run here.
     """
-    head = Head(logit_scale, softcap)
+    check_logits(logit_scale, softcap)
     _check(hidden, weight, ids, bias)
     inv_temperature = _inverse(temperature, hidden, accumulator_dtype(torch.promote_types(hidden.dtype, weight.dtype)))
-    if use_triton(inv_temperature, backend):
-        return _linear_lse_triton(hidden, weight, ids, bias, inv_temperature, head)
-    return _linear_lse_torch(hidden, weight, ids, bias, inv_temperature, head)
+    logit_map = LogitMap(inv_temperature, bias, logit_scale, softcap)
+    run = _linear_lse_triton if use_triton(inv_temperature, backend) else _linear_lse_torch
+    return run(hidden, weight, ids, logit_map)
 
 
 def _check(hidden: torch.Tensor, weight: torch.Tensor, ids: torch.Tensor, bias: torch.Tensor | None) -> None:
@@ -92,30 +93,27 @@ def _inverse(temperature: float | torch.Tensor, hidden: torch.Tensor, dtype: tor
 
 
 def _linear_lse_torch(
-    hidden: torch.Tensor, weight: torch.Tensor, ids: torch.Tensor, bias: torch.Tensor | None,
-    inv_temperature: torch.Tensor, head: Head,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    hidden: torch.Tensor, weight: torch.Tensor, ids: torch.Tensor, logit_map: LogitMap
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The twin: blocks of TWIN_ROWS x TWIN_COLS logits, each folded and forgotten."""
-    rows, dtype = hidden.shape[0], inv_temperature.dtype
-    state = RowState.empty(rows, inv_temperature)
+    rows, dtype = hidden.shape[0], logit_map.inv_temperature.dtype
+    state = RowState.empty(rows, logit_map.inv_temperature)
     for first_col in range(0, weight.shape[0], TWIN_COLS):
         slab = slice(first_col, first_col + TWIN_COLS)
         columns = weight[slab].to(dtype).T
         for start in range(0, rows, TWIN_ROWS):
             block = slice(start, start + TWIN_ROWS)
-            lse_fold(
-                hidden[block].to(dtype) @ columns, ids[block], first_col, state[block], inv_temperature[block],
-                bias=None if bias is None else bias[slab], head=head, backend="torch",
-            )  # fmt: skip
+            products = hidden[block].to(dtype) @ columns
+            lse_fold(products, ids[block], first_col, state[block], logit_map[block, slab], "torch")
     return state.logp(), state.lse()
 
 
 def _linear_lse_triton(
-    hidden: torch.Tensor, weight: torch.Tensor, ids: torch.Tensor, bias: torch.Tensor | None,
-    inv_temperature: torch.Tensor, head: Head,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    hidden: torch.Tensor, weight: torch.Tensor, ids: torch.Tensor, logit_map: LogitMap
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Launch both kernels, over as many rows at a time as PARTIAL_BYTES allow."""
     (rows, h), v = hidden.shape, weight.shape[0]
+    inv_temperature, bias = logit_map.inv_temperature, logit_map.bias
     logp = torch.full_like(inv_temperature, -float("inf"))
     lse = torch.empty_like(inv_temperature)
     with device_guard(hidden):
@@ -133,7 +131,7 @@ def _linear_lse_triton(
                 ids.stride(0), 0 if bias is None else bias.stride(0), maxima.stride(0),
                 BLOCK_N=tile.rows, BLOCK_V=tile.cols, BLOCK_H=tile.inner, GROUP=GROUP, EVEN_H=h % tile.inner == 0,
                 UPCAST=tile.upcast, DESCRIBED=tile.described, SPECIALIZED=tile.specialized, HALVED=tile.halved,
-                HAS_BIAS=bias is not None, num_warps=tile.num_warps, num_stages=tile.num_stages, **head.kernel_arguments(),
+                HAS_BIAS=bias is not None, num_warps=tile.num_warps, num_stages=tile.num_stages, **logit_map.kernel_numbers(),
             )  # fmt: skip
             combine_tiles_kernel[(triton.cdiv(n, COMBINE_ROWS),)](
                 maxima, totals, logp[part], lse[part], n, tiles, maxima.stride(0),

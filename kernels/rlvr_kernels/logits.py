@@ -1,69 +1,95 @@
-"""From the matmul's raw output to the logits a policy means: bias, scale, softcap, temperature, and their derivative.
+"""From the raw products of a tile to the logits that a policy means: bias, scale, softcap, temperature, and their derivative.
 
-    z = s / temperature,   s = softcap * tanh(u / softcap) (or s = u without a softcap),   u = logit_scale * (h W^T + b)
+    z = s / temperature,   s = softcap * tanh(u / softcap) (s = u without a softcap),   u = logit_scale * (h W^T + b)
 
-A tile in memory always holds the raw h W^T. Every kernel transforms what it loads, so that nothing is written twice.
+A tile in memory always holds the raw h W^T. Kernels transform what they load, so nothing is written twice.
 """
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
-from rlvr_kernels._triton import jit, tl
+from rlvr_kernels._triton import dense, jit, tl
 
 TWIN_BLOCK_BYTES = 8 << 20  # what a twin touches at a time: few enough calls, and still in cache
 
 
-@dataclass(frozen=True)
-class Head:
-    """How the lm_head's output becomes logits, apart from the tensors: see the module's docstring.
+@dataclass(frozen=True, eq=False)
+class LogitMap:
+    """How n rows and c columns of h W^T become logits: inv_temperature (n,), bias (c,), and two numbers.
 
-    Raises:
-        ValueError: softcap is not positive, logit_scale is zero, or one of them is not finite.
+    `logit_map[rows, columns]` is the same for a part of them.
     """
 
+    inv_temperature: torch.Tensor
+    bias: torch.Tensor | None = None
     logit_scale: float = 1.0
     softcap: float | None = None
 
-    def __post_init__(self) -> None:
-        if self.softcap is not None and not 0 < self.softcap < math.inf:
-            raise ValueError(f"softcap must be > 0 and finite, or None, got {self.softcap}")
-        if not -math.inf < self.logit_scale < math.inf or self.logit_scale == 0:  # torch.compile traces no isfinite
-            raise ValueError(f"logit_scale must be a finite number other than 0, got {self.logit_scale}")
+    def __getitem__(self, part: tuple[slice | torch.Tensor, slice]) -> "LogitMap":
+        rows, columns = part
+        bias = None if self.bias is None else self.bias[columns]
+        return LogitMap(self.inv_temperature[rows], bias, self.logit_scale, self.softcap)
 
-    def kernel_arguments(self) -> dict[str, float | bool]:
-        """The Triton kernels' arguments for this head."""
+    def take(self, rows: torch.Tensor | None) -> "LogitMap":
+        """The map of some of the rows; None means all."""
+        return self if rows is None else self[rows, slice(None)]
+
+    def kernel_arguments(self) -> dict[str, torch.Tensor | float | bool | None]:
+        """The Triton kernels' arguments."""
+        inv_temperature, bias = dense(self.inv_temperature, self.bias)
+        return {
+            "inv_temperature_ptr": inv_temperature,
+            "bias_ptr": bias,
+            "HAS_BIAS": bias is not None,
+            **self.kernel_numbers(),
+        }
+
+    def kernel_numbers(self) -> dict[str, float | bool]:
+        """The arguments that are no tensors."""
         cap = float(self.softcap or 1.0)
         return {"logit_scale": float(self.logit_scale), "softcap": cap, "HAS_SOFTCAP": self.softcap is not None}
 
-    def logits(
-        self, raw: torch.Tensor, bias: torch.Tensor | None, inv_temperature: torch.Tensor, *, overwrite: bool = False
-    ) -> torch.Tensor:
-        """Transform a block (n, c) of raw matmul output; bias (c,), inv_temperature (n,), whose dtype the result has.
+    def logits(self, raw: torch.Tensor, *, overwrite: bool = False) -> torch.Tensor:
+        """The logits of a block (n, c) of raw products, in the dtype of inv_temperature.
 
-        The result may be `raw` itself: transformed in place if `overwrite`, left alone and not to be written otherwise.
+        The result may be `raw` itself: transformed in place if `overwrite`, untouched and not to be written otherwise.
         """
-        z = raw.to(inv_temperature.dtype)
-        if bias is not None:
-            z = torch.add(z, bias.to(z.dtype), out=z if overwrite or z is not raw else None)
-        rate = inv_temperature * self.logit_scale
+        z = raw.to(self.inv_temperature.dtype)
+        if self.bias is not None:
+            z = torch.add(z, self.bias.to(z.dtype), out=z if overwrite or z is not raw else None)
+        rate = self.inv_temperature * self.logit_scale
         if self.softcap is not None:
             z = torch.tanh(z * (self.logit_scale / self.softcap))
-            rate = inv_temperature * self.softcap
+            rate = self.inv_temperature * self.softcap
         if bool((rate == 1).all()):
             return z
         return torch.mul(z, rate[:, None], out=z if overwrite or z is not raw else None)
 
-    def chain_(self, gradient: torch.Tensor, z: torch.Tensor, inv_temperature: torch.Tensor) -> torch.Tensor:
-        """Multiply dL/dz (n, c) by dz/d(h W^T) in place; z are the transformed logits."""
-        rate = inv_temperature * self.logit_scale
+    def chain_(self, gradient: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        """Multiply dL/dz (n, c) by dz/d(h W^T) in place; z are the logits."""
+        rate = self.inv_temperature * self.logit_scale
         if not bool((rate == 1).all()):
             gradient.mul_(rate[:, None])
         if self.softcap is not None:
-            gradient.mul_(1 - (z / (inv_temperature * self.softcap)[:, None]).square_())
+            gradient.mul_(1 - (z / (self.inv_temperature * self.softcap)[:, None]).square_())
         return gradient
+
+    def exponentials_(self, tile: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Turn raw products (n, V) of whole rows into exp(z - max) in place; return logp and the rows' sums, (n,).
+
+        There must be no softcap, and the tile's dtype must be that of inv_temperature. One exponential a logit: what
+        `dlogits` would compute again is left behind.
+        """
+        maximum, target, total = self.inv_temperature.new_empty(3, ids.shape[0]).unbind()
+        for rows in row_blocks(*tile.shape):
+            z = self[rows, slice(None)].logits(tile[rows], overwrite=True)
+            torch.gather(z, 1, ids[rows, None], out=target[rows, None])
+            torch.amax(z, 1, out=maximum[rows])
+            # A row of -inf alone has no maximum to take off: NaN, as in log_softmax.
+            torch.sum(z.sub_(maximum[rows, None]).exp_(), 1, out=total[rows])
+        return (target - maximum) - total.log(), total
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -103,7 +129,7 @@ def load_logits(
 
 @jit
 def chain(gradient, z, logit_scale, softcap, inv_temperature, HAS_SOFTCAP: tl.constexpr):
-    """dL/d(h W^T) from dL/dz and the transformed z, both (BLOCK,)."""
+    """dL/d(h W^T) from dL/dz and the logits z, both (BLOCK,)."""
     gradient *= logit_scale * inv_temperature
     if HAS_SOFTCAP:
         capped = z / (inv_temperature * softcap)

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import torch
 
-from rlvr_kernels._triton import dense, device_guard, jit, tl
+from rlvr_kernels._triton import device_guard, jit, tl
 from rlvr_kernels.backend import use_triton
-from rlvr_kernels.logits import Head, accumulator_dtype, load_logits, row_blocks
+from rlvr_kernels.logits import LogitMap, accumulator_dtype, load_logits, row_blocks
 
 BLOCK = 4096
 NUM_WARPS = 8
@@ -73,23 +73,19 @@ def lse_fold(
     ids: torch.Tensor,
     first_col: int,
     state: RowState,
-    inv_temperature: torch.Tensor,
-    *,
-    bias: torch.Tensor | None = None,
-    head: Head = Head(),
+    logit_map: LogitMap,
     backend: str = "auto",
 ) -> None:
     """Fold tile (n, c) of raw h W^T into `state`, in place.
 
-    ids (n,) are positions in the whole vocabulary, bias (c,) this tile's part, inv_temperature (n,) in float32.
-    The further sums are folded if the state has room for them.
+    ids (n,) count in the whole vocabulary; logit_map is that of the tile's rows and columns. The further sums are folded
+    if the state has room for them.
     """
     if use_triton(tile, backend):
-        _lse_fold_triton(tile, ids, first_col, state, inv_temperature, bias, head)
+        _lse_fold_triton(tile, ids, first_col, state, logit_map)
         return
     for rows in row_blocks(*tile.shape):
-        z = head.logits(tile[rows], bias, inv_temperature[rows])
-        _fold_block(z, ids[rows] - first_col, state[rows])
+        _fold_block(logit_map[rows, :].logits(tile[rows]), ids[rows] - first_col, state[rows])
 
 
 def _fold_block(z: torch.Tensor, local_ids: torch.Tensor, state: RowState) -> None:
@@ -114,24 +110,18 @@ def _fold_block(z: torch.Tensor, local_ids: torch.Tensor, state: RowState) -> No
 
 
 def _lse_fold_triton(
-    tile: torch.Tensor,
-    ids: torch.Tensor,
-    first_col: int,
-    state: RowState,
-    inv_temperature: torch.Tensor,
-    bias: torch.Tensor | None,
-    head: Head,
+    tile: torch.Tensor, ids: torch.Tensor, first_col: int, state: RowState, logit_map: LogitMap
 ) -> None:
     rows, cols = tile.shape
     if not rows:
         return
-    ids, inv_temperature, bias = dense(ids, inv_temperature, bias)  # type: ignore[assignment]
     with device_guard(tile):
         lse_fold_kernel[(rows,)](
-            tile, bias, ids, inv_temperature, state.maximum, state.total, state.target, state.weighted, state.summed,
-            state.squared, cols, first_col, tile.stride(0), HAS_BIAS=bias is not None, ENTROPY=state.weighted is not None,
+            tile_ptr=tile, ids_ptr=ids.contiguous(), maximum_ptr=state.maximum, total_ptr=state.total,
+            target_ptr=state.target, weighted_ptr=state.weighted, summed_ptr=state.summed, squared_ptr=state.squared,
+            n_cols=cols, first_col=first_col, row_stride=tile.stride(0), ENTROPY=state.weighted is not None,
             MEAN=state.summed is not None, SQUARES=state.squared is not None, BLOCK=BLOCK, num_warps=NUM_WARPS,
-            **head.kernel_arguments(),
+            **logit_map.kernel_arguments(),
         )  # fmt: skip
 
 

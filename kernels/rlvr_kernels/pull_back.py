@@ -9,9 +9,8 @@ from typing import NamedTuple
 
 import torch
 
-from rlvr_kernels import huge_pages
 from rlvr_kernels.dlogits import dlogits
-from rlvr_kernels.logits import Head, accumulator_dtype
+from rlvr_kernels.logits import LogitMap, accumulator_dtype
 from rlvr_kernels.tile import (
     Kept,
     Tile,
@@ -19,6 +18,7 @@ from rlvr_kernels.tile import (
     accumulator,
     bytes_per_logit,
     column_slices,
+    empty,
     multiply,
     vocabulary_tile,
 )
@@ -44,14 +44,12 @@ def pull_back(
     hidden: torch.Tensor,
     weight: torch.Tensor,
     ids: torch.Tensor,
-    inv_temperature: torch.Tensor,
+    logit_map: LogitMap,
     lse: torch.Tensor,
     coef: torch.Tensor,
     *,
     entropy: torch.Tensor | None = None,
     entropy_coef: torch.Tensor | None = None,
-    bias: torch.Tensor | None = None,
-    head: Head = Head(),
     needs: Needs,
     weight_dtype: torch.dtype,
     workspace_bytes: int,
@@ -64,7 +62,7 @@ def pull_back(
     """
     rows, vocabulary = hidden.shape[0], weight.shape[0]
     d_hidden = accumulator((rows, hidden.shape[1]), hidden) if needs.hidden else None
-    d_weight = huge_pages.empty(weight.shape, weight_dtype, weight.device) if needs.weight else None
+    d_weight = empty(weight.shape, weight_dtype, weight.device) if needs.weight else None
     if d_weight is not None and not rows:  # every slice is overwritten, if there is a row to do it
         d_weight.zero_()
     d_bias = (
@@ -82,10 +80,10 @@ def pull_back(
             else:
                 logits = tile.fill(hidden[some], weight[part])
             gradient = dlogits(
-                logits, ids[some], part.start, lse[some], coef[some], inv_temperature[some],
+                logits, ids[some], part.start, lse[some], coef[some], logit_map[some, part],
                 entropy=None if entropy is None else entropy[some],
                 entropy_coef=None if entropy_coef is None else entropy_coef[some],
-                bias=None if bias is None else bias[part], head=head, out=tile.gradient(*logits.shape), backend=backend,
+                out=tile.gradient(*logits.shape), backend=backend,
             )  # fmt: skip
             if d_hidden is not None:
                 accumulate(d_hidden[some], gradient, weight[part], first=part.start == 0)

@@ -7,8 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from rlvr_kernels.linear_lse import linear_lse
-from rlvr_kernels.logits import Head
+from rlvr_kernels.logits import LogitMap
 from rlvr_kernels.lse_fold import RowState, lse_fold
 from rlvr_kernels.tile import Tile, bytes_per_logit, multiply, vocabulary_tile
 
@@ -28,10 +27,8 @@ def score(
     hidden: torch.Tensor,
     weight: torch.Tensor,
     ids: torch.Tensor,
-    inv_temperature: torch.Tensor,
+    logit_map: LogitMap,
     *,
-    bias: torch.Tensor | None = None,
-    head: Head = Head(),
     entropy: bool = False,
     mean: bool = False,
     top1: bool = False,
@@ -42,31 +39,13 @@ def score(
 ) -> Scores:
     """Score ids (n,) under hidden (n, H) and weight (V, H), which have one dtype.
 
-    kept (n, C) is filled with the raw logits of the first C columns, see `tile.Kept`. workspace_bytes=0 takes
-    `linear_lse`, which needs none and gives no statistics beyond logp and lse.
+    kept (n, C) is filled with the raw logits of the first C columns, see `tile.Kept`.
     """
     rows, vocabulary = hidden.shape[0], weight.shape[0]
-    if workspace_bytes == 0 and not (entropy or mean or top1 or squares):
-        temperature = 1 / inv_temperature
-        return Scores(
-            *linear_lse(
-                hidden,
-                weight,
-                ids,
-                bias=bias,
-                temperature=temperature,
-                softcap=head.softcap,
-                logit_scale=head.logit_scale,
-                backend=backend,
-            )
-        )
     state = RowState.empty(rows, hidden, entropy=entropy, mean=mean, squares=squares)
 
     def fold(logits: torch.Tensor, some: slice, part: slice) -> None:
-        lse_fold(
-            logits, ids[some], part.start, state[some], inv_temperature[some],
-            bias=None if bias is None else bias[part], head=head, backend=backend,
-        )  # fmt: skip
+        lse_fold(logits, ids[some], part.start, state[some], logit_map[some, part], backend)
 
     first = 0
     if kept is not None and kept.numel():

@@ -6,17 +6,24 @@ half of the memory of its own logits, so that a logit costs 4 bytes and not 6. G
 (float64 for float64).
 """
 
+import ctypes
+import mmap
+import sys
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 
-from rlvr_kernels import huge_pages
 from rlvr_kernels.logits import accumulator_dtype
 
 NARROWEST = 4096  # columns of a tile before its rows are cut as well
 ALIGNED_COLUMNS = 128  # so that every row of a slice begins where wide loads may
 ALIGNED_ROW = 32  # logits: 128 bytes in float32
+MOVED_BYTES = 16 << 20  # rows move inside a tile in pieces of this size,
+CACHED_BYTES = 1 << 20  # on a CPU of this, which a core's cache holds
+HUGE_BYTES = 8 << 20  # buffers from here on are given huge pages on a CPU
+_ADVICE = getattr(mmap, "MADV_HUGEPAGE", None)
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" and _ADVICE is not None else None
 PRODUCT_ROWS = 8192  # rows of an accumulator that a matmul which cannot accumulate in float32 updates at a time
 
 
@@ -108,7 +115,7 @@ class Tile:
 
     def __init__(self, shape: TileShape, dtype: torch.dtype, device: torch.device):
         size = shape.rows * row_pitch(shape.cols, device)
-        self._logits = huge_pages.empty((size,), logit_dtype(device, dtype), device)
+        self._logits = empty((size,), logit_dtype(device, dtype), device)
         self._gradient = self._logits.view(dtype)
 
     def fill(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -161,4 +168,37 @@ def accumulate(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, first: 
 
 def accumulator(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
     """An uninitialised accumulator for products of tensors like `like`."""
-    return huge_pages.empty(shape, accumulator_dtype(like.dtype), like.device)
+    return empty(shape, accumulator_dtype(like.dtype), like.device)
+
+
+def compact_(tile: torch.Tensor, keep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compact the kept rows (k,) into the first k slots in place; return that view and each slot's source row (k,).
+
+    A kept row that lies in the first k slots stays where it is. One host sync.
+    """
+    count = keep.shape[0]
+    below = keep[keep >= count]
+    taken = torch.zeros(count, dtype=torch.uint8, device=keep.device)
+    taken[keep[: count - below.shape[0]]] = 1
+    free = taken.argsort(stable=True)[: below.shape[0]]
+    piece_bytes = CACHED_BYTES if tile.device.type == "cpu" else MOVED_BYTES
+    step = max(1, piece_bytes // (tile.shape[1] * tile.element_size()))
+    for start in range(0, below.shape[0], step):
+        piece = slice(start, start + step)
+        tile[free[piece]] = tile[below[piece]]
+    order = torch.arange(count, device=keep.device)
+    order[free] = below
+    return tile[:count], order
+
+
+def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """torch.empty, on huge pages of 2 MiB if it is a large tensor on a CPU. Advice to Linux alone.
+
+    A weight gradient of 545 MB costs 133,000 page faults otherwise, at the first product that writes it.
+    """
+    tensor = torch.empty(shape, dtype=dtype, device=device)
+    if _LIBC is not None and device.type == "cpu" and tensor.nbytes >= HUGE_BYTES and type(tensor) is torch.Tensor:
+        start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+        length = tensor.data_ptr() + tensor.nbytes - start
+        _LIBC.madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), _ADVICE)
+    return tensor

@@ -1,184 +1,200 @@
-"""weigh: from log-probabilities to the loss, its coefficient dL/dlogp and every rollout's statistics.
+"""weigh: from log-probabilities to the loss, its coefficient dL/dlogp and every rollout's sums.
 
-One program per rollout. It reads the rollout's rows once for what the whole rollout says (tokens, confidence shift,
-log ratio, drift), once for every token's loss, and a third time where the derivative by the rollout's ratio is spread
-over its tokens: in blocks, so that a rollout may have any length. Deterministic: no atomics.
-Bytes: at most 29 per row if its walks find a rollout in cache, 65 if not. FLOPs: about 40 per row.
+One program a rollout. It reads the rollout's rows once for what the whole rollout says (tokens, confidence shift, log ratio,
+drift), once for every token's loss, and a third time where the derivative by the rollout's ratio is spread over its tokens:
+in blocks, so a rollout may have any length. Deterministic, no atomics.
+Bytes: at most 29 a row if its walks find a rollout in cache, 65 if not. FLOPs: about 40 a row.
 """
 
-from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 
 from rlvr_kernels._triton import dense, device_guard, jit, tl
 from rlvr_kernels.backend import use_triton
-from rlvr_kernels.spec import PolicySpec
-from rlvr_kernels.surrogate import numbers
-from rlvr_kernels.token_terms import (
-    asymmetric_weight,
-    asymmetric_weight_kernel,
-    kernel_arguments,
-    token_terms,
-    token_terms_kernel,
-)
+from rlvr_kernels.objective import TokenObjective, divergence_kernel, weight_kernel
+from rlvr_kernels.surrogates import SurrogateTerms, surrogate_kernel
 
 BLOCK = 1024
 NUM_WARPS = 8
 
-STATISTICS = ("loss", "tokens", "wrong", "shift", "weight", "kl", "clipped_low", "clipped_high", "dropped")
-"""The columns of `Weighed.statistics`: sums over the rollout's active rows, except shift and weight (ACE's), and wrong
-and dropped, which are 1 if any advantage is negative and if the rollout is so far off policy that such ones are dropped."""
+SUMS = ("loss", "tokens", "wrong", "shift", "kl", "clipped_low", "clipped_high", "dropped")
+"""The columns of `Weighed.sums`, each over a rollout's active rows: the aggregated loss, 1, A < 0, logp - ref, the KL estimate,
+a ratio outside of its bounds, and being dropped for going too far off policy. Parts of a rollout add up."""
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """n tokens of B rollouts. old, ref, sampling may be None; mask (n,) says which tokens count, None means all of them.
+
+    old=None means on policy. sampling holds the sampler's log-probabilities, NaN where they are not known.
+    """
+
+    advantages: torch.Tensor
+    cu_seqlens: torch.Tensor
+    weights: torch.Tensor
+    old: torch.Tensor | None = None
+    ref: torch.Tensor | None = None
+    sampling: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
+
+    def __len__(self) -> int:
+        return self.advantages.shape[0]
+
+    def rollout(self) -> torch.Tensor:
+        """The rollout (n,) of each row."""
+        return torch.repeat_interleave(self.cu_seqlens.diff(), output_size=self.advantages.shape[0])
+
+    def sums(self, values: torch.Tensor) -> torch.Tensor:
+        """Sums (B, ...) of values (n, ...) over the rows that count."""
+        if self.mask is not None:
+            values = values.masked_fill(~self.mask.view(-1, *[1] * (values.ndim - 1)), 0)
+        return rollout_sums(values, self.cu_seqlens)
+
+    def hiding(self, logp: torch.Tensor) -> "tuple[torch.Tensor, Rows]":
+        """logp (n,) and the rows with 0 where masked, so that no exp sees what stands there."""
+        if self.mask is None:
+            return logp, self
+        mask = self.mask
+        return torch.where(mask, logp, 0), self._map(lambda x: x if x.dtype == torch.bool else torch.where(mask, x, 0))
+
+    def row_weights(self) -> torch.Tensor:
+        """The aggregation's weight (n,) of each row, 0 where masked."""
+        weights = self.weights[self.rollout()]
+        return weights if self.mask is None else weights.masked_fill(~self.mask, 0)
+
+    def take(self, index: torch.Tensor | None) -> "Rows":
+        """The rows `index` (k,), ascending, with the boundaries that remain; None means all."""
+        if index is None:
+            return self
+        bounds = torch.searchsorted(index, self.cu_seqlens)
+        return self._map(lambda values: values[index], cu_seqlens=bounds)
+
+    def __getitem__(self, part: slice) -> "Rows":
+        """A piece of the rows, and of all rollouts what lies in it. A rollout may be cut."""
+        if part.stop - part.start == len(self):
+            return self
+        bounds = self.cu_seqlens.clamp(part.start, part.stop) - part.start
+        return self._map(lambda values: values[part], cu_seqlens=bounds)
+
+    def _map(self, function, **changes):
+        names = ("advantages", "old", "ref", "sampling", "mask")
+        values = {name: getattr(self, name) for name in names}
+        return replace(self, **{n: None if x is None else function(x) for n, x in values.items()}, **changes)
+
+
+def sum_dtype(values: torch.Tensor) -> torch.dtype:
+    """The dtype to add up many values in: float64 where the device has it."""
+    return values.dtype if values.device.type == "mps" else torch.float64
+
+
+def rollout_sums(values: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
+    """Sums (B, ...) of values (n, ...) over each rollout, added up in float64 where the device has it. Differentiable.
+
+    One after another in float32, a million tokens are off by 4e-3.
+    """
+    return torch.segment_reduce(values.to(sum_dtype(values)), "sum", offsets=cu_seqlens, axis=0).to(values.dtype)
 
 
 class Weighed(NamedTuple):
-    """losses (N,) and coef = dL/dlogp (N,), both with the aggregation's weight in them and 0 where masked; statistics (B, 9)."""
+    """losses (n,) and coef = dL/dlogp (n,), aggregated and 0 where masked; sums (B, 8) by rollout, see `SUMS`."""
 
     losses: torch.Tensor
     coef: torch.Tensor
-    statistics: torch.Tensor
+    sums: torch.Tensor
 
 
-def weigh(
-    logp: torch.Tensor,
-    old: torch.Tensor | None,
-    ref: torch.Tensor | None,
-    advantages: torch.Tensor,
-    mask: torch.Tensor | None,
-    cu_seqlens: torch.Tensor,
-    rollout_weight: torch.Tensor,
-    spec: PolicySpec,
-    backend: str = "auto",
-    *,
-    behaviour: torch.Tensor | None = None,
-) -> Weighed:
-    """Weigh N packed rows of B rollouts; L = sum of `losses`.
+def weigh(logp: torch.Tensor, rows: Rows, objective: TokenObjective, backend: str = "auto") -> Weighed:
+    """Weigh log-probabilities (n,) of rows; the loss is the sum of `losses`.
 
-    logp, old, ref, advantages, behaviour are (N,) in one float dtype, mask (N,) bool; cu_seqlens (B + 1,) int64;
-    rollout_weight (B,) is what the aggregation multiplies each of a rollout's tokens by. behaviour, for the off-policy
-    mask, is what sampled: NaN where it is not known; None means old.
+    ACE's weight is applied where it depends on `logp`. Where it is known before, with confidence="old", the advantages
+    already hold it.
     """
-    behaviour = old if behaviour is None else behaviour
-    behaviour = None if spec.off_policy_mask_threshold is None else behaviour
-    if use_triton(logp, backend):
-        return _weigh_triton(logp, old, ref, behaviour, advantages, mask, cu_seqlens, rollout_weight, spec)
-    rollout = rollout_of_row(cu_seqlens, logp.shape[0])
-    active = torch.ones_like(logp, dtype=torch.bool) if mask is None else mask
-    # Masked rows are 0 from here on, so that no exp sees what stands in them.
-    logp, advantages = torch.where(active, logp, 0), torch.where(active, advantages, 0)
-    old, ref, behaviour = (None if x is None else torch.where(active, x, 0) for x in (old, ref, behaviour))
+    return (_weigh_triton if use_triton(logp, backend) else _weigh_torch)(logp, rows, objective)
 
-    def per_rollout(values: torch.Tensor) -> torch.Tensor:
-        kept = torch.where(active, values.to(logp.dtype), 0)
-        return torch.zeros_like(rollout_weight, dtype=logp.dtype).index_add_(0, rollout, kept)
 
-    tokens = per_rollout(active)
-    shift, weight = torch.zeros_like(tokens), torch.ones_like(tokens)
+def _weigh_torch(logp: torch.Tensor, rows: Rows, objective: TokenObjective) -> Weighed:
+    active, rollout = torch.ones_like(logp) if rows.mask is None else rows.mask.to(logp.dtype), rows.rollout()
+    logp, rows = rows.hiding(logp)
+    advantages, old, ref = rows.advantages, rows.old, rows.ref
+    believed = old if old is not None and objective.ace.confidence == "old" else logp
+    gap = torch.zeros_like(logp) if ref is None else believed - ref
+    tokens, shift = rows.sums(torch.stack([active, gap], 1)).unbind(1)
+    kept = _near_enough(logp, rows, objective, tokens)
+    weight = kept
+    if ref is not None and objective.weighs_current(old is not None):
+        weight = kept * objective.ace.weight(objective.ace.shift(shift, tokens))
+    weighted = torch.where(advantages < 0, advantages * weight[rollout], advantages)
+    terms, coef, outside = _token_terms(logp, old, weighted, advantages, rows, objective, tokens, rollout)
+    losses, kl = terms.loss, torch.zeros_like(logp)
     if ref is not None:
-        shift = _confidence_shift(logp, old, ref, spec, per_rollout, tokens)
-        weight = asymmetric_weight(shift, spec) if spec.alpha > 0 else weight
-    kept = _near_enough(logp, behaviour, spec, per_rollout, tokens)
-    log_ratio = None if old is None else logp - old
-    x, open_ = _what_the_surrogate_sees(log_ratio, advantages, spec, per_rollout, tokens, rollout)
-    terms = token_terms(logp, log_ratio, x, ref, advantages, (weight * kept)[rollout], spec)
-    slope = terms.slope
-    if spec.spreads:
-        slope = (per_rollout(slope) / tokens.clamp(min=1))[rollout]
-        slope = slope if open_ is None else torch.where(open_, slope, 0)
-    scale = torch.where(active, rollout_weight[rollout], 0)
-    losses, coef = terms.loss * scale, (slope + terms.direct) * scale
-    wrong = (per_rollout(advantages < 0) > 0).to(logp.dtype)
-    low, high = (terms.clipped_low, terms.clipped_high) if open_ is None else _outside(log_ratio, advantages, spec)
-    counts = (advantages > 0) | (advantages * kept[rollout] < 0)
-    sums = [per_rollout(terms.kl), *(per_rollout(x & counts) for x in (low, high))]
-    return Weighed(losses, coef, torch.stack([per_rollout(losses), tokens, wrong, shift, weight, *sums, 1 - kept], 1))
+        kl, by_kl = objective.kl.terms(logp, old, ref)
+        if objective.kl.beta > 0:
+            losses, coef = losses + objective.kl.beta * kl, coef + objective.kl.beta * by_kl
+    scale = rows.weights[rollout] if rows.mask is None else rows.row_weights()
+    losses, coef = losses * scale, coef * scale
+    counts = (advantages > 0) | (weighted < 0)
+    columns = (losses, active, advantages < 0, gap, kl, outside[0] & counts, outside[1] & counts, 1 - kept[rollout])
+    return Weighed(losses, coef, rows.sums(torch.stack([column.to(logp.dtype) for column in columns], 1)))
 
 
-def rollout_of_row(cu_seqlens: torch.Tensor, rows: int) -> torch.Tensor:
-    """The rollout (N,) that each of N packed rows belongs to."""
-    return torch.repeat_interleave(cu_seqlens.diff(), output_size=rows)
-
-
-PerRollout = Callable[[torch.Tensor], torch.Tensor]
-
-
-def _confidence_shift(
-    logp: torch.Tensor, old: torch.Tensor | None, ref: torch.Tensor, spec: PolicySpec, per_rollout: PerRollout,
-    tokens: torch.Tensor,
-) -> torch.Tensor:  # fmt: skip
-    """c (B,): how much likelier the policy has made each rollout than the reference did."""
-    confident = old if spec.confidence == "old" and old is not None else logp
-    total = per_rollout(confident - ref)
-    return total / tokens.clamp(min=1) if spec.confidence_reduction == "mean" else total
-
-
-def _near_enough(
-    logp: torch.Tensor, behaviour: torch.Tensor | None, spec: PolicySpec, per_rollout: PerRollout, tokens: torch.Tensor
-) -> torch.Tensor:
-    """1 (B,) where the mean of behaviour - logp is at most the threshold, else 0. Unknown tokens add nothing to it."""
-    if behaviour is None or spec.off_policy_mask_threshold is None:
+def _near_enough(logp, rows, objective, tokens):
+    """1 (B,) where the mean of sampling (or old) - logp is at most the threshold, else 0. Unknown tokens add nothing."""
+    behaviour = rows.old if rows.sampling is None else rows.sampling
+    if behaviour is None or objective.off_policy_mask_threshold is None:
         return torch.ones_like(tokens)
-    drift = per_rollout(torch.where(behaviour.isnan(), 0, behaviour - logp)) / tokens.clamp(min=1)
-    return (drift <= spec.off_policy_mask_threshold).to(logp.dtype)
+    drift = rows.sums(torch.where(behaviour.isnan(), 0, behaviour - logp)) / tokens.clamp(min=1)
+    return (drift <= objective.off_policy_mask_threshold).to(logp.dtype)
 
 
-def _what_the_surrogate_sees(
-    log_ratio: torch.Tensor | None, advantages: torch.Tensor, spec: PolicySpec, per_rollout: PerRollout,
-    tokens: torch.Tensor, rollout: torch.Tensor,
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:  # fmt: skip
-    """x (N,), and for gmpo the tokens whose log ratio is inside its bounds."""
-    if log_ratio is None or spec.level == "token":
-        return log_ratio, None
-    if spec.level == "product":
-        return per_rollout(log_ratio)[rollout], None
-    inside = None
-    if spec.level == "geometric":
-        low, high = _outside(log_ratio, advantages, spec)
-        inside = ~(low | high)
-        log_ratio = log_ratio.clamp(*_bounds(advantages, spec))
-    return (per_rollout(log_ratio) / tokens.clamp(min=1))[rollout], inside
+def _token_terms(logp, old, weighted, advantages, rows, objective, tokens, rollout):
+    """The surrogate's terms, its derivative by each logp, and where a ratio lies below and above its bounds, all (n,)."""
+    surrogate, level = objective.surrogate, objective.level
+    x, inside = torch.zeros_like(logp) if old is None else logp - old, None
+    log_ratio = x
+    if level == "product":
+        x = rows.sums(log_ratio)[rollout]
+    elif level != "token":
+        if level == "geometric":
+            a, b = (bound.masked_fill(advantages == 0, 0) for bound in surrogate.by_sign(advantages))  # without one: 1
+            inside, x = (log_ratio >= a) & (log_ratio <= b), log_ratio.clamp(a, b)
+        x = (rows.sums(x) / tokens.clamp(min=1))[rollout]
+    terms: SurrogateTerms = surrogate.terms(x, logp, weighted)
+    slope = terms.slope
+    if objective.spreads:
+        slope = (rows.sums(slope) / tokens.clamp(min=1))[rollout]
+        slope = slope if inside is None or old is None else torch.where(inside, slope, 0)
+    if inside is None or old is None:
+        return terms, slope, (terms.below, terms.above)
+    return terms, slope, (log_ratio < a, log_ratio > b)
 
 
-def _outside(
-    log_ratio: torch.Tensor | None, advantages: torch.Tensor, spec: PolicySpec
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where a log ratio is below and above the bounds (N,) of gmpo."""
-    assert log_ratio is not None
-    a, b = _bounds(advantages, spec)
-    return log_ratio < a, log_ratio > b
-
-
-def _bounds(advantages: torch.Tensor, spec: PolicySpec) -> tuple[torch.Tensor, torch.Tensor]:
-    """gmpo's bounds (N,) by the sign of each advantage; 0 and 0 without one, so that such a token adds nothing (verl's)."""
-    a, b = numbers(spec.surrogate, advantages)
-    return a.masked_fill(advantages == 0, 0), b.masked_fill(advantages == 0, 0)
-
-
-def _weigh_triton(
-    logp: torch.Tensor, old: torch.Tensor | None, ref: torch.Tensor | None, behaviour: torch.Tensor | None,
-    advantages: torch.Tensor, mask: torch.Tensor | None, cu_seqlens: torch.Tensor, rollout_weight: torch.Tensor, spec: PolicySpec,
-) -> Weighed:  # fmt: skip
-    rollouts = rollout_weight.shape[0]
-    logp, old, ref, behaviour, advantages, mask = dense(logp, old, ref, behaviour, advantages, mask)  # type: ignore[assignment]
-    cu_seqlens, rollout_weight = dense(cu_seqlens, rollout_weight)  # type: ignore[assignment]
+def _weigh_triton(logp: torch.Tensor, rows: Rows, objective: TokenObjective) -> Weighed:
+    old, ref, rollouts = rows.old, rows.ref, rows.weights.shape[0]
+    behaviour = old if rows.sampling is None else rows.sampling
+    behaviour = None if objective.off_policy_mask_threshold is None else behaviour
+    names = ("logp", "old", "ref", "behaviour", "advantage", "mask", "cu_seqlens", "rollout_weight")
+    given = dense(logp, old, ref, behaviour, rows.advantages, rows.mask, rows.cu_seqlens, rows.weights)
     losses, coef = torch.zeros_like(logp), torch.zeros_like(logp)
-    statistics = torch.empty(rollouts, len(STATISTICS), dtype=logp.dtype, device=logp.device)
+    sums = torch.empty(rollouts, len(SUMS), dtype=logp.dtype, device=logp.device)
     if rollouts:
         with device_guard(logp):
             weigh_kernel[(rollouts,)](
-                logp, old, ref, behaviour, advantages, mask, cu_seqlens, rollout_weight, losses, coef, statistics,
-                threshold=float(spec.off_policy_mask_threshold or 0), LEVEL=spec.level, SPREADS=spec.spreads,
-                HAS_OLD=old is not None, HAS_REF=ref is not None, HAS_MASK=mask is not None, DROPS=behaviour is not None,
-                ACE=spec.alpha > 0 and ref is not None, OLD_CONFIDENCE=spec.confidence == "old" and old is not None,
-                MEAN=spec.confidence_reduction == "mean", BLOCK=BLOCK, num_warps=NUM_WARPS, **kernel_arguments(spec),
+                **{f"{name}_ptr": x for name, x in zip(names, given, strict=True)}, losses_ptr=losses, coef_ptr=coef,
+                sums_ptr=sums, threshold=float(objective.off_policy_mask_threshold or 0), LEVEL=objective.level,
+                SPREADS=objective.spreads, HAS_OLD=old is not None, HAS_REF=ref is not None, HAS_MASK=rows.mask is not None,
+                DROPS=behaviour is not None, ACE=ref is not None and objective.weighs_current(old is not None),
+                OLD_CONFIDENCE=objective.ace.confidence == "old" and old is not None, BLOCK=BLOCK, num_warps=NUM_WARPS,
+                **objective.surrogate.kernel_arguments(), **objective.ace.kernel_arguments(), **objective.kl.kernel_arguments(),
             )  # fmt: skip
-    return Weighed(losses, coef, statistics)
+    return Weighed(losses, coef, sums)
 
 
 @jit
 def weigh_kernel(
     logp_ptr, old_ptr, ref_ptr, behaviour_ptr, advantage_ptr, mask_ptr, cu_seqlens_ptr, rollout_weight_ptr, losses_ptr, coef_ptr,
-    statistics_ptr, positive_a, positive_b, negative_a, negative_b, beta, alpha, threshold,
+    sums_ptr, positive_a, positive_b, negative_a, negative_b, beta, alpha, threshold,
     FORM: tl.constexpr, LEVEL: tl.constexpr, SPREADS: tl.constexpr, HAS_OLD: tl.constexpr, HAS_REF: tl.constexpr,
     HAS_MASK: tl.constexpr, DROPS: tl.constexpr, ACE: tl.constexpr, OLD_CONFIDENCE: tl.constexpr, MEAN: tl.constexpr,
     SHAPE: tl.constexpr, KL: tl.constexpr, CORRECTED: tl.constexpr, BLOCK: tl.constexpr,
@@ -204,9 +220,7 @@ def weigh_kernel(
                 confident = tl.load(logp_ptr + rows, mask=active, other=0.0)
             shift += tl.sum(confident - ref, 0)
         if DROPS:
-            gap = tl.load(behaviour_ptr + rows, mask=active, other=0.0) - tl.load(
-                logp_ptr + rows, mask=active, other=0.0
-            )
+            gap = log_ratio_of(behaviour_ptr, logp_ptr, rows, active)
             drift += tl.sum(tl.where(gap == gap, gap, 0.0), 0)  # NaN: unknown
         if HAS_OLD and LEVEL != "token":
             x = log_ratio_of(logp_ptr, old_ptr, rows, active)
@@ -215,11 +229,9 @@ def weigh_kernel(
                 x = tl.where(active, tl.minimum(tl.maximum(x, a), b), 0.0)
             log_ratios += tl.sum(x, 0)
     count = tl.maximum(tokens, 1.0)
-    if MEAN:
-        shift = shift / count
     ace = 1.0
     if ACE:
-        ace = asymmetric_weight_kernel(shift, alpha, SHAPE)
+        ace = weight_kernel(shift / count if MEAN else shift, alpha, SHAPE)
     dropped = 0.0
     if DROPS:
         dropped = tl.where(drift / count > threshold, 1.0, 0.0)
@@ -232,30 +244,40 @@ def weigh_kernel(
     low_sum = 0.0
     high_sum = 0.0
     slope_sum = 0.0
-    wrong = 0.0
+    negatives = 0.0
     for start in range(first, last, BLOCK):
         rows, active = active_rows(start, last, mask_ptr, HAS_MASK, BLOCK)
         logp = tl.load(logp_ptr + rows, mask=active, other=0.0)
         advantage = tl.load(advantage_ptr + rows, mask=active, other=0.0)
-        log_ratio = tl.zeros_like(logp)
-        ref = logp
+        old = logp
+        log_ratio = tl.zeros_like(logp)  # and not logp - old, which is NaN for a token that cannot be
         if HAS_OLD:
-            log_ratio = logp - tl.load(old_ptr + rows, mask=active, other=0.0)
-        if HAS_REF:
-            ref = tl.load(ref_ptr + rows, mask=active, other=0.0)
+            old = tl.load(old_ptr + rows, mask=active, other=0.0)
+            log_ratio = logp - old
         x = log_ratio
         if LEVEL != "token":
             x = tl.zeros_like(logp) + log_ratios
-        loss, slope, direct, kl, low, high = token_terms_kernel(
-            logp, log_ratio, x, ref, advantage, weight, positive_a, positive_b, negative_a, negative_b, beta,
-            FORM, HAS_REF, KL, CORRECTED,
-        )  # fmt: skip
+        weighted = tl.where(advantage < 0, advantage * weight, advantage)
+        a = tl.where(weighted > 0, positive_a, negative_a)
+        b = tl.where(weighted > 0, positive_b, negative_b)
+        loss, slope, low, high = surrogate_kernel(x, logp, weighted, a, b, FORM)
+        kl = tl.zeros_like(loss)
+        direct = kl
+        if HAS_REF:
+            ref = tl.load(ref_ptr + rows, mask=active, other=0.0)
+            kl, by_logp = divergence_kernel(logp, old, ref, KL, CORRECTED and HAS_OLD)
+            if CORRECTED and not HAS_OLD:
+                by_logp = logp - ref
+            loss += tl.where(
+                beta > 0, beta * kl, 0.0
+            )  # 0 * inf, where the policy has all but ruled a token out, is 0 here
+            direct = tl.where(beta > 0, beta * by_logp, 0.0)
         if LEVEL == "geometric":
             a, b = bounds(advantage_ptr, rows, active, positive_a, positive_b, negative_a, negative_b)
             low = log_ratio < a
             high = log_ratio > b
         if FORM != "clip":  # there a ratio is 1 without an advantage, and inside
-            counts = (advantage > 0) | (advantage * weight < 0)
+            counts = (advantage > 0) | (weighted < 0)
             low = low & counts
             high = high & counts
         if SPREADS:
@@ -267,7 +289,7 @@ def weigh_kernel(
         kl_sum += tl.sum(tl.where(active, kl, 0.0), 0)
         low_sum += tl.sum((low & active).to(tl.float32), 0)
         high_sum += tl.sum((high & active).to(tl.float32), 0)
-        wrong = tl.maximum(wrong, tl.max(tl.where(advantage < 0, 1.0, 0.0), 0))
+        negatives += tl.sum((advantage < 0).to(tl.float32), 0)
 
     if SPREADS:
         tl.debug_barrier()  # what is added to below was written above
@@ -281,16 +303,15 @@ def weigh_kernel(
                 share = tl.where((x < a) | (x > b), 0.0, share)
             tl.store(coef_ptr + rows, tl.load(coef_ptr + rows, mask=active, other=0.0) + share, mask=active)
 
-    out = statistics_ptr + rollout * 9
+    out = sums_ptr + rollout * 8
     tl.store(out + 0, loss_sum)
     tl.store(out + 1, tokens)
-    tl.store(out + 2, wrong)
+    tl.store(out + 2, negatives)
     tl.store(out + 3, shift)
-    tl.store(out + 4, ace)
-    tl.store(out + 5, kl_sum)
-    tl.store(out + 6, low_sum)
-    tl.store(out + 7, high_sum)
-    tl.store(out + 8, dropped)
+    tl.store(out + 4, kl_sum)
+    tl.store(out + 5, low_sum)
+    tl.store(out + 6, high_sum)
+    tl.store(out + 7, dropped * tokens)
 
 
 @jit
@@ -305,7 +326,7 @@ def active_rows(start, last, mask_ptr, HAS_MASK: tl.constexpr, BLOCK: tl.constex
 
 @jit
 def log_ratio_of(logp_ptr, old_ptr, rows, active):
-    """logp - old of a block of rows, 0 where not active."""
+    """The difference of two log-probabilities of a block of rows, 0 where not active."""
     return tl.load(logp_ptr + rows, mask=active, other=0.0) - tl.load(old_ptr + rows, mask=active, other=0.0)
 
 

@@ -3,8 +3,7 @@
 import pytest
 import torch
 from rlvr_kernels import tile
-from rlvr_kernels.single_pass import _fill_up as fill_up
-from rlvr_kernels.tile import TileShape, row_pitch, vocabulary_tile
+from rlvr_kernels.tile import TileShape, compact_, row_pitch, vocabulary_tile
 from torch.profiler import ProfilerActivity, profile
 
 import rlvr_ops
@@ -128,7 +127,7 @@ def test_masked_rows_and_rollouts_without_advantage_are_never_multiplied(schedul
 def two_passes(keep_bytes, monkeypatch, batch, **keywords):
     """Metrics, loss and gradients, from two backward passes over one graph, with some logits kept between the passes."""
     hidden, weight, ids, advantages, ref = batch
-    monkeypatch.setattr("rlvr_ops.schedules._bytes_to_keep", lambda *_: keep_bytes)
+    monkeypatch.setattr("rlvr_ops.head.plan.Planner._bytes_to_keep", lambda *_: keep_bytes)
     out = rlvr_ops.ace_loss(
         hidden, weight, ids, advantages, ref_per_token_logps=ref, schedule="two_pass", workspace_bytes=WORKSPACE * 8, **keywords
     )  # fmt: skip
@@ -171,7 +170,7 @@ def test_a_tile_wider_than_its_gradient_with_padded_rows_gives_the_same_gradient
     leaves = [x.detach().bfloat16().requires_grad_() for x in (hidden, weight)]
     old = ref - 2.0 * (torch.arange(T) % 3 == 0)  # some are clipped
     monkeypatch.setattr("rlvr_kernels.single_pass.moving_pays", lambda kept, dropped, *_: dropped > 0)
-    monkeypatch.setattr("rlvr_ops.schedules._bytes_to_keep", lambda *_: 600 * B * T * 4)
+    monkeypatch.setattr("rlvr_ops.head.plan.Planner._bytes_to_keep", lambda *_: 600 * B * T * 4)
 
     def gradients():
         out = rlvr_ops.ace_loss(
@@ -181,7 +180,7 @@ def test_a_tile_wider_than_its_gradient_with_padded_rows_gives_the_same_gradient
         return torch.autograd.grad(out.loss, leaves)
 
     expected = gradients()
-    for module in ("rlvr_kernels.tile", "rlvr_ops.ops"):
+    for module in ("rlvr_kernels.tile", "rlvr_ops.losses.policy_loss"):
         monkeypatch.setattr(f"{module}.logit_dtype", lambda *_: torch.float32)
     on_cuda = torch.device("cuda")
     monkeypatch.setattr("rlvr_kernels.tile.row_pitch", lambda cols, device: row_pitch(cols, on_cuda))
@@ -237,12 +236,12 @@ def test_vocabulary_tiles_fill_the_workspace_and_cut_rows_before_they_get_narrow
 @pytest.mark.parametrize("share", [0.0, 0.05, 0.3, 0.5, 0.9, 1.0])
 @pytest.mark.parametrize("piece_bytes", [1, 16 << 20])
 def test_only_rows_from_below_move_and_each_is_where_the_order_says(share, piece_bytes, monkeypatch):
-    monkeypatch.setattr("rlvr_kernels.single_pass.CACHED_BYTES", piece_bytes)
+    monkeypatch.setattr("rlvr_kernels.tile.CACHED_BYTES", piece_bytes)
     g = torch.Generator().manual_seed(int(100 * share))
     rows = torch.rand(97, generator=g)
     tile = (rows[:, None] + torch.arange(5)).repeat(1, 1)
     before, keep = tile.clone(), (torch.rand(97, generator=g) < share).nonzero()[:, 0]
-    top, order = fill_up(tile, keep)
+    top, order = compact_(tile, keep)
     assert order.sort().values.equal(keep)
     assert top.equal(before[order])
     stays = keep[keep < len(keep)]
@@ -255,7 +254,7 @@ def test_only_rows_from_below_move_and_each_is_where_the_order_says(share, piece
 def test_kept_logits_in_padded_rows_stay_inside_the_workspace(vocabulary, workspace, monkeypatch):
     """As on an accelerator, where a row of 65 logits takes the room of 96."""
     monkeypatch.setattr(tile, "row_pitch", lambda cols, device: row_pitch(cols, torch.device("cuda")))
-    for module in ("rlvr_ops.schedules", "rlvr_ops.ops"):
+    for module in ("rlvr_ops.head.plan", "rlvr_ops.losses.policy_loss"):
         monkeypatch.setattr(f"{module}.row_pitch", tile.row_pitch)
     hidden, weight, ids, advantages, ref = make_batch()
     ids = ids % vocabulary

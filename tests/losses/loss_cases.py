@@ -5,8 +5,11 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from rlvr_ops import surrogates
-from rlvr_ops.reference import reference_policy_loss, reference_token_logps
+import rlvr_ops
+from rlvr_ops import KL, Ace, Entropy, Head, Objective, Plan, Rollouts, reference, surrogates
+from rlvr_ops.losses.ace import resolve
+from rlvr_ops.objectives.objective import correction
+from rlvr_ops.reference import reference_token_logps
 
 RAGGED = (70, 61, 1, 0, 53, 67)  # N = 252 active rows of T = 70, one rollout with nothing in it
 SMALL = (5, 3, 0, 4)
@@ -112,6 +115,66 @@ def pack(batch, *, keep_holes=True):
     if batch.advantages.ndim == 2:
         tokens["advantages"] = batch.advantages[rows]
     return replace(batch, **tokens, cu_seqlens=torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)]))
+
+
+def take(flat, *names, **renamed):
+    """Keyword arguments of a record out of flat ones, which lose them."""
+    pairs = {**{name: name for name in names}, **renamed}
+    return {field: flat.pop(name) for field, name in pairs.items() if name in flat}
+
+
+def make_objective(flat):
+    """The objective that a loss's flat keywords mean; they lose its names."""
+    clip = take(flat, "surrogate", "epsilon_low", "epsilon_high", "delta")
+    ace = take(flat, "alpha", "confidence", "shape", reduction="confidence_reduction")
+    kl = take(flat, "beta", estimator="kl_estimator", bias_correction="use_bias_correction_kl")
+    entropy = take(flat, coef="entropy_coef", top_quantile="top_entropy_quantile")
+    sampling = take(flat, kind="sampling_correction", clip_max="sampling_clip_max", clip_min="sampling_clip_min")
+    others = take(
+        flat, "importance_sampling_level", "off_policy_mask_threshold", "max_completion_length", aggregation="loss_type"
+    )
+    sampling = correction(**{"kind": None, "clip_max": 3.0, "clip_min": None, **sampling})
+    surrogate = resolve(**{"surrogate": "ppo_clip", **clip})
+    return Objective(
+        surrogate,
+        ace=Ace(**{"alpha": 0.0, **ace}),
+        kl=KL(**kl),
+        entropy=Entropy(**entropy),
+        sampling=sampling,
+        **others,
+    )
+
+
+TENSORS = (
+    "ref_per_token_logps", "old_per_token_logps", "sampling_per_token_logps", "completion_mask", "cu_seqlens",
+    "num_items_in_batch",
+)  # fmt: skip
+
+
+def policy_loss(hidden, weight, ids, advantages, *, of=rlvr_ops.policy_loss, **flat):
+    """`rlvr_ops.policy_loss`, or its reference, by flat keywords."""
+    objective = make_objective(flat)
+    head = Head(weight, **take(flat, "logit_scale", "softcap", "temperature", bias="lm_head_bias"))
+    rollouts = Rollouts(ids, advantages, **take(flat, *TENSORS))
+    plan = Plan(**take(flat, "schedule", "workspace_bytes", "backend", "score_inactive", "with_entropy", "validate"))
+    assert not flat, f"nobody knows {flat}"
+    if of is rlvr_ops.policy_loss:
+        return of(hidden, head, rollouts, objective, plan)
+    return of(hidden, head, rollouts, objective, with_entropy=plan.with_entropy)
+
+
+def reference_policy_loss(*args, **flat):
+    return policy_loss(*args, of=reference.reference_policy_loss, **flat)
+
+
+def policy_loss_from_logps(logps, advantages, *, of=rlvr_ops.policy_loss_from_logps, **flat):
+    """`rlvr_ops.policy_loss_from_logps`, or its reference, by flat keywords."""
+    objective = make_objective(flat)
+    return of(logps, Rollouts(None, advantages, **take(flat, *TENSORS)), objective, **flat)
+
+
+def reference_policy_loss_from_logps(*args, **flat):
+    return policy_loss_from_logps(*args, of=reference.reference_policy_loss_from_logps, **flat)
 
 
 def run(loss, batch, *, leaves=None, **kwargs):

@@ -4,11 +4,21 @@ from dataclasses import replace
 
 import pytest
 import torch
-from loss_cases import SMALL, assert_same, error, make_batch, pack, run
+from loss_cases import (
+    SMALL,
+    assert_same,
+    error,
+    make_batch,
+    pack,
+    policy_loss,
+    policy_loss_from_logps,
+    reference_policy_loss,
+    reference_policy_loss_from_logps,
+    run,
+)
 from torch.utils.checkpoint import checkpoint
 
 import rlvr_ops
-from rlvr_ops import reference
 
 SCHEDULES = ("single_pass", "two_pass")
 both = pytest.mark.parametrize("schedule", SCHEDULES)
@@ -34,7 +44,7 @@ def test_gradcheck(schedule, packed):
     given = arguments(batch, confidence="old", delta=1.6, schedule=schedule, **batch.packing, **head)
 
     def loss(hidden, weight, bias):
-        return rlvr_ops.policy_loss(hidden, weight, batch.ids, batch.advantages, lm_head_bias=bias, **given).loss
+        return policy_loss(hidden, weight, batch.ids, batch.advantages, lm_head_bias=bias, **given).loss
 
     assert torch.autograd.gradcheck(loss, batch.leaves())
 
@@ -57,9 +67,9 @@ def test_gradcheck_of_log_probabilities_and_entropy():
 def test_an_upstream_gradient_scales_every_gradient(schedule, scale):
     batch = make_batch(SMALL, 17, 5)
     given = arguments(batch, schedule=schedule)
-    _, truth = run(rlvr_ops.policy_loss, batch, use_bias=True, **given)
+    _, truth = run(policy_loss, batch, use_bias=True, **given)
     leaves = batch.leaves()
-    out = rlvr_ops.policy_loss(leaves[0], leaves[1], batch.ids, batch.advantages, lm_head_bias=leaves[2], **given)
+    out = policy_loss(leaves[0], leaves[1], batch.ids, batch.advantages, lm_head_bias=leaves[2], **given)
     (scale * out.loss).backward()
     for leaf, grad in zip(leaves, truth, strict=True):
         assert_same(leaf.grad, scale * grad, 1e-14)
@@ -69,7 +79,7 @@ def test_an_upstream_gradient_scales_every_gradient(schedule, scale):
 def test_a_second_backward_gives_the_same_gradients_again(schedule):
     batch = make_batch(SMALL, 17, 5)
     hidden, weight, _ = batch.leaves()
-    out = rlvr_ops.policy_loss(hidden, weight, batch.ids, batch.advantages, **arguments(batch, schedule=schedule))
+    out = policy_loss(hidden, weight, batch.ids, batch.advantages, **arguments(batch, schedule=schedule))
     (5.0 * out.loss).backward(retain_graph=True)
     first = hidden.grad.clone(), weight.grad.clone()
     (5.0 * out.loss).backward()
@@ -81,7 +91,7 @@ def test_a_second_backward_gives_the_same_gradients_again(schedule):
 def test_a_second_derivative_is_refused_rather_than_wrong(schedule):
     batch = make_batch(SMALL, 17, 5)
     hidden, weight, _ = batch.leaves()
-    out = rlvr_ops.policy_loss(hidden, weight, batch.ids, batch.advantages, **arguments(batch, schedule=schedule))
+    out = policy_loss(hidden, weight, batch.ids, batch.advantages, **arguments(batch, schedule=schedule))
     with pytest.raises(RuntimeError, match="the losses can be differentiated once: create_graph=True"):
         torch.autograd.grad(out.loss, hidden, create_graph=True)
 
@@ -91,33 +101,28 @@ def test_a_second_derivative_is_refused_rather_than_wrong(schedule):
 def test_only_the_gradients_that_are_wanted_are_computed_and_they_are_the_same(schedule, wanted):
     batch = make_batch(SMALL, 17, 5)
     given = arguments(batch, schedule=schedule, use_bias=True)
-    _, truth = run(rlvr_ops.policy_loss, batch, **given)
+    _, truth = run(policy_loss, batch, **given)
     leaves = [x.requires_grad_(bool(w)) for x, w in zip(map(torch.Tensor.detach, batch.leaves()), wanted, strict=True)]
     if any(wanted):
-        _, grads = run(rlvr_ops.policy_loss, batch, leaves=leaves, **given)
+        _, grads = run(policy_loss, batch, leaves=leaves, **given)
         for grad, true_grad, want in zip(grads, truth, wanted, strict=True):
             assert (grad is not None) == bool(want)
             assert grad is None or error(grad, true_grad) < 1e-14
     else:
-        out = rlvr_ops.policy_loss(
-            leaves[0], leaves[1], batch.ids, batch.advantages, **arguments(batch, schedule=schedule)
-        )
+        out = policy_loss(leaves[0], leaves[1], batch.ids, batch.advantages, **arguments(batch, schedule=schedule))
         assert not out.loss.requires_grad
 
 
-@pytest.mark.parametrize("schedule", ["single_pass", "two_pass", "auto", "forward_only"])
+@pytest.mark.parametrize("schedule", ["single_pass", "two_pass", "auto"])
 def test_without_gradients_the_loss_is_the_same_number(schedule):
     batch = make_batch(SMALL, 17, 5)
-    truth, _ = run(rlvr_ops.policy_loss, batch, **arguments(batch))
+    truth, _ = run(policy_loss, batch, **arguments(batch))
     hidden, weight, _ = batch.leaves()
     given = arguments(batch, schedule=schedule)
     with torch.no_grad():
-        quiet = rlvr_ops.policy_loss(hidden, weight, batch.ids, batch.advantages, **given)
+        quiet = policy_loss(hidden, weight, batch.ids, batch.advantages, **given)
     assert not quiet.loss.requires_grad
     assert_same(quiet.loss, truth.loss.detach(), 1e-14)
-    if schedule == "forward_only":
-        out = rlvr_ops.policy_loss(hidden, weight, batch.ids, batch.advantages, **given)
-        assert not out.loss.requires_grad
 
 
 @both
@@ -134,7 +139,7 @@ def test_nothing_that_counts_gives_zero_attached_with_zero_gradients(schedule, l
             given = arguments(given_batch, loss_type=loss_type, schedule=schedule, with_entropy=True)
             if loss_type == "dr_grpo":
                 given["max_completion_length"] = 5
-            out, grads = run(rlvr_ops.policy_loss, given_batch, use_bias=True, **given)
+            out, grads = run(policy_loss, given_batch, use_bias=True, **given)
             assert out.loss.item() == 0
             assert out.loss.requires_grad
             for grad in grads:
@@ -142,7 +147,7 @@ def test_nothing_that_counts_gives_zero_attached_with_zero_gradients(schedule, l
                 assert not bool(grad.any())
             assert all(bool(torch.isfinite(value)) for value in out.metrics.values())
     logps = torch.zeros_like(empty.old).requires_grad_()
-    out = rlvr_ops.policy_loss_from_logps(
+    out = policy_loss_from_logps(
         logps, empty.advantages, completion_mask=empty.mask, ref_per_token_logps=empty.ref, alpha=1.0
     )
     (coef,) = torch.autograd.grad(out.loss, logps)
@@ -156,7 +161,7 @@ def eager(hidden, weight, ids, advantages, *, completion_mask, **kwargs):
         hidden = hidden.to(torch.promote_types(hidden.dtype, weight.dtype))
     logits = (hidden @ weight.T).float()
     logps = logits.log_softmax(-1).gather(-1, ids[..., None])[..., 0]
-    return reference.reference_policy_loss_from_logps(logps, advantages, completion_mask=completion_mask, **kwargs)
+    return reference_policy_loss_from_logps(logps, advantages, completion_mask=completion_mask, **kwargs)
 
 
 def rms(actual, truth):
@@ -175,10 +180,10 @@ def test_low_precision_is_no_further_from_the_truth_than_plain_pytorch(schedule,
     # Clipped only where it does not matter: at the edge of a clip a rounding switches a token off, in any implementation.
     smooth = {"epsilon_low": 1.0, "epsilon_high": 50.0}
     exact = low.to(torch.float64)
-    _, truth = run(reference.reference_policy_loss, exact, **arguments(exact, **smooth))
+    _, truth = run(reference_policy_loss, exact, **arguments(exact, **smooth))
     given = arguments(low, **smooth)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=mode.startswith("autocast")):
-        ours, grads = run(rlvr_ops.policy_loss, low, schedule=schedule, workspace_bytes=room, **given)
+        ours, grads = run(policy_loss, low, schedule=schedule, workspace_bytes=room, **given)
         _, plain = run(eager, low, **given)
     assert ours.loss.dtype == torch.float32
     assert ours.per_token_logps.dtype == torch.float32
@@ -200,8 +205,8 @@ def test_tied_embeddings_get_both_gradients(schedule):
         return torch.autograd.grad(out.loss, table)[0]
 
     given = arguments(batch)
-    got = gradient(lambda *a: rlvr_ops.policy_loss(*a, schedule=schedule, **given))
-    assert_same(got, gradient(lambda *a: reference.reference_policy_loss(*a, **given)), 1e-12)
+    got = gradient(lambda *a: policy_loss(*a, schedule=schedule, **given))
+    assert_same(got, gradient(lambda *a: reference_policy_loss(*a, **given)), 1e-12)
 
 
 @both
@@ -214,7 +219,7 @@ def test_checkpointing_gives_the_same_gradients(schedule, use_reentrant):
         hidden, weight, _ = batch.leaves()
 
         def loss(h, w):
-            return rlvr_ops.policy_loss(torch.tanh(h), w, batch.ids, batch.advantages, **given).loss
+            return policy_loss(torch.tanh(h), w, batch.ids, batch.advantages, **given).loss
 
         wrap(loss, hidden, weight).backward()
         return hidden.grad, weight.grad
@@ -234,7 +239,7 @@ def strided(x, dim):
 @both
 def test_strides_do_not_matter(schedule):
     batch = make_batch(SMALL, 17, 5, poison=False)
-    _, truth = run(rlvr_ops.policy_loss, batch, **arguments(batch, schedule=schedule))
+    _, truth = run(policy_loss, batch, **arguments(batch, schedule=schedule))
 
     def transposed(x):
         return x.transpose(0, 1).contiguous().transpose(0, 1)
@@ -258,7 +263,7 @@ def test_strides_do_not_matter(schedule):
     for view in views:
         assert not view.hidden.is_contiguous()
         leaves = [view.hidden.detach().requires_grad_(), view.weight.detach().requires_grad_(), batch.leaves()[2]]
-        _, grads = run(rlvr_ops.policy_loss, view, leaves=leaves, **arguments(view, schedule=schedule))
+        _, grads = run(policy_loss, view, leaves=leaves, **arguments(view, schedule=schedule))
         assert_same(grads[0], truth[0], 1e-14, "d_hidden")
         assert_same(grads[1], truth[1], 1e-14, "d_weight")
 
@@ -272,7 +277,7 @@ def test_expanded_inputs_get_the_summed_gradient(schedule):
         row = batch.hidden[:1, :1].clone().requires_grad_()
         hidden = row.expand(4, 5, 5) if expand else row.repeat(4, 5, 1)
         ids = batch.ids[:1].expand(4, 5) if expand else batch.ids[:1].repeat(4, 1)
-        loss = rlvr_ops.policy_loss(hidden, batch.weight, ids, batch.advantages, **given).loss
+        loss = policy_loss(hidden, batch.weight, ids, batch.advantages, **given).loss
         return torch.autograd.grad(loss, row)[0]
 
     assert_same(gradient(True), gradient(False), 1e-13)
@@ -283,7 +288,7 @@ def test_no_input_is_written_to(schedule):
     batch = make_batch(SMALL, 17, 5)
     before = batch.map(torch.clone)
     leaves = [batch.hidden.requires_grad_(), batch.weight.requires_grad_(), batch.bias.requires_grad_()]
-    run(rlvr_ops.policy_loss, batch, leaves=leaves, use_bias=True, **arguments(batch, schedule=schedule))
+    run(policy_loss, batch, leaves=leaves, use_bias=True, **arguments(batch, schedule=schedule))
     for name, value in vars(before).items():
         if value is not None:
             torch.testing.assert_close(getattr(batch, name), value, rtol=0, atol=0, equal_nan=True, msg=name)
@@ -292,7 +297,7 @@ def test_no_input_is_written_to(schedule):
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_ids_may_be_int32_and_a_mask_may_be_anything(dtype):
     batch = make_batch(SMALL, 17, 5)
-    truth, _ = run(rlvr_ops.policy_loss, batch, **arguments(batch))
+    truth, _ = run(policy_loss, batch, **arguments(batch))
     for mask in (batch.mask.to(dtype), batch.mask.float(), batch.mask.to(torch.bfloat16)):
         other = replace(batch, ids=batch.ids.to(dtype), mask=mask)
-        assert torch.equal(run(rlvr_ops.policy_loss, other, **arguments(other))[0].loss, truth.loss)
+        assert torch.equal(run(policy_loss, other, **arguments(other))[0].loss, truth.loss)

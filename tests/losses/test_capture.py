@@ -5,7 +5,8 @@ from contextlib import ExitStack, nullcontext
 
 import pytest
 import torch
-from rlvr_kernels.capture import capturing
+from loss_cases import policy_loss
+from rlvr_kernels.backend import capturing
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import rlvr_ops
@@ -75,7 +76,7 @@ def step(batch, packed=False, backend="torch", **keywords):
         given["cu_seqlens"] = torch.arange(B + 1) * T
         if keywords.get("temperature") is not None:
             keywords["temperature"] = keywords["temperature"].flatten()
-    out = rlvr_ops.policy_loss(
+    out = policy_loss(
         states, weight, ids, advantages, backend=backend, **{"alpha": 1.0, "workspace_bytes": ROOM, **given, **keywords}
     )
     (2 * out.loss).backward()
@@ -97,7 +98,7 @@ def test_a_captured_loss_is_the_loss(case, schedule, packed, capture):
 @pytest.mark.parametrize("schedule", ["single_pass", "two_pass", "auto"])
 @pytest.mark.parametrize("case", [name for name in CASES if "temperature" not in CASES[name]])  # which a CPU looks at
 def test_a_captured_step_never_waits_for_the_device(case, schedule, capture, monkeypatch):
-    monkeypatch.setattr("rlvr_ops.arguments.check_vocabulary", lambda *_: None)  # not called on an accelerator
+    monkeypatch.setattr("rlvr_ops.losses.policy_loss.check_vocabulary", lambda *_: None)  # not called on an accelerator
     keywords = {"schedule": schedule, **CASES[case]}
     expected = step(make_batch(poison=True), **keywords)
     capture()
@@ -115,7 +116,9 @@ def test_whole_rollouts_of_a_batch_that_needs_several_chunks_take_two_passes(cap
 
 def test_a_step_that_was_compiled_for_chunks_is_refused_when_it_is_captured(monkeypatch):
     """The choice was made while nothing was captured: pieces of rollouts would be weighed as if they were whole."""
-    monkeypatch.setattr("rlvr_ops.rows.capturing", lambda: True)
+    monkeypatch.setattr("rlvr_ops.losses.policy_loss.rows_of", lambda which: None)
+    for module in ("rlvr_ops.losses.policy_loss", "rlvr_kernels.single_pass"):
+        monkeypatch.setattr(f"{module}.capturing", lambda: True)
     with pytest.raises(ValueError, match="schedule='two_pass'"):
         step(make_batch(poison=False), workspace_bytes=ROOM // 4, schedule="single_pass")
 

@@ -1,92 +1,104 @@
 """torch.compile without a graph break, and torch.library's own checks of every custom op."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from loss_cases import SMALL, assert_same, make_batch, pack
-from rlvr_kernels.logits import Head
-from rlvr_kernels.spec import PPO_CLIP, PolicySpec
+from loss_cases import SMALL, assert_same, make_batch, pack, policy_loss
+from rlvr_kernels.logits import LogitMap
+from rlvr_kernels.weigh import Rows
 
 import rlvr_ops
-from rlvr_ops import ops, surrogates
-from rlvr_ops.spec_text import decode_head, decode_policy, encode
+from rlvr_ops import KL, Ace, Clip, Entropy, Objective, SamplingCorrection, surrogates
+from rlvr_ops.head.compiled import decode, encode
+from rlvr_ops.head.plan import Call, Schedule
+from rlvr_ops.head.pull_back import pull_back_op
+from rlvr_ops.head.token_logps import ScoreCall, scores_op
+from rlvr_ops.losses.policy_loss import LossCall, loss_op
+from rlvr_ops.losses.policy_loss_from_logps import WeighCall, weigh_op
 
-HEAD, POLICY = encode(Head(0.9, 3.0)), encode(PolicySpec(PPO_CLIP, alpha=1.0, beta=0.1))
 ROOM = 8 * 17 * 6
+PLAIN = Objective(Clip(), ace=Ace(alpha=1.0), kl=KL(beta=0.1))
+OBJECTIVES = [
+    PLAIN,
+    Objective(
+        Clip(1e-3, 1 / 3, 2.0), Ace(1, "old", "sum", "relu"), KL("k1", 0.1, True), "sequence", 0.3,
+        Entropy(0.1, 0.5), SamplingCorrection("token_mask", None, 0.5), "token-mean", 7,
+    ),
+    *(Objective(make()) for make in surrogates.SURROGATES.values()),
+]  # fmt: skip
 
 
 @pytest.fixture
 def flat():
-    """The flat arguments that the ops take, for 12 rows of 4 rollouts."""
+    """(leaves, call, rows, batch) of 12 rows of 4 rollouts."""
     batch = pack(make_batch(SMALL, 17, 5, poison=False))
-    rows = batch.ids.shape[0]
     advantages = batch.advantages.repeat_interleave(batch.cu_seqlens.diff())
     weights = torch.full((4,), 0.25, dtype=torch.float64)
-    hidden, weight, bias = batch.leaves()
-    cool = 1 / batch.temperature
-    return batch, rows, advantages, weights, hidden, weight, bias, cool
+    rows = Rows(advantages, batch.cu_seqlens, weights, batch.old, batch.ref, None, batch.mask)
+
+    def call(single_pass, *, scored=True, entropy=False):
+        logit_map = LogitMap(1 / batch.temperature, None, 0.9, 3.0)
+        schedule = Schedule(single_pass, torch.float64, ROOM, "torch", entropy)
+        return Call(batch.ids, batch.mask if scored else None, logit_map, schedule, (True, True, True))
+
+    return batch.leaves(), call, rows, batch
 
 
-SPECS = [
-    PolicySpec(PPO_CLIP),
-    PolicySpec(surrogates.ppo_clip(1e-3, 1 / 3, 2.0), "sequence", 0.3, 0.1, "k1", True, 1, "relu", "old", "sum"),
-    *(PolicySpec(make()) for make in surrogates.SURROGATES.values()),
-]
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
+def test_a_record_survives_its_text(objective):
+    assert decode(*encode(objective)) == objective
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=str)
-def test_a_spec_survives_its_text(spec):
-    assert decode_policy(encode(spec)) == spec
+def test_the_tensors_of_a_record_survive_as_they_are(flat):
+    _, call, rows, _ = flat
+    job = LossCall(call(True), rows, PLAIN)
+    again = decode(*encode(job))
+    assert again.rows.advantages is rows.advantages
+    assert again.call.logit_map.softcap == 3.0
+    assert again.call.schedule == job.call.schedule
 
 
-@pytest.mark.parametrize("head", [Head(-1e-30, 30), Head()])
-def test_a_head_survives_its_text(head):
-    assert decode_head(encode(head)) == head
-
-
-@pytest.mark.parametrize(("scored", "statistics", "keep"), [(True, (False,) * 4, 0), (False, (True,) * 4, 1 << 20)])
-def test_opcheck_score(flat, scored, statistics, keep):
-    batch, *_, hidden, weight, bias, cool = flat
-    mask = batch.mask if scored else None
-    args = (hidden, weight, bias, batch.ids, mask, cool, HEAD, torch.float64, *statistics, ROOM, keep, "torch")
-    torch.library.opcheck(ops.score, args)
+@pytest.mark.parametrize(("scored", "asked"), [(True, (False,) * 4), (False, (True,) * 4)])
+def test_opcheck_token_logps(flat, scored, asked):
+    leaves, call, *_ = flat
+    record = ScoreCall(call(False, scored=scored, entropy=asked[0]), *asked)
+    torch.library.opcheck(scores_op, (*leaves, *encode(record)))
 
 
 def test_opcheck_pull_back(flat):
-    batch, rows, _advantages, _weights, hidden, weight, bias, cool = flat
-    coef = torch.randn(rows, dtype=torch.float64) * batch.mask
-    lse, entropy = torch.rand(2, rows, dtype=torch.float64)
-    inputs = (hidden.detach(), weight.detach(), bias.detach(), batch.ids, batch.mask, cool, lse, coef)
-    kept = torch.randn(int(batch.mask.sum()) * weight.shape[0], dtype=torch.float64)
+    leaves, call, rows, batch = flat
+    coef = torch.randn(len(rows), dtype=torch.float64) * batch.mask
+    lse, entropy = torch.rand(2, len(rows), dtype=torch.float64)
+    inputs = [x.detach() for x in leaves]
     for entropy_coef, needs in ((None, (False, True, False)), (coef * 0.1, (True, True, True))):
-        args = (*inputs, entropy, entropy_coef, kept, HEAD, torch.float64, *needs, ROOM, "torch")
-        torch.library.opcheck(ops.pull_back, args)
+        record = LossCall(replace(call(False), needs=needs), rows, PLAIN)
+        torch.library.opcheck(pull_back_op, (*inputs, *encode(record), lse, coef, entropy, entropy_coef))
 
 
 @pytest.mark.parametrize("off_policy", [True, False])
 def test_opcheck_weigh(flat, off_policy):
-    batch, _rows, advantages, weights, *_ = flat
+    _, _, rows, batch = flat
+    rows = rows if off_policy else replace(rows, old=None, sampling=batch.old)
+    top = None if off_policy else batch.mask
     logp = (batch.ref + 0.1).requires_grad_()
-    old = batch.old if off_policy else None
-    behaviour = None if off_policy else batch.old
-    args = (logp, old, batch.ref, advantages, batch.mask, batch.cu_seqlens, weights, behaviour, POLICY, "torch")
-    torch.library.opcheck(ops.weigh, args)
+    torch.library.opcheck(weigh_op, (logp, *encode(WeighCall(rows, top, PLAIN, "torch"))))
 
 
-@pytest.mark.parametrize(("scored", "with_entropy"), [(True, False), (False, True)])
-def test_opcheck_single_pass(flat, scored, with_entropy):
-    batch, _rows, advantages, weights, hidden, weight, bias, cool = flat
-    mask = batch.mask if scored else None
-    args = (
-        hidden, weight, bias, batch.ids, mask, cool, batch.old, batch.ref, None, advantages, batch.cu_seqlens, weights,
-        POLICY, HEAD, torch.float64, True, True, True, with_entropy, 0.1 * with_entropy, ROOM, "torch",
-    )  # fmt: skip
+@pytest.mark.parametrize("entropy_coef", [0.0, 0.1])
+@pytest.mark.parametrize("single_pass", [True, False])
+def test_opcheck_policy_loss(flat, single_pass, entropy_coef):
+    leaves, call, rows, _ = flat
+    objective = replace(PLAIN, entropy=Entropy(entropy_coef))
+    record = LossCall(call(single_pass, scored=not entropy_coef, entropy=entropy_coef > 0), rows, objective)
+    args = (*leaves, *encode(record))
     # Backward scales the op's own gradient buffers in place, so that no second d_weight exists; the library drops them, but
     # this check of AOT dispatch looks at them afterwards. So it is made without a backward, and for that there is the
     # comparison of compiled losses below.
     others = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(ops.single_pass, args, test_utils=others)
+    torch.library.opcheck(loss_op, args, test_utils=others)
     quiet = tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in args)
-    torch.library.opcheck(ops.single_pass, quiet)
+    torch.library.opcheck(loss_op, quiet)
 
 
 CASES = {
@@ -112,7 +124,7 @@ def test_a_loss_compiles_whole_and_gives_the_same(case, packed):
         given["temperature"] = batch.temperature
 
     def step(hidden, weight, bias):
-        out = rlvr_ops.policy_loss(hidden, weight, batch.ids, batch.advantages, lm_head_bias=bias, **given)
+        out = policy_loss(hidden, weight, batch.ids, batch.advantages, lm_head_bias=bias, **given)
         return 2.0 * out.loss, out.metrics, out.per_token_logps
 
     torch.compiler.reset()

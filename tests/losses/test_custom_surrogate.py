@@ -4,9 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from loss_cases import SMALL, assert_all_same, make_batch, pack, run
-
-import rlvr_ops
+from loss_cases import SMALL, assert_all_same, make_batch, pack, policy_loss, policy_loss_from_logps, run
 
 
 def ppo(per_token_logps, rows):
@@ -57,11 +55,9 @@ def test_a_function_is_the_built_in_surrogate_that_it_writes_out(name, around, b
         given = {"ref_per_token_logps": batch.ref, **AROUND[around], "score_inactive": True, "backend": backend}
         for old in (batch.old, None):
             given["old_per_token_logps"] = old
-            truth = run(rlvr_ops.policy_loss, batch, use_bias=True, **given, **built_in)
+            truth = run(policy_loss, batch, use_bias=True, **given, **built_in)
             for schedule in ("single_pass", "two_pass"):
-                out, grads = run(
-                    rlvr_ops.policy_loss, batch, use_bias=True, surrogate=function, schedule=schedule, **given
-                )
+                out, grads = run(policy_loss, batch, use_bias=True, surrogate=function, schedule=schedule, **given)
                 assert out.metrics["head/single_pass"].item() == (schedule == "single_pass")
                 kept = {k: v for k, v in truth[0].metrics.items() if not k.startswith(("clip_ratio", "head/"))}
                 wanted = truth[0]._replace(metrics=kept), truth[1]
@@ -73,8 +69,8 @@ def test_it_takes_several_chunks_of_whole_rollouts():
     batch = make_batch()
     given = {"old_per_token_logps": batch.old, "ref_per_token_logps": batch.ref, "alpha": 1.0}
     room = 8 * 507 * 75
-    truth = run(rlvr_ops.policy_loss, batch, importance_sampling_level="sequence", epsilon_low=0.05, **given)
-    out, grads = run(rlvr_ops.policy_loss, batch, surrogate=gspo, workspace_bytes=room, schedule="single_pass", **given)
+    truth = run(policy_loss, batch, importance_sampling_level="sequence", epsilon_low=0.05, **given)
+    out, grads = run(policy_loss, batch, surrogate=gspo, workspace_bytes=room, schedule="single_pass", **given)
     assert out.loss.item() == pytest.approx(truth[0].loss.item(), rel=1e-12)
     for a, b in zip(grads[:2], truth[1][:2], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-14)
@@ -84,9 +80,7 @@ def test_from_log_probabilities_it_is_the_same_number():
     batch = make_batch(SMALL, 17, 5)
     logps = (batch.old + 0.1).requires_grad_()
     given = {"old_per_token_logps": batch.old, "completion_mask": batch.mask}
-    found, wanted = (
-        rlvr_ops.policy_loss_from_logps(logps, batch.advantages, surrogate=s, **given) for s in (ppo, "ppo_clip")
-    )
+    found, wanted = (policy_loss_from_logps(logps, batch.advantages, surrogate=s, **given) for s in (ppo, "ppo_clip"))
     assert found.loss.item() == pytest.approx(wanted.loss.item(), rel=1e-12)
     torch.testing.assert_close(
         *(torch.autograd.grad(out.loss, logps)[0] for out in (found, wanted)), rtol=1e-12, atol=0
@@ -102,7 +96,7 @@ def test_it_sees_the_tokens_that_count_and_nothing_else():
 
     batch = make_batch(SMALL, 17, 5)
     given = {"old_per_token_logps": batch.old, "sampling_per_token_logps": batch.sampling, "schedule": "two_pass"}
-    run(rlvr_ops.policy_loss, batch, surrogate=look, **given)
+    run(policy_loss, batch, surrogate=look, **given)
     logps, rows = seen[0]
     count = int(batch.mask.sum())
     assert logps.shape == rows.advantages.shape == rows.old_per_token_logps.shape == rows.rollout.shape == (count,)
@@ -123,7 +117,7 @@ def test_the_sampling_correction_and_ace_are_in_the_advantages_it_gets():
         return -rows.advantages * per_token_logps
 
     logp = torch.full((2, 1), -1.0, requires_grad=True)
-    rlvr_ops.policy_loss_from_logps(
+    policy_loss_from_logps(
         logp, torch.tensor([1.0, -1.0]), surrogate=look, old_per_token_logps=logp.detach(), alpha=1.0,
         ref_per_token_logps=logp.detach(), sampling_per_token_logps=logp.detach() - 0.5, sampling_correction="token_truncate",
     )  # fmt: skip
@@ -134,7 +128,7 @@ def test_the_sampling_correction_and_ace_are_in_the_advantages_it_gets():
 def test_a_batch_in_which_nothing_counts_is_zero_and_attached(schedule):
     batch = make_batch(SMALL, 17, 5, poison=False)
     batch = replace(batch, mask=torch.zeros_like(batch.mask))
-    out, grads = run(rlvr_ops.policy_loss, batch, surrogate=ppo, schedule=schedule, old_per_token_logps=batch.old)
+    out, grads = run(policy_loss, batch, surrogate=ppo, schedule=schedule, old_per_token_logps=batch.old)
     assert out.loss.item() == 0
     assert not bool(grads[0].any())
 
@@ -149,14 +143,12 @@ def test_a_batch_in_which_nothing_counts_is_zero_and_attached(schedule):
 )
 def test_what_it_returns_is_checked(function, message):
     with pytest.raises(ValueError, match=message):
-        rlvr_ops.policy_loss_from_logps(torch.zeros(2, 3), torch.ones(2), surrogate=function)
+        policy_loss_from_logps(torch.zeros(2, 3), torch.ones(2), surrogate=function)
 
 
 def test_a_level_of_importance_sampling_is_the_functions_own_affair():
     with pytest.raises(ValueError, match="does not go with a surrogate function"):
-        rlvr_ops.policy_loss_from_logps(
-            torch.zeros(2, 3), torch.ones(2), surrogate=ppo, importance_sampling_level="sequence"
-        )
+        policy_loss_from_logps(torch.zeros(2, 3), torch.ones(2), surrogate=ppo, importance_sampling_level="sequence")
 
 
 @pytest.mark.parametrize("room", [8 * 507 * 75, None])
@@ -169,9 +161,9 @@ def test_a_rollouts_number_is_its_number_in_the_batch_whatever_the_chunks(room):
         assert rows.rollouts == len(importance)
         return -importance[rows.rollout] * rows.advantages * per_token_logps
 
-    truth = run(rlvr_ops.policy_loss, replace(batch, advantages=batch.advantages * importance), surrogate="reinforce")
+    truth = run(policy_loss, replace(batch, advantages=batch.advantages * importance), surrogate="reinforce")
     for schedule in ("single_pass", "two_pass"):
-        out, grads = run(rlvr_ops.policy_loss, batch, surrogate=weighted, workspace_bytes=room, schedule=schedule)
+        out, grads = run(policy_loss, batch, surrogate=weighted, workspace_bytes=room, schedule=schedule)
         assert out.loss.item() == pytest.approx(truth[0].loss.item(), rel=1e-12)
         for a, b in zip(grads[:2], truth[1][:2], strict=True):
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-14)
@@ -182,10 +174,10 @@ def test_a_function_that_looks_beyond_a_rollout_is_refused_where_chunks_would_ma
         return -(rows.advantages - rows.advantages.mean()) * per_token_logps
 
     batch = make_batch()
-    run(rlvr_ops.policy_loss, batch, surrogate=beyond, schedule="two_pass")
-    run(rlvr_ops.policy_loss, batch, surrogate=beyond, schedule="single_pass", workspace_bytes=8 * 507 * 300)
+    run(policy_loss, batch, surrogate=beyond, schedule="two_pass")
+    run(policy_loss, batch, surrogate=beyond, schedule="single_pass", workspace_bytes=8 * 507 * 300)
     with pytest.raises(ValueError, match="surrogate must depend on nothing outside of a token's rollout"):
-        run(rlvr_ops.policy_loss, batch, surrogate=beyond, schedule="single_pass", workspace_bytes=8 * 507 * 75)
+        run(policy_loss, batch, surrogate=beyond, schedule="single_pass", workspace_bytes=8 * 507 * 75)
 
 
 class Clip:
@@ -200,7 +192,7 @@ class Clip:
 
 def test_a_callable_that_counts_as_false_is_a_function_still():
     batch = make_batch(SMALL, 17, 5)
-    one, two = (run(rlvr_ops.policy_loss, batch, surrogate=Clip(), schedule=s) for s in ("single_pass", "two_pass"))
+    one, two = (run(policy_loss, batch, surrogate=Clip(), schedule=s) for s in ("single_pass", "two_pass"))
     assert one[0].loss.item() == pytest.approx(two[0].loss.item(), rel=1e-12)
 
 
@@ -211,7 +203,7 @@ def test_it_runs_under_torch_compile_with_a_break_in_the_graph(schedule, old):
     given = {"old_per_token_logps": batch.old if old else None, "schedule": schedule, "surrogate": gspo}
 
     def step(hidden, weight):
-        return rlvr_ops.policy_loss(hidden, weight, batch.ids, batch.advantages, **given).loss
+        return policy_loss(hidden, weight, batch.ids, batch.advantages, **given).loss
 
     torch.compiler.reset()
     found, truth = [], []
@@ -226,9 +218,9 @@ def test_it_runs_under_torch_compile_with_a_break_in_the_graph(schedule, old):
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
 def test_without_gradients_it_is_the_same_number(context):
     batch = make_batch(SMALL, 17, 5)
-    truth = run(rlvr_ops.policy_loss, batch, surrogate=gspo, old_per_token_logps=batch.old)[0].loss.item()
+    truth = run(policy_loss, batch, surrogate=gspo, old_per_token_logps=batch.old)[0].loss.item()
     with context():
-        out = rlvr_ops.policy_loss(
+        out = policy_loss(
             batch.hidden, batch.weight, batch.ids, batch.advantages, completion_mask=batch.mask, surrogate=gspo,
             old_per_token_logps=batch.old,
         )  # fmt: skip
@@ -238,6 +230,4 @@ def test_without_gradients_it_is_the_same_number(context):
 def test_a_parameter_inside_it_does_not_hide_that_it_ignores_the_log_probabilities():
     scale = torch.nn.Parameter(torch.ones(()))
     with pytest.raises(ValueError, match="something differentiable in per_token_logps"):
-        rlvr_ops.policy_loss_from_logps(
-            torch.zeros(2, 3), torch.ones(2), surrogate=lambda logps, rows: scale * rows.advantages
-        )
+        policy_loss_from_logps(torch.zeros(2, 3), torch.ones(2), surrogate=lambda logps, rows: scale * rows.advantages)

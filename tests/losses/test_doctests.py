@@ -3,13 +3,14 @@ import importlib
 import pkgutil
 
 import pytest
+import torch
 
 import rlvr_ops
 
-MODULES = [module.name for module in pkgutil.iter_modules(rlvr_ops.__path__)]
+MODULES = [module.name for module in pkgutil.walk_packages(rlvr_ops.__path__, "rlvr_ops.")]
 
 
 @pytest.mark.parametrize("name", MODULES)
 def test_the_examples_in_the_docstrings_run(name):
-    module = importlib.import_module(f"rlvr_ops.{name}")
-    assert doctest.testmod(module, extraglobs={"rlvr_ops": rlvr_ops}).failed == 0
+    module = importlib.import_module(name)
+    assert doctest.testmod(module, extraglobs={"rlvr_ops": rlvr_ops, "torch": torch}).failed == 0

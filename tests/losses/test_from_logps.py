@@ -6,7 +6,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from loss_cases import SMALL, TOLERANCE, assert_same, make_batch, pack
+from loss_cases import (
+    SMALL,
+    TOLERANCE,
+    assert_same,
+    make_batch,
+    pack,
+    policy_loss_from_logps,
+    reference_policy_loss_from_logps,
+)
 
 import rlvr_ops
 from rlvr_ops import reference
@@ -55,8 +63,8 @@ def test_every_combination_is_the_reference(batches, clip, penalty):
         given = {**objective, **method, **clip, **penalty, "ref_per_token_logps": batch.ref}
         if off_policy:
             given["old_per_token_logps"] = batch.old
-        got, coef = compute(rlvr_ops.policy_loss_from_logps, logps, batch, **given)
-        true, true_coef = compute(reference.reference_policy_loss_from_logps, logps.double(), batch, **given)
+        got, coef = compute(policy_loss_from_logps, logps, batch, **given)
+        true, true_coef = compute(reference_policy_loss_from_logps, logps.double(), batch, **given)
         label = f"{given['loss_type']} {method} {off_policy} {dtype}"
         # a token's loss is about its coefficient, exactly so on policy
         assert_same(got.loss, true.loss, TOLERANCE[dtype], label, scale=true_coef.abs().sum())
@@ -99,7 +107,7 @@ def test_gradcheck_off_policy(loss_type, kl_estimator):
     batch = make_batch(SMALL, 7, 3, poison=False)
 
     def loss(logps):
-        return rlvr_ops.policy_loss_from_logps(
+        return policy_loss_from_logps(
             logps,
             batch.advantages,
             completion_mask=batch.mask,
@@ -123,7 +131,7 @@ def test_what_a_masked_token_holds_never_reaches_anything(garbage):
     logps = clean.old + 0.2
     given = {"alpha": 1.0, "beta": 0.1}
     old, ref = {"old_per_token_logps": clean.old}, {"ref_per_token_logps": clean.ref}
-    truth, true_coef = compute(rlvr_ops.policy_loss_from_logps, logps, clean, **given, **old, **ref)
+    truth, true_coef = compute(policy_loss_from_logps, logps, clean, **given, **old, **ref)
 
     def dirty(values):
         return values.masked_fill(~clean.mask, garbage)
@@ -133,7 +141,7 @@ def test_what_a_masked_token_holds_never_reaches_anything(garbage):
     old, ref = {"old_per_token_logps": dirty(clean.old)}, {"ref_per_token_logps": dirty(clean.ref)}
     for mask in (clean.mask, clean.mask.long(), clean.mask.double() * 0.5):
         masked = replace(batch, mask=mask)
-        got, coef = compute(rlvr_ops.policy_loss_from_logps, dirty(logps), masked, **given, **old, **ref)
+        got, coef = compute(policy_loss_from_logps, dirty(logps), masked, **given, **old, **ref)
         assert torch.equal(got.loss, truth.loss)
         assert torch.equal(coef, true_coef)
         assert {k: v.item() for k, v in got.metrics.items()} == {k: v.item() for k, v in truth.metrics.items()}
@@ -143,11 +151,11 @@ def test_low_precision_log_probabilities_are_weighed_in_float32():
     batch = make_batch(SMALL, 7, 3).to(torch.bfloat16)
     given = {"old_per_token_logps": batch.old, "ref_per_token_logps": batch.ref, "alpha": 1.0, "beta": 0.1}
     logps = batch.old * 1.05
-    got, coef = compute(rlvr_ops.policy_loss_from_logps, logps, batch, **given)
+    got, coef = compute(policy_loss_from_logps, logps, batch, **given)
     assert got.loss.dtype == torch.float32
     assert coef.dtype == torch.bfloat16
     single = batch.to(torch.float64)
     given = {"old_per_token_logps": single.old, "ref_per_token_logps": single.ref, "alpha": 1.0, "beta": 0.1}
-    true, true_coef = compute(reference.reference_policy_loss_from_logps, logps.double(), single, **given)
+    true, true_coef = compute(reference_policy_loss_from_logps, logps.double(), single, **given)
     assert_same(got.loss, true.loss, 1e-5)
     assert_same(coef, true_coef, 2.0**-8)  # one rounding to bfloat16

@@ -4,12 +4,13 @@ import math
 
 import pytest
 import torch
+from loss_cases import policy_loss_from_logps, reference_policy_loss_from_logps
 
 import rlvr_ops
-from rlvr_ops.reference import reference_ace_advantages, reference_policy_loss_from_logps, reference_token_logps
+from rlvr_ops.reference import reference_ace_advantages, reference_token_logps
 
 LN2, LN5 = math.log(2), math.log(5)
-IMPLEMENTATIONS = {"reference": reference_policy_loss_from_logps, "rlvr_ops": rlvr_ops.policy_loss_from_logps}
+IMPLEMENTATIONS = {"reference": reference_policy_loss_from_logps, "rlvr_ops": policy_loss_from_logps}
 TOKEN_LOGPS = pytest.mark.parametrize("token_logps", [reference_token_logps, rlvr_ops.token_logps])
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loss_cases import NAN, assert_same, make_batch, pack, poisoned, run
+from loss_cases import NAN, assert_same, make_batch, pack, poisoned, policy_loss, policy_loss_from_logps, run
 
 import rlvr_ops
 from rlvr_ops import surrogates
@@ -78,7 +78,7 @@ def compute(batch, method, **kwargs):
         arguments["sampling_per_token_logps"] = batch.sampling
     if arguments["loss_type"] != "dr_grpo":
         arguments.pop("max_completion_length")
-    return run(rlvr_ops.policy_loss, batch, use_bias=True, **arguments)
+    return run(policy_loss, batch, use_bias=True, **arguments)
 
 
 def assert_same_result(got, truth, *, hidden=lambda x: x):
@@ -203,7 +203,7 @@ def test_gradient_accumulation_in_float32_is_the_one_batch_gradient(loss_type, s
     count = int(batch.mask.sum()) if loss_type == "dapo" else len(batch.ids)
     for i in range(len(batch.ids)):
         one = replace(batch, **{n: getattr(batch, n)[i : i + 1] for n in ("ids", "advantages", "mask", "old", "ref")})
-        out = rlvr_ops.policy_loss(
+        out = policy_loss(
             batch.hidden[i : i + 1],
             weight,
             one.ids,
@@ -239,7 +239,7 @@ def test_as_many_packed_rows_as_rollouts_are_one_advantage_per_rollout():
     logps = torch.tensor([-1.0, -1.0, -1.0], dtype=torch.float64)
     cu_seqlens = torch.tensor([0, 0, 1, 3])
     advantages = torch.tensor([100.0, 1.0, -2.0], dtype=torch.float64)
-    out = rlvr_ops.policy_loss_from_logps(logps, advantages, cu_seqlens=cu_seqlens, loss_type="dapo")
+    out = policy_loss_from_logps(logps, advantages, cu_seqlens=cu_seqlens, loss_type="dapo")
     assert out.loss.item() == pytest.approx((-1 + 2 + 2) / 3)
     got = rlvr_ops.ace_advantages(advantages, logps, logps, cu_seqlens=cu_seqlens)
     assert got.tolist() == pytest.approx([100.0, 1.0, -2 * (1 + 0.6931471805599453)])

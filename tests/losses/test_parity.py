@@ -20,6 +20,8 @@ from loss_cases import (
     loss_arguments,
     make_batch,
     pack,
+    policy_loss,
+    reference_policy_loss,
     run,
     size_of_terms,
 )  # fmt: skip
@@ -42,7 +44,7 @@ def test_every_schedule_is_the_reference(method, head):
         batch = draw.choice((padded, pack(padded)))
         options = {"global_count": draw.random() < 0.5}
         arguments = loss_arguments(batch, EVERY_METHOD[method], loss_type, HEADS[head], **options)
-        truth = run(reference.reference_policy_loss, batch, **arguments)
+        truth = run(reference_policy_loss, batch, **arguments)
         scale = size_of_terms(batch, **arguments) if method in SURROGATES else 0.0
         for schedule, dtype in (
             *zip(SCHEDULES, itertools.repeat(torch.float32)),
@@ -53,7 +55,7 @@ def test_every_schedule_is_the_reference(method, head):
             # Room for the longest rollout and little more makes several chunks; None leaves it to the library.
             room = draw.choice((None, LONGEST_ROLLOUT * VOCABULARY * dtype.itemsize * 5 // 4))
             arguments |= {"schedule": schedule, "workspace_bytes": room, "score_inactive": True}
-            got = run(rlvr_ops.policy_loss, given, **arguments)
+            got = run(policy_loss, given, **arguments)
             assert_all_same(got, truth, dtype, f"{loss_type} {schedule} {dtype}", scale)
             assert schedule == "auto" or got[0].metrics["head/single_pass"].item() == (schedule == "single_pass")
 
@@ -66,10 +68,10 @@ def test_a_loss_per_token_advantage_is_the_reference(schedule, packed):
     batch = pack(batch) if packed else batch
     method = {"old": True, "ref": True, "alpha": 1.0, "beta": 0.1}
     for loss_type in LOSS_TYPES:
-        truth = run(reference.reference_policy_loss, batch, **loss_arguments(batch, method, loss_type, {}))
+        truth = run(reference_policy_loss, batch, **loss_arguments(batch, method, loss_type, {}))
         for dtype in TOLERANCE:
             given = batch.to(dtype)
-            got = run(rlvr_ops.policy_loss, given, schedule=schedule, **loss_arguments(given, method, loss_type, {}))
+            got = run(policy_loss, given, schedule=schedule, **loss_arguments(given, method, loss_type, {}))
             assert_all_same(got, truth, dtype, f"{loss_type} {dtype}")
 
 
@@ -78,23 +80,23 @@ def test_a_loss_per_token_advantage_is_the_reference(schedule, packed):
 def test_the_entropy_metric_is_the_reference_and_changes_nothing_else(head, schedule):
     batch = make_batch(**HEADS[head])
     arguments = loss_arguments(batch, METHODS["ace-old"], "dapo", HEADS[head])
-    truth = run(reference.reference_policy_loss, batch, with_entropy=True, **arguments)
-    got = run(rlvr_ops.policy_loss, batch, with_entropy=True, score_inactive=True, schedule=schedule, **arguments)
+    truth = run(reference_policy_loss, batch, with_entropy=True, **arguments)
+    got = run(policy_loss, batch, with_entropy=True, score_inactive=True, schedule=schedule, **arguments)
     assert_all_same(got, truth, torch.float64, schedule)
 
 
 def test_the_log_probabilities_come_back_with_the_loss():
     batch = make_batch()
     arguments = loss_arguments(batch, METHODS["ace"], "grpo", {})
-    truth, _ = run(reference.reference_policy_loss, batch, **arguments)
+    truth, _ = run(reference_policy_loss, batch, **arguments)
     unscored = batch.mask & (batch.advantages == 0)[:, None]
     assert bool(unscored.any())
     for schedule in SCHEDULES:
-        everything, _ = run(rlvr_ops.policy_loss, batch, schedule=schedule, score_inactive=True, **arguments)
+        everything, _ = run(policy_loss, batch, schedule=schedule, score_inactive=True, **arguments)
         assert_same(everything.per_token_logps, truth.per_token_logps.detach(), 1e-12, schedule)
         assert not everything.per_token_logps.requires_grad
         assert not bool(everything.per_token_logps[~batch.mask].any())
-        some, _ = run(rlvr_ops.policy_loss, batch, schedule=schedule, **arguments)
+        some, _ = run(policy_loss, batch, schedule=schedule, **arguments)
         assert torch.equal(some.per_token_logps.isnan(), unscored)
         assert torch.equal(some.per_token_logps[~unscored], everything.per_token_logps[~unscored])
 
@@ -122,7 +124,7 @@ PRESETS = {
 def test_a_preset_is_policy_loss_with_its_defaults(name):
     batch = make_batch(SMALL, 17, 5)
     given = {"old_per_token_logps": batch.old, "ref_per_token_logps": batch.ref, "beta": 0.1}
-    truth = run(reference.reference_policy_loss, batch, **given, **PRESETS[name])
+    truth = run(reference_policy_loss, batch, **given, **PRESETS[name])
     assert_all_same(run(getattr(rlvr_ops, name), batch, **given), truth, torch.float64, name)
 
     def from_logps(hidden, weight, ids, advantages, **kwargs):
@@ -152,5 +154,5 @@ def test_a_temperature_per_rollout_is_the_reference(schedule, packed):
     batch = make_batch(SMALL, 17, 5)
     batch = pack(batch) if packed else batch
     given = {"ref_per_token_logps": batch.ref, "alpha": 1.0, "temperature": torch.tensor([0.5, 1.0, 1.5, 2.0]).double()}
-    truth = run(reference.reference_policy_loss, batch, **given)
-    assert_all_same(run(rlvr_ops.policy_loss, batch, schedule=schedule, **given), truth, torch.float64, schedule)
+    truth = run(reference_policy_loss, batch, **given)
+    assert_all_same(run(policy_loss, batch, schedule=schedule, **given), truth, torch.float64, schedule)

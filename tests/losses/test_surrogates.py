@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from loss_cases import policy_loss, policy_loss_from_logps
 
 import rlvr_ops
 from rlvr_ops import surrogates
@@ -17,7 +18,7 @@ def loss_and_coef(log_ratios, advantages, *, logps=-1.0, **kwargs):
     logp = torch.full_like(x, logps).requires_grad_()
     given = torch.as_tensor(advantages, dtype=torch.float64).expand(x.shape)
     kwargs = {"loss_type": "luspo", **kwargs}  # the sum over the rollout's tokens
-    out = rlvr_ops.policy_loss_from_logps(logp, given, old_per_token_logps=logps - x, **kwargs)
+    out = policy_loss_from_logps(logp, given, old_per_token_logps=logps - x, **kwargs)
     return out.loss.item(), torch.autograd.grad(out.loss, logp)[0][0].tolist()
 
 
@@ -109,10 +110,10 @@ def test_ace_multiplies_the_wrong_rollouts_advantage(surrogate):
     """c = ln 2 for both rollouts; softplus(ln 2) = ln 3, so the wrong one counts 1 + ln 3 times."""
     logp = torch.tensor([[-1.0, -2.0], [-1.5, -0.5]], dtype=torch.float64, requires_grad=True)
     given = {"old_per_token_logps": logp.detach() - 0.1, "surrogate": surrogate, "loss_type": "luspo"}
-    weighted = rlvr_ops.policy_loss_from_logps(
+    weighted = policy_loss_from_logps(
         logp, torch.tensor([1.0, -1.0]).double(), ref_per_token_logps=logp.detach() - LN(2), alpha=1.0, **given
     )
-    by_hand = rlvr_ops.policy_loss_from_logps(logp, torch.tensor([1.0, -1 - LN(3)], dtype=torch.float64), **given)
+    by_hand = policy_loss_from_logps(logp, torch.tensor([1.0, -1 - LN(3)], dtype=torch.float64), **given)
     assert weighted.loss.item() == pytest.approx(by_hand.loss.item(), rel=1e-12)
     found, wanted = (torch.autograd.grad(out.loss, logp)[0] for out in (weighted, by_hand))
     torch.testing.assert_close(found, wanted, rtol=1e-12, atol=0)
@@ -124,7 +125,7 @@ def kl_gradient(estimator, corrected, logits, ref, old):
     for token, p in enumerate(old.softmax(0)):
         leaf = logits.clone().requires_grad_()
         logp = leaf.log_softmax(0)[token].reshape(1, 1)
-        out = rlvr_ops.policy_loss_from_logps(
+        out = policy_loss_from_logps(
             logp, torch.zeros(1).double(), old_per_token_logps=old.log_softmax(0)[token].reshape(1, 1),
             ref_per_token_logps=ref.log_softmax(0)[token].reshape(1, 1), beta=1.0, kl_estimator=estimator,
             use_bias_correction_kl=corrected,
@@ -165,7 +166,7 @@ def test_what_the_uncorrected_estimators_gradients_are_on_policy(policies):
 def test_the_corrected_k3_is_what_differentiating_rho_k3_gives():
     logp = torch.tensor([[-1.0, -2.0]], dtype=torch.float64, requires_grad=True)
     old, ref = torch.tensor([[-1.3, -1.9]]).double(), torch.tensor([[-0.7, -2.5]]).double()
-    out = rlvr_ops.policy_loss_from_logps(
+    out = policy_loss_from_logps(
         logp, torch.zeros(1).double(), old_per_token_logps=old, ref_per_token_logps=ref, beta=1.0,
         use_bias_correction_kl=True, loss_type="luspo",
     )  # fmt: skip
@@ -179,14 +180,14 @@ def test_a_stale_wrong_rollout_loses_its_surrogate_and_keeps_its_kl():
     """Mean of old - logp: 0.3, above 0.2, in both. The wrong one is dropped, the right one stays; the KL stays in both."""
     logp = torch.full((2, 2), -1.0, dtype=torch.float64, requires_grad=True)
     old, ref = logp.detach() + torch.tensor([0.1, 0.5]), logp.detach() - 1
-    out = rlvr_ops.policy_loss_from_logps(
+    out = policy_loss_from_logps(
         logp, torch.tensor([-1.0, 1.0]).double(), old_per_token_logps=old, ref_per_token_logps=ref, beta=0.1,
         kl_estimator="k2", off_policy_mask_threshold=0.2, surrogate="reinforce", loss_type="luspo",
     )  # fmt: skip
     (coef,) = torch.autograd.grad(out.loss, logp)
     torch.testing.assert_close(coef, torch.tensor([[0.05, 0.05], [-0.45, -0.45]]).double(), rtol=1e-6, atol=0)
     assert out.metrics["off_policy/frac_dropped"].item() == 1.0
-    again = rlvr_ops.policy_loss_from_logps(
+    again = policy_loss_from_logps(
         logp, torch.tensor([-1.0, 1.0]).double(), old_per_token_logps=old, off_policy_mask_threshold=0.4
     )
     assert again.metrics["off_policy/frac_dropped"].item() == 0.0
@@ -197,7 +198,7 @@ def test_what_the_sampler_did_not_score_is_no_evidence_of_staleness():
     logp = torch.full((1, 2), -1.0)
     sampling = torch.tensor([[-0.5, float("nan")]])
     for threshold, dropped in ((0.2, 1.0), (0.3, 0.0)):
-        out = rlvr_ops.policy_loss_from_logps(
+        out = policy_loss_from_logps(
             logp, torch.tensor([-1.0]), sampling_per_token_logps=sampling, off_policy_mask_threshold=threshold
         )
         assert out.metrics["off_policy/frac_dropped"].item() == dropped
@@ -220,7 +221,7 @@ def test_what_the_sampler_did_not_score_is_no_evidence_of_staleness():
 def test_the_sampling_correction_by_hand(correction, bounds, weights):
     logp = torch.full((1, 3), -1.0, dtype=torch.float64, requires_grad=True)
     sampling = torch.tensor([[-1 - LN(4), -1 + LN(2), float("nan")]], dtype=torch.float64)
-    out = rlvr_ops.policy_loss_from_logps(
+    out = policy_loss_from_logps(
         logp, torch.tensor([1.0]).double(), old_per_token_logps=logp.detach(), sampling_per_token_logps=sampling,
         sampling_correction=correction, loss_type="luspo", **bounds,
     )  # fmt: skip
@@ -237,7 +238,7 @@ def test_the_entropy_bonus_is_aggregated_like_the_loss():
     entropy = torch.tensor([[2.0, 9.0], [1.0, 3.0]], dtype=torch.float64, requires_grad=True)
     mask = torch.tensor([[1, 0], [1, 1]])
     given = {"per_token_entropies": entropy, "completion_mask": mask, "entropy_coef": 0.5}
-    out = rlvr_ops.policy_loss_from_logps(logp, torch.zeros(2).double(), **given)
+    out = policy_loss_from_logps(logp, torch.zeros(2).double(), **given)
     assert out.loss.item() == pytest.approx(-1.0)
     (slope,) = torch.autograd.grad(out.loss, entropy)
     assert slope.tolist() == [[-0.25, 0.0], [-0.125, -0.125]]
@@ -250,7 +251,7 @@ def test_only_the_most_uncertain_tokens_learn(share):
     entropy = torch.rand(4, 7, generator=generator, dtype=torch.float64)
     mask = torch.rand(4, 7, generator=generator) > 0.3
     logp = torch.full((4, 7), -1.0, dtype=torch.float64, requires_grad=True)
-    out = rlvr_ops.policy_loss_from_logps(
+    out = policy_loss_from_logps(
         logp, torch.ones(4).double(), per_token_entropies=entropy.masked_fill(~mask, float("nan")), completion_mask=mask,
         top_entropy_quantile=share,
     )  # fmt: skip
@@ -265,9 +266,9 @@ def test_top_entropy_from_hidden_states_is_top_entropy_from_log_probabilities():
     weight, ids = torch.randn(11, 4, dtype=torch.float64), torch.randint(11, (3, 5))
     advantages = torch.tensor([1.0, -1.0, 0.0]).double()
     given = {"top_entropy_quantile": 0.4, "entropy_coef": 0.1, "loss_type": "dapo"}
-    out = rlvr_ops.policy_loss(hidden, weight, ids, advantages, **given)
+    out = policy_loss(hidden, weight, ids, advantages, **given)
     scores = rlvr_ops.token_logps(hidden, weight, ids, with_entropy=True)
-    same = rlvr_ops.policy_loss_from_logps(scores.logps, advantages, per_token_entropies=scores.entropy, **given)
+    same = policy_loss_from_logps(scores.logps, advantages, per_token_entropies=scores.entropy, **given)
     assert out.loss.item() == pytest.approx(same.loss.item(), rel=1e-12)
     found, wanted = (torch.autograd.grad(x.loss, hidden)[0] for x in (out, same))
     torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-14)
@@ -281,7 +282,7 @@ def test_clip_ratios_count_the_tokens_outside_of_their_bounds(surrogate, low, hi
     """Ratios 1/2, 3, 1/3 and 1 for A = 1, 1, -1 and -1; REINFORCE has no bounds, gmpo one for each sign."""
     logp = torch.zeros(1, 4)
     given = {"old_per_token_logps": torch.tensor([[LN(2), -LN(3), LN(3), 0.0]]), "surrogate": surrogate}
-    out = rlvr_ops.policy_loss_from_logps(logp, torch.tensor([[1.0, 1.0, -1.0, -1.0]]), **given)
+    out = policy_loss_from_logps(logp, torch.tensor([[1.0, 1.0, -1.0, -1.0]]), **given)
     assert out.metrics["clip_ratio/low_mean"].item() == low
     assert out.metrics["clip_ratio/high_mean"].item() == high
 
@@ -302,7 +303,7 @@ def test_ratios_that_overflow_leave_no_nan(surrogate, level):
 
 def test_no_bound_is_none():
     logp, sampling = torch.zeros(1, 1), torch.full((1, 1), -LN(50))
-    out = rlvr_ops.policy_loss_from_logps(
+    out = policy_loss_from_logps(
         logp, torch.ones(1), old_per_token_logps=logp, sampling_per_token_logps=sampling,
         sampling_correction="token_truncate", sampling_clip_max=None,
     )  # fmt: skip
@@ -314,7 +315,7 @@ def test_no_bound_is_none():
 def test_a_token_that_cannot_be_has_no_nan_gradient(backend, level):
     """A bias of -inf bans it: its log-probability is -inf, its ratio 0, and its derivative 0 (or its rollout's share)."""
     logp = torch.tensor([[-1.0, -math.inf, -1.0]], requires_grad=True)
-    out = rlvr_ops.policy_loss_from_logps(
+    out = policy_loss_from_logps(
         logp, torch.tensor([1.0]), old_per_token_logps=torch.full((1, 3), -1.0), importance_sampling_level=level,
         epsilon_low=0.5, loss_type="luspo", backend=backend,
     )  # fmt: skip
@@ -326,7 +327,7 @@ def test_a_token_that_cannot_be_has_no_nan_gradient(backend, level):
 def test_sapos_slope_keeps_its_digits_far_out(ratio):
     """-4 sigmoid(x) sigmoid(-x) rho with x = rho - 1; 1 - sigmoid(x) would round it away in float32."""
     logp = torch.zeros(1, 1, requires_grad=True)
-    out = rlvr_ops.policy_loss_from_logps(
+    out = policy_loss_from_logps(
         logp, torch.ones(1), old_per_token_logps=torch.tensor([[-LN(ratio)]]), surrogate="sapo"
     )
     (coef,) = torch.autograd.grad(out.loss, logp)
@@ -344,7 +345,7 @@ def test_gmpo_takes_nothing_from_a_token_without_advantage():
 
 def test_wrong_rollouts_are_those_of_the_batch_and_not_of_the_most_uncertain_tokens():
     logp, ref = torch.tensor([[-1.0, -1.0], [-1.0, -1.0]]), torch.tensor([[-2.0, -2.0], [-0.5, -0.5]])
-    out = rlvr_ops.policy_loss_from_logps(
+    out = policy_loss_from_logps(
         logp, torch.tensor([-1.0, -1.0]), ref_per_token_logps=ref, alpha=1.0, top_entropy_quantile=0.25,
         per_token_entropies=torch.tensor([[3.0, 0.0], [1.0, 2.0]]),
     )  # fmt: skip

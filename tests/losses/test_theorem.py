@@ -8,10 +8,10 @@ import itertools
 
 import pytest
 import torch
+from loss_cases import reference_policy_loss, reference_policy_loss_from_logps
 from torch.nn.functional import softplus
 
 import rlvr_ops
-from rlvr_ops.reference import reference_policy_loss, reference_policy_loss_from_logps
 
 VOCABULARY, END, LONGEST = 3, 2, 3
 ALPHA, RIGHT_ADVANTAGE, WRONG_ADVANTAGE = 0.7, 0.8, 1.3

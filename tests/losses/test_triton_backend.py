@@ -14,6 +14,8 @@ from loss_cases import (
     loss_arguments,
     make_batch,
     pack,
+    policy_loss,
+    reference_policy_loss,
     run,
     size_of_terms,
 )  # fmt: skip
@@ -34,12 +36,12 @@ def test_every_method_is_the_reference(method, schedule):
         batch = draw.choice((batch, pack(batch)))
         loss_type, options = draw.choice(LOSS_TYPES), {"global_count": draw.random() < 0.5}
         arguments = loss_arguments(batch, EVERY_METHOD[method], loss_type, HEADS[head], **options)
-        truth = run(reference.reference_policy_loss, batch, **arguments)
+        truth = run(reference_policy_loss, batch, **arguments)
         scale = size_of_terms(batch, **arguments) if method in SURROGATES else 0.0
         low = batch.to(torch.float32)
         arguments = loss_arguments(low, EVERY_METHOD[method], loss_type, HEADS[head], **options)
         arguments |= {"workspace_bytes": draw.choice((None, 4 * VOCABULARY * 10)), "with_entropy": draw.random() < 0.3}
-        got = run(rlvr_ops.policy_loss, low, schedule=schedule, backend="triton", score_inactive=True, **arguments)
+        got = run(policy_loss, low, schedule=schedule, backend="triton", score_inactive=True, **arguments)
         assert_all_same(got, truth, torch.float32, f"{loss_type} {head}", scale)
 
 

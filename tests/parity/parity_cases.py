@@ -4,9 +4,7 @@ from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import torch
-from loss_cases import assert_same
-
-import rlvr_ops
+from loss_cases import assert_same, policy_loss_from_logps
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-9}  # verl adds 1e-8 to counts and 1e-10 to weights
 LENGTHS = (7, 5, 1, 4, 6, 3)
@@ -80,7 +78,7 @@ def differentiate(loss, batch: Batch) -> Outcome:
 
 
 def ours(batch: Batch, **kwargs) -> Outcome:
-    """`rlvr_ops.policy_loss_from_logps`; `old`, `ref` and `sampling` are passed only where the case says True."""
+    """`policy_loss_from_logps`; `old`, `ref` and `sampling` are passed only where the case says True."""
     given = {
         f"{name}_per_token_logps": getattr(batch, name)
         for name in ("old", "ref", "sampling")
@@ -91,7 +89,7 @@ def ours(batch: Batch, **kwargs) -> Outcome:
     def loss(logps, entropies):
         extra = {"per_token_entropies": entropies} if with_entropy else {}
         arguments = {"completion_mask": batch.mask} | given | extra | kwargs
-        return rlvr_ops.policy_loss_from_logps(logps, batch.advantages, **arguments).loss
+        return policy_loss_from_logps(logps, batch.advantages, **arguments).loss
 
     return differentiate(loss, batch)
 

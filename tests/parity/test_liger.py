@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import loss_cases
 import pytest
 import torch
-from loss_cases import assert_same, run
+from loss_cases import assert_same, policy_loss, run
 from parity_cases import LENGTHS, LONGEST, by_the_rollouts_ratio
 
 import rlvr_ops
@@ -69,7 +69,7 @@ def our_loss(batch, loss_type, *, old=True, ref=True, bias=False, **options):
     options |= {"ref_per_token_logps": batch.ref} if ref else {}
     options = ({"max_completion_length": LONGEST} if loss_type == "dr_grpo" else {}) | options
     rule = AGGREGATION.get(loss_type, loss_type)
-    return run(rlvr_ops.policy_loss, batch, use_bias=bias, loss_type=rule, **numbers | options)
+    return run(policy_loss, batch, use_bias=bias, loss_type=rule, **numbers | options)
 
 
 def assert_parity(got, theirs):
@@ -273,4 +273,4 @@ def test_the_defaults_of_liger_that_differ_from_ours():
         return SimpleNamespace(loss=module(hidden, weight, ids, mask, advantages, None, batch.ref, batch.old)[0])
 
     given = {"old_per_token_logps": batch.old, "ref_per_token_logps": batch.ref}
-    assert_parity(run(rlvr_ops.policy_loss, batch, loss_type="dapo", beta=0.04, **given), run(loss, batch))
+    assert_parity(run(policy_loss, batch, loss_type="dapo", beta=0.04, **given), run(loss, batch))

@@ -1,13 +1,15 @@
 """Settings: presets, overrides, and messages that say what to write instead."""
 
+import inspect
 from types import SimpleNamespace
 
 import pytest
 import torch
+from rlvr_trainer.algorithm import AlgorithmConfig
 from rlvr_trainer.config import PRESETS, Config, load, shipped
 from rlvr_trainer.parsing import ConfigError
 
-from rlvr_ops import surrogates
+from rlvr_ops import ACELoss, surrogates
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -219,6 +221,29 @@ def test_every_preset_passes_the_probe_and_is_called_by_its_name(name):
     algorithm = load(None, [f"algorithm.name={name}"]).algorithm
     algorithm.probe()
     assert algorithm.title() == name
+
+
+def test_every_hyper_parameter_of_the_loss_is_a_key_with_its_default():
+    elsewhere = {
+        "temperature",
+        "softcap",
+        "logit_scale",
+        "max_completion_length",
+        "schedule",
+        "workspace_bytes",
+        "backend",
+    }
+    parameters = inspect.signature(ACELoss).parameters.values()
+    wanted = {p.name: p.default for p in parameters if p.name not in elsewhere and not p.name.startswith("sampling_")}
+    algorithm = AlgorithmConfig()
+    assert {key: getattr(algorithm, key) for key in wanted} == {**wanted, "alpha": 0.0}
+
+
+def test_the_objective_is_built_once_with_the_length_of_the_rollouts():
+    config = load(None, ["algorithm.name=ace-dr_grpo", "rollout.max_new_tokens=7", "algorithm.beta=0.5"])
+    objective = config.objective
+    assert objective is config.objective
+    assert (objective.max_completion_length, objective.kl.beta, objective.ace.alpha) == (7, 0.5, 1.0)
 
 
 def test_another_surrogate_is_in_the_title():

@@ -4,12 +4,14 @@ A preset (`algorithm.name`) fills in the keys of the `algorithm` section that no
 """
 
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
-from rlvr_trainer.algorithm import BINARY, PRESETS, AlgorithmConfig, preset_under
+from rlvr_ops import Objective
+from rlvr_trainer.algorithm import BINARY, DEFAULT_NAME, PRESETS, AlgorithmConfig, preset_under
 from rlvr_trainer.parsing import ConfigError, build, nearest
 
 
@@ -160,6 +162,11 @@ class Config:
                 f"algorithm.advantages={self.algorithm.advantages} needs rewards of 0 and 1, and {shaped} gives others"
             )
 
+    @cached_property
+    def objective(self) -> Objective:
+        """The loss, built once."""
+        return self.algorithm.objective(self.rollout.max_new_tokens)
+
     def to_yaml(self) -> str:
         """Every key with its value, presets resolved: reading it back gives an equal `Config`."""
         return yaml.safe_dump(asdict(self), sort_keys=False)
@@ -174,7 +181,7 @@ def from_tree(tree: dict[str, Any]) -> Config:
     algorithm = tree.get("algorithm") or {}
     if not isinstance(algorithm, dict):
         raise ConfigError(f"algorithm must be a section of keys, got {algorithm!r}: write algorithm.name=NAME")
-    name = algorithm.get("name", AlgorithmConfig.name)
+    name = algorithm.get("name", DEFAULT_NAME)
     if not isinstance(name, str) or name not in PRESETS:
         raise ConfigError(f"unknown algorithm.name {name!r}{nearest(str(name), PRESETS)}")
     config = build(Config, {**tree, "algorithm": {**preset_under({"name": name, **algorithm}), **algorithm}})
@@ -221,7 +228,7 @@ def load(source: str | Path | None = None, overrides: list[str] | None = None) -
 
 def _without_preset(algorithm: dict[str, Any]) -> dict[str, Any]:
     """The keys that say something else than their preset, so that another preset can take its place."""
-    preset = {**asdict(AlgorithmConfig()), **PRESETS.get(algorithm.get("name", AlgorithmConfig.name), {})}
+    preset = {**asdict(AlgorithmConfig()), **PRESETS.get(algorithm.get("name", DEFAULT_NAME), {})}
     return {key: value for key, value in algorithm.items() if key == "name" or preset.get(key) != value}
 
 

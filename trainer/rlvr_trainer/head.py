@@ -7,12 +7,12 @@ the model's on a few tokens: an architecture that does something else is refused
 """
 
 import inspect
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+import rlvr_ops
 from rlvr_trainer.parsing import ConfigError
 
 MULTIPLIERS = ("logit_scale", "lm_head_multiplier", "output_multiplier")  # Cohere, Falcon-H1, Muse
@@ -24,18 +24,12 @@ class UnsupportedArchitectureError(ConfigError):
     """A model whose logits this package cannot rebuild from hidden states."""
 
 
-@dataclass(frozen=True)
-class Head:
-    """What turns hidden states (.., H) into logits (.., V). `weight` is the model's own parameter, tied or not."""
-
-    weight: Tensor
-    bias: Tensor | None
-    softcap: float | None
-    logit_scale: float
+class Head(rlvr_ops.Head):
+    """The head of a transformers causal LM. `weight` is the model's own parameter, tied or not."""
 
     @classmethod
-    def of(cls, model: Any) -> "Head":
-        """The head of a transformers causal LM, after comparing its logits with the model's own.
+    def of(cls, model: Any) -> "Head":  # type: ignore[override]
+        """The head of a model at temperature 1, after comparing its logits with the model's own.
 
         Raises:
             UnsupportedArchitectureError: encoder-decoders, heads that are no linear layer, and logits that differ.
@@ -50,7 +44,7 @@ class Head:
             )
         config = model.config.get_text_config()
         softcap = getattr(config, "final_logit_softcapping", None)
-        head = cls(linear.weight, linear.bias, float(softcap) if softcap else None, _logit_scale(config))
+        head = cls(linear.weight, linear.bias, _logit_scale(config), float(softcap) if softcap else None)
         head._compare(model)
         return head
 
@@ -60,7 +54,7 @@ class Head:
         return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits
 
     def arguments(self) -> dict[str, Any]:
-        """The keywords by which `rlvr_ops.policy_loss` and `token_logps` know the head."""
+        """The keywords by which `rlvr_ops.token_logps` knows the head, but for the temperature."""
         return {
             "lm_head_weight": self.weight,
             "lm_head_bias": self.bias,

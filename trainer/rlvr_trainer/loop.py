@@ -8,7 +8,7 @@ process, sampling by another engine, replay of old rollouts.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 import rlvr_ops
-from rlvr_ops.aggregation import canonical
 from rlvr_trainer import checkpoints
 from rlvr_trainer.config import Config
 from rlvr_trainer.console import RunLog
@@ -131,7 +130,7 @@ def update(
     for group in optimizer.param_groups:
         group["lr"] = rate
     parts = list(micro_batches(policy, reference, batch, config))
-    items = tokens if canonical(config.algorithm.loss_type) == "dapo" else float(len(batch.rollouts))
+    items = tokens if config.objective.aggregation == "dapo" else float(len(batch.rollouts))
     for _ in range(config.optim.updates_per_batch):
         metrics, total = StepMetrics(), torch.zeros((), device=policy.device)
         for part in parts:
@@ -169,24 +168,19 @@ def micro_batches(policy: Policy, reference: Policy, batch: Batch, config: Confi
 
 def loss_of(policy: Policy, part: MicroBatch, config: Config, items: float) -> rlvr_ops.LossOutput:
     """This micro-batch's share of the loss of the whole batch, which has `items` tokens or rollouts."""
-    algorithm = config.algorithm
+    rollouts = rlvr_ops.Rollouts(
+        part.rollouts.completion_ids,
+        part.advantages,
+        ref_per_token_logps=part.ref_per_token_logps,
+        old_per_token_logps=part.old_per_token_logps,
+        completion_mask=part.rollouts.completion_mask,
+        num_items_in_batch=items,
+    )
+    head = replace(policy.head, temperature=config.rollout.temperature)
+    plan = rlvr_ops.Plan(with_entropy=True, score_inactive=True)  # entropy and KL then are means over every token
     with policy.autocast():
-        return rlvr_ops.policy_loss(
-            hidden_states=hidden_states_of(policy, part.rollouts),
-            completion_ids=part.rollouts.completion_ids,
-            completion_mask=part.rollouts.completion_mask,
-            advantages=part.advantages,
-            ref_per_token_logps=part.ref_per_token_logps,
-            old_per_token_logps=part.old_per_token_logps,
-            **algorithm.policy(),
-            loss_type=algorithm.loss_type,
-            temperature=config.rollout.temperature,
-            num_items_in_batch=items,
-            max_completion_length=config.rollout.max_new_tokens,
-            score_inactive=True,  # entropy and KL are then means over every token, at a third of the cost of training it
-            with_entropy=True,
-            **policy.head.arguments(),
-        )
+        hidden = hidden_states_of(policy, part.rollouts)
+        return rlvr_ops.policy_loss(hidden, head, rollouts, config.objective, plan)
 
 
 def _evaluate(policy: Policy, task: Task, config: Config, log: RunLog, step: int) -> None:

@@ -1,0 +1,108 @@
+"""Checks of names, numbers and tensors. Every error names the argument, what came and what is wanted."""
+
+import difflib
+import math
+from collections.abc import Iterable
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def choose(argument: str, given: object, known: Iterable[str]) -> None:
+    """Raise a ValueError that names the argument, what came, what is known and the nearest name, unless `given` is known."""
+    known = tuple(known)
+    if given in known:
+        return
+    near = difflib.get_close_matches(str(given).lower().replace("-", "_"), known, n=1, cutoff=0.4)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"{argument} must be one of {', '.join(map(repr, known))}, got {given!r}{hint}")
+
+
+def check_number(argument: str, value: object, *, zero: bool = False) -> None:
+    """Raise unless `value` is a finite number above 0, or 0 where that is allowed."""
+    if not isinstance(value, int | float):
+        raise TypeError(f"{argument} must be a number, got {value!r}")
+    if not (0 < value < math.inf or (zero and value == 0)):
+        raise ValueError(f"{argument} must be {'>=' if zero else '>'} 0 and finite, got {value}")
+
+
+def check_logits(logit_scale: object, softcap: object) -> None:
+    """Raise unless these numbers can scale and cap logits."""
+    for name, value in (("logit_scale", logit_scale), ("softcap", softcap)):
+        if not isinstance(value, int | float) and (name, value) != ("softcap", None):
+            raise TypeError(f"{name} must be a number, got {value!r}")
+    if softcap is not None and not 0 < softcap < math.inf:  # type: ignore[operator]
+        raise ValueError(f"softcap must be > 0 and finite, or None, got {softcap}")
+    if not -math.inf < logit_scale < math.inf or logit_scale == 0:  # type: ignore[operator]
+        raise ValueError(f"logit_scale must be a finite number other than 0, got {logit_scale}")
+
+
+def shape_of(values: torch.Tensor) -> str:
+    """The shape as a message shows it."""
+    return str(tuple(values.shape))
+
+
+def check_tensor(
+    name: str, values: object, device: torch.device | None = None, *, floating: bool = True, grad: bool = True
+) -> None:
+    """Raise unless `values` is a whole tensor that holds data, on `device`, floating if it should be.
+
+    grad=False refuses tensors that require a gradient, for arguments that would drop it.
+    """
+    if not isinstance(values, torch.Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(values).__name__}")
+    if device is not None and values.device != device:
+        raise ValueError(f"{name} must be on {device} like the other tensors, got {values.device}")
+    if floating and values.dtype not in FLOATS:
+        wanted = " of 16, 32 or 64 bits" if values.is_floating_point() else ""
+        raise TypeError(f"{name} must have a floating dtype{wanted}, got {values.dtype}")
+    if torch.compiler.is_compiling():
+        return
+    if type(values) is not torch.Tensor:
+        _check_subclass(name, values)
+    if values.is_meta:
+        _check_data(name)
+    if values.is_complex():
+        raise TypeError(f"{name} must hold real numbers, got {values.dtype}")
+    if not grad and values.requires_grad:
+        raise ValueError(f"{name} must not require a gradient, which it would not get: pass {name}.detach()")
+
+
+def _check_data(name: str) -> None:
+    raise TypeError(f"{name} must hold numbers, got a meta tensor")
+
+
+def _check_subclass(name: str, values: torch.Tensor) -> None:
+    if isinstance(values, FakeTensor):
+        raise TypeError(f"{name} must hold numbers, got a fake tensor: only torch.compile may trace this")
+    if hasattr(values, "full_tensor"):
+        placements = getattr(values, "placements", ())
+        kind = "replicated" if placements and all(p.is_replicate() for p in placements) else "sharded"
+        way = f"{name}.to_local()" if kind == "replicated" else f"{name}.full_tensor()"
+        hint = ", or call the loss where FSDP has unsharded the head" if name == "lm_head_weight" else ""
+        raise TypeError(f"{name} must be a whole tensor, got a {kind} DTensor: pass {way}{hint}")
+
+
+def check_no_tangent(**tensors: torch.Tensor | None) -> None:
+    """Raise if one carries a forward-mode tangent (torch.func.jvp, jacfwd, dual numbers): it would silently become 0."""
+    if torch.compiler.is_compiling():
+        return
+    for name, values in tensors.items():
+        if values is not None and torch.autograd.forward_ad.unpack_dual(values).tangent is not None:
+            raise NotImplementedError(
+                f"{name} has a forward-mode tangent: only reverse mode (backward, grad) is supported"
+            )
+
+
+def check_finite(name: str, values: torch.Tensor | None, mask: torch.Tensor | None = None) -> None:
+    """Raise if a value is NaN or infinite where mask, of the leading shape of values, is true. Reads them on the host."""
+    if values is None:
+        return
+    bad = ~torch.isfinite(values)
+    if mask is not None:
+        bad &= mask if bad.ndim == mask.ndim else mask[..., None]
+    if bool(bad.any()):
+        where = tuple(int(i) for i in bad.nonzero()[0])
+        raise ValueError(f"{name} must be finite, got {float(values[where])} at {where}")

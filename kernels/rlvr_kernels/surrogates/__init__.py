@@ -1,0 +1,53 @@
+"""The surrogates: from a log ratio x and an advantage A to a token's loss and its slope. One form a file.
+
+Each is a frozen record of its numbers. Its `loss` is the published formula, differentiable, which the reference uses. Its
+`terms` are the PyTorch twin: the same loss with the slope written out. Beside it stands the Triton branch.
+
+    form     loss, with r = exp(x)                 slope by
+    clip     -A clip(r, a, b)                      x           PPO, GRPO, DAPO; GSPO at the level of rollouts
+    sapo     -A (4 / a) sigmoid(a (r - 1))         x
+    gmpo     -A r                                  x
+    weight   -A sg[clip(r, a, b)] logp             logp        CISPO, DISPO, REINFORCE
+    vespo    -A sg[r^a exp(b (1 - r))] logp        logp
+
+x is the token's own log ratio or its rollout's. (a, b) are two numbers for A > 0, and two for the rest.
+"""
+
+from rlvr_kernels._triton import jit, tl
+from rlvr_kernels.surrogates.base import Bounds, Surrogate, SurrogateTerms
+from rlvr_kernels.surrogates.clip import Clip, clip_kernel
+from rlvr_kernels.surrogates.gmpo import Gmpo, gmpo_kernel
+from rlvr_kernels.surrogates.sapo import Sapo, sapo_kernel
+from rlvr_kernels.surrogates.vespo import Vespo, vespo_kernel
+from rlvr_kernels.surrogates.weight import Cispo, CispoTwoSided, Dispo, Reinforce, weight_kernel
+
+__all__ = [
+    "Bounds",
+    "Cispo",
+    "CispoTwoSided",
+    "Clip",
+    "Dispo",
+    "Gmpo",
+    "Reinforce",
+    "Sapo",
+    "Surrogate",
+    "SurrogateTerms",
+    "Vespo",
+    "surrogate_kernel",
+]
+
+
+@jit
+def surrogate_kernel(x, logp, advantage, a, b, FORM: tl.constexpr):
+    """(loss, slope, below, above) of a block of tokens; a and b are those of each advantage's sign."""
+    x = tl.where(advantage == 0, 0.0, x)  # 0 * inf would be NaN
+    if FORM == "clip":
+        return clip_kernel(x, logp, advantage, a, b)
+    elif FORM == "weight":
+        return weight_kernel(x, logp, advantage, a, b)
+    elif FORM == "sapo":
+        return sapo_kernel(x, logp, advantage, a, b)
+    elif FORM == "gmpo":
+        return gmpo_kernel(x, logp, advantage, a, b)
+    else:
+        return vespo_kernel(x, logp, advantage, a, b)

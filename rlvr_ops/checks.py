@@ -1,0 +1,57 @@
+"""What the functions around the losses check of their tensors. Each error names the argument, what came and what is wanted."""
+
+import torch
+from rlvr_kernels.checks import check_tensor
+from torch import Tensor
+
+
+def check_all_tensors(**tensors: Tensor | None) -> None:
+    """`check_tensor` of the arguments of any dtype that are not None."""
+    for name, values in tensors.items():
+        if values is not None:
+            check_tensor(name, values, floating=False)
+
+
+def check_verdicts(name: str, values: Tensor) -> None:
+    """Raise unless all values are 0 or 1."""
+    neither = (values != 0) & (values != 1)
+    if bool(neither.any()):
+        raise ValueError(
+            f"{name} must hold only 0 and 1, got {float(values[neither][0]):g}: "
+            "give what the verifier said, not the shaped reward"
+        )
+
+
+def wide_dtype(device: torch.device) -> torch.dtype:
+    """The dtype to add up many numbers in: float64, or float32 on MPS, which has no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def active_values(name: str, values: Tensor, mask_name: str, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Per-token values as constants in float32 or wider, 0 where masked; and which of them count, bool. Both in their shape."""
+    check_tensor(name, values)
+    if mask is not None:
+        check_tensor(mask_name, mask, values.device, floating=False)
+        if mask.shape != values.shape:
+            raise ValueError(f"{mask_name} must have shape {tuple(values.shape)} like {name}, got {tuple(mask.shape)}")
+    counts = torch.ones_like(values, dtype=torch.bool) if mask is None else mask != 0
+    active = values.detach().to(torch.promote_types(values.dtype, torch.float32)).masked_fill(~counts, 0)
+    if bool(active.isnan().any()):
+        raise ValueError(f"{name} must not be NaN where {mask_name} is 1, got NaN at {_first(active.isnan())}")
+    return active, counts
+
+
+def active_logps(name: str, logps: Tensor, mask_name: str, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """`active_values` of log-probabilities. Rounding may leave one a hair above 0: it becomes 0."""
+    active, counts = active_values(name, logps, mask_name, mask)
+    if bool((active > 1e-3).any()):
+        where = _first(active > 1e-3)
+        raise ValueError(
+            f"{name} must be at most 0, got {float(active[where]):g} at {where}: give log-probabilities, not probabilities"
+        )
+    return active.clamp(max=0), counts
+
+
+def _first(which: Tensor) -> tuple[int, ...]:
+    """The index of the first true entry."""
+    return tuple(int(i) for i in which.nonzero()[0])

@@ -1,0 +1,136 @@
+"""Head: the last layer of a policy, from hidden states to logits.
+
+z = softcap * tanh(logit_scale * (h W^T + bias) / softcap) / temperature        (without a softcap: no tanh)
+"""
+
+import warnings
+from dataclasses import dataclass
+
+import torch
+from rlvr_kernels.checks import check_finite, check_logits, check_tensor, shape_of
+from rlvr_kernels.logits import LogitMap, accumulator_dtype
+from torch import Tensor, nn
+
+from rlvr_ops.rollouts import Layout, per_rollout_or_token
+
+
+@dataclass(frozen=True, eq=False)
+class Head:
+    """The lm_head's weight (V, H) and bias (V,), and the numbers between its output and the logits.
+
+    temperature is the sampling temperature: a number, one per rollout (B,), or one per token. Numbers are constants: a
+    tensor that requires a gradient is refused.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what is wanted.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    logit_scale: float = 1.0
+    softcap: float | None = None
+    temperature: float | Tensor = 1.0
+
+    def __post_init__(self) -> None:
+        check_logits(self.logit_scale, self.softcap)
+
+    @classmethod
+    def of(cls, module: nn.Module, **numbers: float | Tensor | None) -> "Head":
+        """The head of an lm_head module: nn.Linear, or a LoRA adapter of peft around one.
+
+        `numbers` are logit_scale, softcap and temperature. An adapter's weight is W + sum of scaling * B A in float32,
+        differentiable in A and B; it is computed once, so make the head anew after every optimiser step.
+
+        Raises:
+            TypeError: a module whose weight alone does not say what it computes; the message says why.
+
+        >>> Head.of(nn.Linear(4, 10)).weight.shape
+        torch.Size([10, 4])
+        """
+        from rlvr_ops.head.adapters import weight_and_bias
+
+        return cls(*weight_and_bias(module), **numbers)  # type: ignore[arg-type]
+
+    def check(self, hidden_states: Tensor) -> None:
+        """Raise unless hidden states (..., H) fit the head."""
+        check_tensor("hidden_states", hidden_states)
+        if hidden_states.ndim not in (2, 3):
+            raise ValueError(
+                f"hidden_states must have shape (B, T, H), or (N, H) with cu_seqlens, got {shape_of(hidden_states)}"
+            )
+        weight, bias = self.weight, self.bias
+        check_tensor("lm_head_weight", weight, hidden_states.device)
+        if weight.ndim != 2 or weight.shape[1] != hidden_states.shape[-1]:
+            wanted = f"(V, H) with H = {hidden_states.shape[-1]} like hidden_states"
+            raise ValueError(f"lm_head_weight must have shape {wanted}, got {shape_of(weight)}")
+        if not weight.shape[0]:
+            raise ValueError(f"lm_head_weight must have a row for each of V > 0 tokens, got {shape_of(weight)}")
+        if bias is not None:
+            check_tensor("lm_head_bias", bias, hidden_states.device)
+            if bias.shape != weight.shape[:1]:
+                raise ValueError(f"lm_head_bias must have shape (V,) = ({weight.shape[0]},), got {shape_of(bias)}")
+
+    def check_finite(self) -> None:
+        """Raise if a weight or bias is NaN or infinite. Reads them on the host."""
+        check_finite("lm_head_weight", self.weight)
+        check_finite("lm_head_bias", self.bias)
+
+    def compute_dtype(self, hidden_states: Tensor) -> torch.dtype:
+        """The dtype of the products: autocast's where it is on, else the wider of the two."""
+        hidden, weight, device = hidden_states.dtype, self.weight.dtype, hidden_states.device.type
+        if torch.is_autocast_enabled(device) and torch.float64 not in (hidden, weight):
+            return torch.get_autocast_dtype(device)
+        if hidden != weight and device != "cpu" and not torch.compiler.is_compiling():
+            warnings.warn(
+                f"hidden_states are {hidden} and lm_head_weight is {weight}, so their products run in "
+                f"{torch.promote_types(hidden, weight)}, which can be ten times slower on an accelerator: cast one of them, or "
+                "call the loss under torch.autocast",
+                stacklevel=4,
+            )
+        return torch.promote_types(hidden, weight)
+
+    def logit_map(self, layout: Layout, dtype: torch.dtype) -> LogitMap:
+        """How products become logits, but for the bias, with 1 / temperature of every row (R,)."""
+        device, dtype = self.weight.device, accumulator_dtype(dtype)
+        return LogitMap(self._inverse_temperature(layout, device, dtype), None, self.logit_scale, self.softcap)
+
+    def _inverse_temperature(self, layout: Layout, device: torch.device, dtype: torch.dtype) -> Tensor:
+        temperature = self.temperature
+        if isinstance(temperature, Tensor):
+            check_tensor("temperature", temperature, device, grad=False)
+            temperature = temperature.expand(layout.rollouts) if temperature.ndim == 0 else temperature
+            spread = per_rollout_or_token("temperature", temperature, layout, device, dtype)
+            if device.type == "cpu" and not torch.compiler.is_compiling() and bool((spread <= 0).any()):
+                raise ValueError(f"temperature must be > 0, got {float(spread.min())}")
+            return 1 / spread
+        if not isinstance(temperature, int | float):
+            raise TypeError(f"temperature must be a number or a tensor, got {temperature!r}")
+        if not 0 < temperature < float("inf"):
+            raise ValueError(f"temperature must be > 0 and finite, got {temperature}")
+        return torch.ones(layout.rows, device=device, dtype=dtype) * (1 / temperature)  # torch.full would burn it in
+
+
+def check_ids(completion_ids: Tensor, hidden_states: Tensor) -> None:
+    """Check the rank, dtype and device of the ids; their range is `check_vocabulary`."""
+    check_tensor("completion_ids", completion_ids, hidden_states.device, floating=False)
+    if completion_ids.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"completion_ids must have dtype int64 or int32, got {completion_ids.dtype}")
+    if completion_ids.shape != hidden_states.shape[:-1]:
+        wanted = tuple(hidden_states.shape[:-1])
+        raise ValueError(
+            f"completion_ids must have shape {wanted} like hidden_states without H, got {shape_of(completion_ids)}: "
+            "row t predicts completion_ids[:, t]"
+        )
+
+
+def check_vocabulary(completion_ids: Tensor, layout: Layout, vocabulary: int) -> None:
+    """Raise if an id that counts is outside [0, V). Reads the ids on the host."""
+    flat = completion_ids.reshape(-1)
+    outside = (flat < 0) | (flat >= vocabulary)
+    outside = outside if layout.mask is None else outside & layout.mask
+    if bool(outside.any()):
+        row = int(outside.nonzero()[0])
+        where = (row,) if layout.packed else divmod(row, layout.shape[1])
+        raise ValueError(
+            f"completion_ids must lie in [0, V) = [0, {vocabulary}) where completion_mask is 1, got {int(flat[row])} at {where}"
+        )

@@ -1,0 +1,287 @@
+"""How the head runs a loss: in a single pass over chunks of whole rows, or scored first and pulled back in backward."""
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from rlvr_kernels.backend import BACKENDS, capturing
+from rlvr_kernels.checks import choose
+from rlvr_kernels.cost import Problem, best_two_pass, cheapest, rates_of, single_pass_workspace
+from rlvr_kernels.logits import LogitMap
+from rlvr_kernels.objective import KL, Ace, Entropy
+from rlvr_kernels.tile import ALIGNED_COLUMNS, bytes_per_logit, default_workspace_bytes, row_pitch, whole_row_tile
+from rlvr_kernels.weigh import Rows
+from torch import Tensor
+
+from rlvr_ops.rollouts import Layout
+
+SCHEDULES = ("auto", "single_pass", "two_pass")
+Needs = tuple[bool, bool, bool]
+"""Which of hidden states, weight and bias want a gradient."""
+
+
+class _Demands(Protocol):
+    """What the head must know of an `Objective`."""
+
+    @property
+    def ace(self) -> Ace: ...
+    @property
+    def kl(self) -> KL: ...
+    @property
+    def entropy(self) -> Entropy: ...
+    @property
+    def function(self) -> Any: ...
+    def is_token_local(self, has_old: bool) -> bool: ...
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a loss is computed. Nothing here changes what is computed, but for rounding.
+
+    schedule: "single_pass" computes gradients while each chunk's logits exist, 6NVH FLOPs. "two_pass" computes the logits again
+        in backward for the rows that have a gradient, up to 8NVH. "auto" takes whichever a model of FLOPs and bytes expects to
+        be faster (`rlvr_kernels.cost`), and two passes where the longest rollout does not fit the workspace, and for float16,
+        whose gradients would underflow before a loss scale reached them. The metric `head/single_pass` says which it was.
+    workspace_bytes: the most that logits and their gradient may occupy. None: 160 MiB on a CPU; on an accelerator 2.5 GiB for
+        a single pass (or one chunk, if that takes no more memory) and 384 MiB for two. Two passes may keep logits in it.
+    backend: "auto", "triton" or "torch"; see `rlvr_ops.explain_backend`.
+    score_inactive: score rollouts without gradient too, for their log-probabilities and metrics.
+    with_entropy: report the scored rows' mean entropy in the metrics; no extra product.
+    validate: also check the inputs for NaN and inf, and ids on an accelerator; costs host syncs.
+    """
+
+    schedule: str = "auto"
+    workspace_bytes: int | None = None
+    backend: str = "auto"
+    score_inactive: bool = False
+    with_entropy: bool = False
+    validate: bool = False
+
+    def __post_init__(self) -> None:
+        choose("schedule", self.schedule, SCHEDULES)
+        choose("backend", self.backend, BACKENDS)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A plan made up for one call: what runs, in which dtype, with how many bytes.
+
+    A single pass takes chunk_rows rows at a time, of whole rollouts unless the loss is token_local. Two passes keep keep_bytes
+    of logits from scoring until backward.
+
+    Where a shard of the vocabulary would talk to the others: it would combine the rows' states after scoring (maximum, sum
+    and target logit, three numbers a row) and add up d_hidden after pulling back. Nowhere else.
+    """
+
+    single_pass: bool
+    dtype: torch.dtype
+    workspace_bytes: int
+    backend: str
+    with_entropy: bool
+    entropy_bonus: bool = False
+    token_local: bool = True
+    chunk_rows: int = 0
+    keep_bytes: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """ids (R,), the rows (R,) to score (None: all), how logits are made but for the bias, and which gradients are wanted."""
+
+    ids: Tensor
+    scored: Tensor | None
+    logit_map: LogitMap
+    schedule: Schedule
+    needs: tuple[bool, bool, bool]
+
+    def inputs(self, hidden: Tensor, bias: Tensor | None, index: Tensor | None) -> tuple[Tensor, Tensor, LogitMap]:
+        """(hidden (R, H), ids (n,), how logits are made (n,)) of the rows `index` (n,).
+
+        A capture leaves rows in that are not scored: as zeros, with id 0, at temperature 1.
+        """
+        numbers, ids, scored = self.logit_map, self.ids, self.scored
+        inv_temperature = numbers.inv_temperature
+        if scored is not None and capturing():
+            hidden, ids = hidden.masked_fill(~scored[:, None], 0), ids.masked_fill(~scored, 0)
+            inv_temperature = inv_temperature.masked_fill(~scored, 1)
+        logit_map = LogitMap(chosen(inv_temperature, index), bias, numbers.logit_scale, numbers.softcap)
+        return hidden, chosen(ids, index).long(), logit_map
+
+
+def rows_to_score(rows: Rows, layout: Layout, objective: _Demands, plan: Plan) -> tuple[Tensor | None, Tensor | None]:
+    """(the rows (R,) to score, those among them that can have a gradient); None means all.
+
+    A rollout without any such row is not scored. One with some is scored whole: its confidence shift needs all of it.
+    """
+    mask = rows.mask
+    if objective.kl.beta > 0 or objective.entropy.coef > 0 or objective.function is not None:
+        return mask, mask
+    alive = rows.advantages != 0
+    alive = alive if mask is None else alive & mask
+    if plan.score_inactive or objective.entropy.top_quantile < 1:
+        return mask, alive
+    worth = layout.where_any(alive)
+    return worth if mask is None else worth & mask, None
+
+
+class Planner:
+    """Chooses the schedule of one call on hidden (R, H) and weight (V, H), cast to `dtype`."""
+
+    def __init__(
+        self, plan: Plan, hidden: Tensor, weight: Tensor, needs: Needs, dtype: torch.dtype, objective: _Demands, rows: Rows,
+        layout: Layout,
+    ):  # fmt: skip
+        self.plan, self.hidden, self.weight, self.needs, self.dtype = plan, hidden, weight, needs, dtype
+        self.objective, self.layout = objective, layout
+        self.token_local = objective.is_token_local(rows.old is not None)
+        self.logit_bytes = bytes_per_logit(weight.device, dtype)
+        self.room = self._workspace(whole_rows=True)
+        self.limit = whole_row_tile(weight.shape[0], self.logit_bytes, self.room)  # rows with all their logits
+
+    def schedule(self, scored: Tensor | None, alive: Tensor | None) -> Schedule:
+        """`alive` is given if more rows are scored than can have a gradient.
+
+        Raises:
+            ValueError: single_pass was asked for and is not possible.
+        """
+        single = self._is_single(scored, alive)
+        workspace = self.room if single else self._workspace(whole_rows=False)
+        with_entropy = self.plan.with_entropy or self.objective.entropy.wanted
+        keep = 0 if single else self._bytes_to_keep(workspace)
+        bonus = self.objective.entropy.coef > 0
+        plan = (workspace - keep, self.plan.backend, with_entropy, bonus, self.token_local, self.limit, keep)
+        return Schedule(single, self.dtype, *plan)
+
+    def _workspace(self, *, whole_rows: bool) -> int:
+        """What the caller gave, else the default for tiles of whole rows, or of slices of the vocabulary."""
+        if self.plan.workspace_bytes is not None:
+            return self.plan.workspace_bytes
+        default, rows = default_workspace_bytes(self.weight.device, whole_rows=whole_rows), self.hidden.shape[0]
+        if not whole_rows or rows * self.weight.shape[0] * self.logit_bytes <= default:
+            return default
+        return single_pass_workspace(self._problem(rows, rows), default)
+
+    def _problem(self, scored: int, active: int) -> Problem:
+        return Problem(
+            rows=self.hidden.shape[0], hidden=self.hidden.shape[1], vocabulary=self.weight.shape[0], scored=scored, active=active,
+            operand_bytes=self.dtype.itemsize, logit_bytes=self.logit_bytes, weight_grad_bytes=self.weight.dtype.itemsize,
+            needs_hidden=self.needs[0], needs_weight=self.needs[1],
+        )  # fmt: skip
+
+    def _is_single(self, scored: Tensor | None, alive: Tensor | None) -> bool:
+        wanted = self.plan.schedule
+        if wanted == "two_pass":
+            return False
+        if self.objective.entropy.top_quantile < 1:
+            if wanted == "single_pass":
+                raise ValueError(
+                    "schedule='single_pass' does not go with top_entropy_quantile < 1, which needs every token's entropy before "
+                    "any gradient: use schedule='two_pass'"
+                )
+            return False
+        fits = self._fits()
+        if wanted == "single_pass":
+            if not fits:
+                raise ValueError(self._too_long())
+            return True
+        half = torch.float16 in (self.dtype, self.hidden.dtype, self.weight.dtype)  # a loss scale comes before rounding
+        if not any(self.needs) or not fits or half:
+            return False
+        if torch.compiler.is_compiling() or capturing():
+            return True
+        rows = self.layout.rows if scored is None or alive is None else int(scored.sum())
+        active = rows if alive is None else int(alive.sum())
+        if active == rows <= self.limit:
+            return True  # a single chunk: there is nothing that a second pass could save
+        slices, rates = self._workspace(whole_rows=False), rates_of(self.hidden.device, self.dtype)
+        return cheapest(self._problem(rows, active), self.room, rates, slice_bytes=slices).schedule == "single_pass"
+
+    def _fits(self) -> bool:
+        """Whether whole rows, and whole rollouts if the loss needs them, fit the workspace."""
+        limit, layout = self.limit, self.layout
+        if self.token_local:
+            return limit >= 1
+        if capturing():
+            return layout.rows <= limit
+        at_most = layout.rows if layout.packed else layout.shape[1]
+        if at_most <= limit or torch.compiler.is_compiling():
+            return at_most <= limit
+        return layout.longest() <= limit
+
+    def _too_long(self) -> str:
+        row = self.weight.shape[0] * self.logit_bytes
+        limit, workspace = self.limit, self.room
+        if limit == 0:
+            return (
+                f"workspace_bytes must hold one row of logits for schedule='single_pass', {row} bytes, got {workspace}"
+            )
+        if capturing():  # nobody may ask where rollouts end
+            needs, which, longest = "all rows in one chunk in a CUDA graph", "the batch has", self.layout.rows
+        else:
+            needs, which, longest = "each rollout in one chunk", "the longest rollout has", self.layout.longest()
+        known = replace(self.objective, ace=replace(self.objective.ace, confidence="old"))  # type: ignore[type-var]
+        local = "confidence='old', " if known.is_token_local(has_old=True) else ""
+        return (
+            f"schedule='single_pass' needs {needs}, and workspace_bytes={workspace} holds {limit} rows "
+            f"but {which} {longest}: give workspace_bytes >= {longest * row}, {local}or schedule='two_pass'"
+        )
+
+    def _bytes_to_keep(self, workspace: int) -> int:
+        """How much of the workspace holds logits from scoring until backward, which need not be computed again."""
+        if not any(self.needs) or torch.compiler.is_compiling():
+            return 0
+        rows = self.hidden.shape[0]
+        problem = self._problem(rows, rows)
+        pitch = row_pitch(problem.vocabulary, self.hidden.device)
+        best = best_two_pass(replace(problem, vocabulary=pitch), workspace, rates_of(self.hidden.device, self.dtype))
+        columns = best.cached_rows * pitch // max(rows, 1)
+        return best.cached_rows * pitch * problem.logit_bytes if columns >= min(ALIGNED_COLUMNS, pitch) else 0
+
+
+def rows_of(which: Tensor | None) -> Tensor | None:
+    """The indices of the true rows, None if all are. One host sync; none in a capture, where it is always all."""
+    if which is None or capturing():
+        return None
+    rows = which.nonzero()[:, 0]
+    return None if rows.shape[0] == which.shape[0] else rows
+
+
+def chosen(values: Tensor, rows: Tensor | None) -> Tensor:
+    """Those rows of values (R, ...), None meaning all."""
+    return values if rows is None else values[rows]
+
+
+def spread(values: Tensor | None, rows: Tensor | None, like: Tensor) -> Tensor:
+    """Values (n, ...) at their rows of (R, ...), R as in `like`; an empty tensor for None."""
+    if values is None:
+        return like.new_empty(0)
+    if rows is None:
+        return values
+    full = values.new_zeros((like.shape[0], *values.shape[1:]))
+    full[rows] = values
+    return full
+
+
+def no_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
+    """The dtypes of products are chosen here and not by autocast."""
+    device = tensor.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
+def or_empty(values: Tensor | None, like: Tensor) -> Tensor:
+    """The values, or an empty tensor for None."""
+    return like.new_empty(0) if values is None else values
+
+
+def save(ctx: Any, *tensors: Tensor | None) -> None:
+    """Save tensors for backward, those made in inference mode too, whose versions nobody counts."""
+    ctx.set_materialize_grads(False)
+    ctx.kept_aside = [x if x is not None and x.is_inference() else None for x in tensors]
+    ctx.save_for_backward(*[x if x is not None and not x.is_inference() else None for x in tensors])
+
+
+def refuse_a_second_derivative() -> None:
+    """These gradients are constants: a derivative of theirs would be wrong in silence."""
+    if torch.is_grad_enabled():
+        raise RuntimeError("the losses can be differentiated once: create_graph=True is not supported")

@@ -1,0 +1,92 @@
+"""From the gradients of log-probabilities and entropies to those of hidden states, weight and bias."""
+
+from typing import Any
+
+import torch
+from rlvr_kernels.backend import capturing
+from rlvr_kernels.pull_back import Needs
+from rlvr_kernels.pull_back import pull_back as pull_back_rows
+from rlvr_kernels.tile import Kept, kept_columns
+from torch import Tensor
+
+from rlvr_ops.head.compiled import decode
+from rlvr_ops.head.plan import Call, chosen, no_autocast, or_empty, rows_of, spread
+
+Gradients = tuple[Tensor, Tensor, Tensor]
+"""d_hidden (R, H), d_weight (V, H), d_bias (V,); empty where not needed."""
+
+
+def pull_back(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, call: Call, lse: Tensor, coef: Tensor, entropy: Tensor,
+    entropy_coef: Tensor | None, kept: Tensor,
+) -> Gradients:  # fmt: skip
+    """Pull coef = dL/dlogp (R,) and entropy_coef = dL/dH (R,) back through the rows in which one of them is not 0."""
+    with no_autocast(hidden):
+        alive = coef != 0 if entropy_coef is None else (coef != 0) | (entropy_coef != 0)
+        scored, dtype = call.scored, call.schedule.dtype
+        index = rows_of(alive if scored is None else alive & scored)
+        states, ids, logit_map = call.inputs(hidden, bias, index)
+        found = pull_back_rows(
+            chosen(states, index).to(dtype), weight.to(dtype), ids, logit_map, chosen(lse, index), chosen(coef, index).contiguous(),
+            entropy=None if entropy_coef is None else chosen(entropy, index),
+            entropy_coef=None if entropy_coef is None else chosen(entropy_coef, index).contiguous(), needs=Needs(*call.needs),
+            weight_dtype=weight.dtype, workspace_bytes=call.schedule.workspace_bytes, backend=call.schedule.backend,
+            kept=_kept_rows(kept, scored, index, hidden.shape[0], weight.shape[0]),
+        )  # fmt: skip
+        d_hidden = None if found.hidden is None else found.hidden.to(hidden.dtype)
+        d_bias = None if found.bias is None or bias is None else found.bias.to(bias.dtype)
+        return spread(d_hidden, index, hidden), or_empty(found.weight, hidden), or_empty(d_bias, hidden)
+
+
+def _kept_rows(kept: Tensor, scored: Tensor | None, index: Tensor | None, total: int, vocabulary: int) -> Kept | None:
+    """The kept logits of the rows `index` (n,) among `total`; None for all of them."""
+    if not kept.numel():
+        return None
+    scored_rows = rows_of(scored)
+    if scored_rows is None:
+        return Kept(kept_columns(kept, total, vocabulary), index)
+    assert index is not None  # not all are scored, so not all are pulled back
+    return Kept(kept_columns(kept, scored_rows.shape[0], vocabulary), torch.searchsorted(scored_rows, index))
+
+
+@torch.library.custom_op("rlvr_ops::pull_back", mutates_args=())
+def pull_back_op(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, tensors: list[Tensor], numbers: Tensor, text: str, lse: Tensor,
+    coef: Tensor, entropy: Tensor, entropy_coef: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """`pull_back` of the call in an encoded record, for torch.compile."""
+    call = decode(tensors, numbers, text).call
+    return pull_back(hidden, weight, bias, call, lse, coef, entropy, entropy_coef, hidden.new_empty(0))
+
+
+@pull_back_op.register_fake
+def _(hidden, weight, bias, tensors, numbers, text, lse, coef, entropy, entropy_coef):  # type: ignore[no-untyped-def]
+    return like_inputs(hidden, weight, bias, decode(tensors, None, text).call.needs)
+
+
+def like_inputs(hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: tuple[bool, bool, bool]) -> Gradients:
+    """Uninitialised gradients, for tracing."""
+    shapes = (hidden, weight, bias)
+    made = (
+        x.new_empty(x.shape) if need and x is not None else hidden.new_empty(0)
+        for x, need in zip(shapes, needs, strict=True)
+    )
+    return tuple(made)  # type: ignore[return-value]
+
+
+def saved(ctx: Any) -> list[Any]:
+    """What `save` saved."""
+    return [x if aside is None else aside for x, aside in zip(ctx.saved_tensors, ctx.kept_aside, strict=True)]
+
+
+def wanted(gradients: tuple[Tensor, ...], needs: tuple[bool, ...]) -> list[Tensor | None]:
+    """None for the gradients that nobody needs."""
+    return [gradient if need else None for gradient, need in zip(gradients, needs, strict=True)]
+
+
+def check_side(captured: bool, kept: Tensor, scored: Tensor | None) -> None:
+    """Raise where backward would look for kept logits among other rows than scoring did."""
+    if kept.numel() and scored is not None and captured != capturing():
+        raise RuntimeError(
+            "forward and backward of a step belong on the same side of cuda_graph_warmup(), or of a capture"
+        )

@@ -1,0 +1,1 @@
+"""The named losses, each from hidden states and from log-probabilities."""

@@ -1,0 +1,260 @@
+"""Losses with one ratio for a rollout: GSPO, LUSPO, GMPO, VESPO. The keywords are explained in `ace_loss`."""
+
+from rlvr_kernels.objective import KL, Ace, Entropy
+from rlvr_kernels.surrogates import Clip, Gmpo, Vespo
+from torch import Tensor
+
+from rlvr_ops.head.head import Head
+from rlvr_ops.head.plan import Plan
+from rlvr_ops.losses.policy_loss import policy_loss
+from rlvr_ops.losses.policy_loss_from_logps import policy_loss_from_logps
+from rlvr_ops.objectives.objective import LossOutput, Objective, correction
+from rlvr_ops.rollouts import Rollouts
+
+
+def gspo_loss(
+    hidden_states: Tensor, lm_head_weight: Tensor, completion_ids: Tensor, advantages: Tensor, *,
+    ref_per_token_logps: Tensor | None = None, old_per_token_logps: Tensor | None = None,
+    sampling_per_token_logps: Tensor | None = None, completion_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None, importance_sampling_level: str = "sequence", epsilon_low: float = 3e-4,
+    epsilon_high: float | None = 4e-4, alpha: float = 0.0, confidence: str = "current",
+    confidence_reduction: str = "mean", shape: str = "softplus", loss_type: str = "grpo", beta: float = 0.0,
+    kl_estimator: str = "k3", use_bias_correction_kl: bool = False, entropy_coef: float = 0.0,
+    top_entropy_quantile: float = 1.0, off_policy_mask_threshold: float | None = None,
+    sampling_correction: str | None = None, sampling_clip_max: float | None = 3.0,
+    sampling_clip_min: float | None = None, temperature: float | Tensor = 1.0, lm_head_bias: Tensor | None = None,
+    softcap: float | None = None, logit_scale: float = 1.0, num_items_in_batch: float | Tensor | None = None,
+    max_completion_length: int | None = None, score_inactive: bool = False, with_entropy: bool = False,
+    schedule: str = "auto", workspace_bytes: int | None = None, backend: str = "auto", validate: bool = False,
+) -> LossOutput:  # fmt: skip
+    """GSPO: one importance ratio for the rollout, its tokens' geometric mean, clipped as a whole (arXiv 2507.18071).
+
+    importance_sampling_level="sequence_token" is its token form.
+    """
+    objective = Objective(
+        Clip(epsilon_low, epsilon_high), ace=Ace(alpha, confidence, confidence_reduction, shape),
+        kl=KL(kl_estimator, beta, use_bias_correction_kl), importance_sampling_level=importance_sampling_level,
+        off_policy_mask_threshold=off_policy_mask_threshold, entropy=Entropy(entropy_coef, top_entropy_quantile),
+        sampling=correction(sampling_correction, sampling_clip_max, sampling_clip_min), aggregation=loss_type,
+        max_completion_length=max_completion_length,
+    )  # fmt: skip
+    rollouts = Rollouts(
+        completion_ids, advantages, ref_per_token_logps, old_per_token_logps, sampling_per_token_logps,
+        completion_mask, cu_seqlens, num_items_in_batch,
+    )  # fmt: skip
+    head = Head(lm_head_weight, lm_head_bias, logit_scale, softcap, temperature)
+    plan = Plan(schedule, workspace_bytes, backend, score_inactive, with_entropy, validate)
+    return policy_loss(hidden_states, head, rollouts, objective, plan)
+
+
+def gspo_loss_from_logps(
+    per_token_logps: Tensor, advantages: Tensor, *,
+    ref_per_token_logps: Tensor | None = None, old_per_token_logps: Tensor | None = None,
+    sampling_per_token_logps: Tensor | None = None, completion_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None, per_token_entropies: Tensor | None = None,
+    importance_sampling_level: str = "sequence", epsilon_low: float = 3e-4, epsilon_high: float | None = 4e-4,
+    alpha: float = 0.0, confidence: str = "current", confidence_reduction: str = "mean", shape: str = "softplus",
+    loss_type: str = "grpo", beta: float = 0.0, kl_estimator: str = "k3", use_bias_correction_kl: bool = False,
+    entropy_coef: float = 0.0, top_entropy_quantile: float = 1.0, off_policy_mask_threshold: float | None = None,
+    sampling_correction: str | None = None, sampling_clip_max: float | None = 3.0,
+    sampling_clip_min: float | None = None, num_items_in_batch: float | Tensor | None = None,
+    max_completion_length: int | None = None, backend: str = "auto", validate: bool = False,
+) -> LossOutput:  # fmt: skip
+    """`gspo_loss` from log-probabilities (B, T), or packed (N,) with `cu_seqlens`; see `policy_loss_from_logps`."""
+    objective = Objective(
+        Clip(epsilon_low, epsilon_high), ace=Ace(alpha, confidence, confidence_reduction, shape),
+        kl=KL(kl_estimator, beta, use_bias_correction_kl), importance_sampling_level=importance_sampling_level,
+        off_policy_mask_threshold=off_policy_mask_threshold, entropy=Entropy(entropy_coef, top_entropy_quantile),
+        sampling=correction(sampling_correction, sampling_clip_max, sampling_clip_min), aggregation=loss_type,
+        max_completion_length=max_completion_length,
+    )  # fmt: skip
+    rollouts = Rollouts(
+        None, advantages, ref_per_token_logps, old_per_token_logps, sampling_per_token_logps, completion_mask,
+        cu_seqlens, num_items_in_batch,
+    )  # fmt: skip
+    return policy_loss_from_logps(
+        per_token_logps, rollouts, objective, per_token_entropies=per_token_entropies, backend=backend, validate=validate
+    )  # fmt: skip
+
+
+def luspo_loss(
+    hidden_states: Tensor, lm_head_weight: Tensor, completion_ids: Tensor, advantages: Tensor, *,
+    ref_per_token_logps: Tensor | None = None, old_per_token_logps: Tensor | None = None,
+    sampling_per_token_logps: Tensor | None = None, completion_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None, importance_sampling_level: str = "sequence", epsilon_low: float = 3e-4,
+    epsilon_high: float | None = 4e-4, alpha: float = 0.0, confidence: str = "current",
+    confidence_reduction: str = "mean", shape: str = "softplus", beta: float = 0.0, kl_estimator: str = "k3",
+    use_bias_correction_kl: bool = False, entropy_coef: float = 0.0, top_entropy_quantile: float = 1.0,
+    off_policy_mask_threshold: float | None = None, sampling_correction: str | None = None,
+    sampling_clip_max: float | None = 3.0, sampling_clip_min: float | None = None,
+    temperature: float | Tensor = 1.0, lm_head_bias: Tensor | None = None, softcap: float | None = None,
+    logit_scale: float = 1.0, num_items_in_batch: float | Tensor | None = None, score_inactive: bool = False,
+    with_entropy: bool = False, schedule: str = "auto", workspace_bytes: int | None = None, backend: str = "auto",
+    validate: bool = False,
+) -> LossOutput:  # fmt: skip
+    """LUSPO: GSPO's term times the rollout's length, so that long rollouts count for what they are (arXiv 2602.05261).
+
+    The clip's defaults are GSPO's; the paper's own are not verified.
+    """
+    objective = Objective(
+        Clip(epsilon_low, epsilon_high), ace=Ace(alpha, confidence, confidence_reduction, shape),
+        kl=KL(kl_estimator, beta, use_bias_correction_kl), importance_sampling_level=importance_sampling_level,
+        off_policy_mask_threshold=off_policy_mask_threshold, entropy=Entropy(entropy_coef, top_entropy_quantile),
+        sampling=correction(sampling_correction, sampling_clip_max, sampling_clip_min), aggregation="luspo",
+    )  # fmt: skip
+    rollouts = Rollouts(
+        completion_ids, advantages, ref_per_token_logps, old_per_token_logps, sampling_per_token_logps,
+        completion_mask, cu_seqlens, num_items_in_batch,
+    )  # fmt: skip
+    head = Head(lm_head_weight, lm_head_bias, logit_scale, softcap, temperature)
+    plan = Plan(schedule, workspace_bytes, backend, score_inactive, with_entropy, validate)
+    return policy_loss(hidden_states, head, rollouts, objective, plan)
+
+
+def luspo_loss_from_logps(
+    per_token_logps: Tensor, advantages: Tensor, *,
+    ref_per_token_logps: Tensor | None = None, old_per_token_logps: Tensor | None = None,
+    sampling_per_token_logps: Tensor | None = None, completion_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None, per_token_entropies: Tensor | None = None,
+    importance_sampling_level: str = "sequence", epsilon_low: float = 3e-4, epsilon_high: float | None = 4e-4,
+    alpha: float = 0.0, confidence: str = "current", confidence_reduction: str = "mean", shape: str = "softplus",
+    beta: float = 0.0, kl_estimator: str = "k3", use_bias_correction_kl: bool = False, entropy_coef: float = 0.0,
+    top_entropy_quantile: float = 1.0, off_policy_mask_threshold: float | None = None,
+    sampling_correction: str | None = None, sampling_clip_max: float | None = 3.0,
+    sampling_clip_min: float | None = None, num_items_in_batch: float | Tensor | None = None, backend: str = "auto",
+    validate: bool = False,
+) -> LossOutput:  # fmt: skip
+    """`luspo_loss` from log-probabilities (B, T), or packed (N,) with `cu_seqlens`; see `policy_loss_from_logps`."""
+    objective = Objective(
+        Clip(epsilon_low, epsilon_high), ace=Ace(alpha, confidence, confidence_reduction, shape),
+        kl=KL(kl_estimator, beta, use_bias_correction_kl), importance_sampling_level=importance_sampling_level,
+        off_policy_mask_threshold=off_policy_mask_threshold, entropy=Entropy(entropy_coef, top_entropy_quantile),
+        sampling=correction(sampling_correction, sampling_clip_max, sampling_clip_min), aggregation="luspo",
+    )  # fmt: skip
+    rollouts = Rollouts(
+        None, advantages, ref_per_token_logps, old_per_token_logps, sampling_per_token_logps, completion_mask,
+        cu_seqlens, num_items_in_batch,
+    )  # fmt: skip
+    return policy_loss_from_logps(
+        per_token_logps, rollouts, objective, per_token_entropies=per_token_entropies, backend=backend, validate=validate
+    )  # fmt: skip
+
+
+def gmpo_loss(
+    hidden_states: Tensor, lm_head_weight: Tensor, completion_ids: Tensor, advantages: Tensor, *,
+    ref_per_token_logps: Tensor | None = None, old_per_token_logps: Tensor | None = None,
+    sampling_per_token_logps: Tensor | None = None, completion_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None, alpha: float = 0.0, confidence: str = "current",
+    confidence_reduction: str = "mean", shape: str = "softplus", loss_type: str = "grpo", beta: float = 0.0,
+    kl_estimator: str = "k3", use_bias_correction_kl: bool = False, entropy_coef: float = 0.0,
+    top_entropy_quantile: float = 1.0, off_policy_mask_threshold: float | None = None,
+    sampling_correction: str | None = None, sampling_clip_max: float | None = 3.0,
+    sampling_clip_min: float | None = None, temperature: float | Tensor = 1.0, lm_head_bias: Tensor | None = None,
+    softcap: float | None = None, logit_scale: float = 1.0, num_items_in_batch: float | Tensor | None = None,
+    max_completion_length: int | None = None, score_inactive: bool = False, with_entropy: bool = False,
+    schedule: str = "auto", workspace_bytes: int | None = None, backend: str = "auto", validate: bool = False,
+) -> LossOutput:  # fmt: skip
+    """GMPO: the geometric mean over the rollout's tokens of their clipped ratios (arXiv 2507.20673); see `Gmpo`."""
+    objective = Objective(
+        Gmpo(), ace=Ace(alpha, confidence, confidence_reduction, shape),
+        kl=KL(kl_estimator, beta, use_bias_correction_kl), off_policy_mask_threshold=off_policy_mask_threshold,
+        entropy=Entropy(entropy_coef, top_entropy_quantile),
+        sampling=correction(sampling_correction, sampling_clip_max, sampling_clip_min), aggregation=loss_type,
+        max_completion_length=max_completion_length,
+    )  # fmt: skip
+    rollouts = Rollouts(
+        completion_ids, advantages, ref_per_token_logps, old_per_token_logps, sampling_per_token_logps,
+        completion_mask, cu_seqlens, num_items_in_batch,
+    )  # fmt: skip
+    head = Head(lm_head_weight, lm_head_bias, logit_scale, softcap, temperature)
+    plan = Plan(schedule, workspace_bytes, backend, score_inactive, with_entropy, validate)
+    return policy_loss(hidden_states, head, rollouts, objective, plan)
+
+
+def gmpo_loss_from_logps(
+    per_token_logps: Tensor, advantages: Tensor, *,
+    ref_per_token_logps: Tensor | None = None, old_per_token_logps: Tensor | None = None,
+    sampling_per_token_logps: Tensor | None = None, completion_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None, per_token_entropies: Tensor | None = None, alpha: float = 0.0,
+    confidence: str = "current", confidence_reduction: str = "mean", shape: str = "softplus",
+    loss_type: str = "grpo", beta: float = 0.0, kl_estimator: str = "k3", use_bias_correction_kl: bool = False,
+    entropy_coef: float = 0.0, top_entropy_quantile: float = 1.0, off_policy_mask_threshold: float | None = None,
+    sampling_correction: str | None = None, sampling_clip_max: float | None = 3.0,
+    sampling_clip_min: float | None = None, num_items_in_batch: float | Tensor | None = None,
+    max_completion_length: int | None = None, backend: str = "auto", validate: bool = False,
+) -> LossOutput:  # fmt: skip
+    """`gmpo_loss` from log-probabilities (B, T), or packed (N,) with `cu_seqlens`; see `policy_loss_from_logps`."""
+    objective = Objective(
+        Gmpo(), ace=Ace(alpha, confidence, confidence_reduction, shape),
+        kl=KL(kl_estimator, beta, use_bias_correction_kl), off_policy_mask_threshold=off_policy_mask_threshold,
+        entropy=Entropy(entropy_coef, top_entropy_quantile),
+        sampling=correction(sampling_correction, sampling_clip_max, sampling_clip_min), aggregation=loss_type,
+        max_completion_length=max_completion_length,
+    )  # fmt: skip
+    rollouts = Rollouts(
+        None, advantages, ref_per_token_logps, old_per_token_logps, sampling_per_token_logps, completion_mask,
+        cu_seqlens, num_items_in_batch,
+    )  # fmt: skip
+    return policy_loss_from_logps(
+        per_token_logps, rollouts, objective, per_token_entropies=per_token_entropies, backend=backend, validate=validate
+    )  # fmt: skip
+
+
+def vespo_loss(
+    hidden_states: Tensor, lm_head_weight: Tensor, completion_ids: Tensor, advantages: Tensor, *,
+    ref_per_token_logps: Tensor | None = None, old_per_token_logps: Tensor | None = None,
+    sampling_per_token_logps: Tensor | None = None, completion_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None, alpha: float = 0.0, confidence: str = "current",
+    confidence_reduction: str = "mean", shape: str = "softplus", loss_type: str = "dapo", beta: float = 0.0,
+    kl_estimator: str = "k3", use_bias_correction_kl: bool = False, entropy_coef: float = 0.0,
+    top_entropy_quantile: float = 1.0, off_policy_mask_threshold: float | None = None,
+    sampling_correction: str | None = None, sampling_clip_max: float | None = 3.0,
+    sampling_clip_min: float | None = None, temperature: float | Tensor = 1.0, lm_head_bias: Tensor | None = None,
+    softcap: float | None = None, logit_scale: float = 1.0, num_items_in_batch: float | Tensor | None = None,
+    max_completion_length: int | None = None, score_inactive: bool = False, with_entropy: bool = False,
+    schedule: str = "auto", workspace_bytes: int | None = None, backend: str = "auto", validate: bool = False,
+) -> LossOutput:  # fmt: skip
+    """VESPO: W^k exp(lambda (1 - W)) times the log-probability, W the rollout's whole ratio (arXiv 2602.10693); see `Vespo`."""
+    objective = Objective(
+        Vespo(), ace=Ace(alpha, confidence, confidence_reduction, shape),
+        kl=KL(kl_estimator, beta, use_bias_correction_kl), off_policy_mask_threshold=off_policy_mask_threshold,
+        entropy=Entropy(entropy_coef, top_entropy_quantile),
+        sampling=correction(sampling_correction, sampling_clip_max, sampling_clip_min), aggregation=loss_type,
+        max_completion_length=max_completion_length,
+    )  # fmt: skip
+    rollouts = Rollouts(
+        completion_ids, advantages, ref_per_token_logps, old_per_token_logps, sampling_per_token_logps,
+        completion_mask, cu_seqlens, num_items_in_batch,
+    )  # fmt: skip
+    head = Head(lm_head_weight, lm_head_bias, logit_scale, softcap, temperature)
+    plan = Plan(schedule, workspace_bytes, backend, score_inactive, with_entropy, validate)
+    return policy_loss(hidden_states, head, rollouts, objective, plan)
+
+
+def vespo_loss_from_logps(
+    per_token_logps: Tensor, advantages: Tensor, *,
+    ref_per_token_logps: Tensor | None = None, old_per_token_logps: Tensor | None = None,
+    sampling_per_token_logps: Tensor | None = None, completion_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None, per_token_entropies: Tensor | None = None, alpha: float = 0.0,
+    confidence: str = "current", confidence_reduction: str = "mean", shape: str = "softplus",
+    loss_type: str = "dapo", beta: float = 0.0, kl_estimator: str = "k3", use_bias_correction_kl: bool = False,
+    entropy_coef: float = 0.0, top_entropy_quantile: float = 1.0, off_policy_mask_threshold: float | None = None,
+    sampling_correction: str | None = None, sampling_clip_max: float | None = 3.0,
+    sampling_clip_min: float | None = None, num_items_in_batch: float | Tensor | None = None,
+    max_completion_length: int | None = None, backend: str = "auto", validate: bool = False,
+) -> LossOutput:  # fmt: skip
+    """`vespo_loss` from log-probabilities (B, T), or packed (N,) with `cu_seqlens`; see `policy_loss_from_logps`."""
+    objective = Objective(
+        Vespo(), ace=Ace(alpha, confidence, confidence_reduction, shape),
+        kl=KL(kl_estimator, beta, use_bias_correction_kl), off_policy_mask_threshold=off_policy_mask_threshold,
+        entropy=Entropy(entropy_coef, top_entropy_quantile),
+        sampling=correction(sampling_correction, sampling_clip_max, sampling_clip_min), aggregation=loss_type,
+        max_completion_length=max_completion_length,
+    )  # fmt: skip
+    rollouts = Rollouts(
+        None, advantages, ref_per_token_logps, old_per_token_logps, sampling_per_token_logps, completion_mask,
+        cu_seqlens, num_items_in_batch,
+    )  # fmt: skip
+    return policy_loss_from_logps(
+        per_token_logps, rollouts, objective, per_token_entropies=per_token_entropies, backend=backend, validate=validate
+    )  # fmt: skip

@@ -1,0 +1,1 @@
+"""What a loss is: surrogates, ACE, KL, entropy, sampling correction, aggregation."""

@@ -1,0 +1,44 @@
+"""The published surrogates by name, and their records: what a loss's `surrogate=` takes.
+
+A name stands for its record's defaults; `surrogate=rlvr_ops.surrogates.sapo(tau_negative=1.1)` for other numbers.
+"""
+
+from rlvr_kernels.surrogates import (
+    Bounds,
+    Cispo,
+    CispoTwoSided,
+    Clip,
+    Dispo,
+    Gmpo,
+    Reinforce,
+    Sapo,
+    Surrogate,
+    Vespo,
+)
+
+SURROGATES: dict[str, type[Surrogate]] = {
+    "ppo_clip": Clip,
+    "cispo": Cispo,
+    "cispo_two_sided": CispoTwoSided,
+    "dispo": Dispo,
+    "sapo": Sapo,
+    "gmpo": Gmpo,
+    "vespo": Vespo,
+    "reinforce": Reinforce,
+}
+ppo_clip, cispo, cispo_two_sided, dispo, sapo, gmpo, vespo, reinforce = SURROGATES.values()
+
+__all__ = [
+    "SURROGATES",
+    "Bounds",
+    "Cispo",
+    "CispoTwoSided",
+    "Clip",
+    "Dispo",
+    "Gmpo",
+    "Reinforce",
+    "Sapo",
+    "Surrogate",
+    "Vespo",
+    *SURROGATES,
+]

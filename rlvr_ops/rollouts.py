@@ -1,0 +1,183 @@
+"""Rollouts: the batch that a loss is computed on, and how its tensors are laid out.
+
+Padded, B rollouts of T tokens are (B, T). Packed, N tokens of B rollouts are (N,) with `cu_seqlens`. Both become R rows.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from rlvr_kernels.backend import capturing
+from rlvr_kernels.checks import check_finite, check_tensor, shape_of
+from rlvr_kernels.weigh import rollout_sums
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Rollouts:
+    """What was sampled, how it was scored, and what it is worth. Log-probabilities are in nats.
+
+    completion_ids: (B, T), or packed (N,) with `cu_seqlens`, int. None for a loss from log-probabilities.
+    advantages: one per rollout (B,), or one per token. Packed with N = B means one per rollout.
+    ref_per_token_logps: under the frozen reference, shaped like completion_ids; for ACE and the KL.
+    old_per_token_logps: under the policy that sampled. None means on policy: the ratio is 1, with a gradient.
+    sampling_per_token_logps: under the engine that sampled, NaN where it gave none.
+    completion_mask: nonzero where a token counts.
+    cu_seqlens: (B + 1,) int, where each rollout begins in the packed rows, and N.
+    num_items_in_batch: the global batch's active tokens (dapo) or rollouts (grpo, dr_grpo, luspo). None: this batch's.
+    """
+
+    completion_ids: Tensor | None
+    advantages: Tensor
+    ref_per_token_logps: Tensor | None = None
+    old_per_token_logps: Tensor | None = None
+    sampling_per_token_logps: Tensor | None = None
+    completion_mask: Tensor | None = None
+    cu_seqlens: Tensor | None = None
+    num_items_in_batch: float | Tensor | None = None
+
+    def check_finite(self, layout: "Layout") -> None:
+        """Raise if a value that counts is NaN or infinite. A sampler's NaN means that it gave none."""
+        sampling = self.sampling_per_token_logps
+        named = {
+            "advantages": self.advantages,
+            "old_per_token_logps": self.old_per_token_logps,
+            "ref_per_token_logps": self.ref_per_token_logps,
+            "sampling_per_token_logps": None if sampling is None else sampling.masked_fill(sampling.isnan(), 0),
+        }
+        for name, values in named.items():
+            layout.check_finite(name, values)
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """R rows of B rollouts in a batch of `shape`: (B, T), all equally long, or (N,), cut by cu_seqlens (B + 1,).
+
+    mask (R,) says which rows count, None means all.
+    """
+
+    shape: tuple[int, ...]
+    cu_seqlens: Tensor
+    mask: Tensor | None = None
+
+    @property
+    def rollouts(self) -> int:
+        """B."""
+        return self.cu_seqlens.shape[0] - 1 if len(self.shape) == 1 else self.shape[0]
+
+    @property
+    def rows(self) -> int:
+        """R."""
+        return self.shape[0] if len(self.shape) == 1 else self.shape[0] * self.shape[1]
+
+    @property
+    def packed(self) -> bool:
+        """Whether the batch came as (N,) rows."""
+        return len(self.shape) == 1
+
+    def rollout(self) -> Tensor:
+        """The rollout (R,) of each row."""
+        return torch.repeat_interleave(self.cu_seqlens.diff(), output_size=self.rows)
+
+    def tokens(self) -> Tensor:
+        """How many rows of each rollout count, (B,) int64."""
+        return self.cu_seqlens.diff() if self.mask is None else self.per_rollout(self.mask.long())
+
+    def per_rollout(self, values: Tensor) -> Tensor:
+        """Sums (B,) of row values (R,), pairwise or in float64. Differentiable."""
+        return rollout_sums(values, self.cu_seqlens) if self.packed else values.view(self.shape).sum(1)
+
+    def spread(self, values: Tensor) -> Tensor:
+        """Row values (R,) from one per rollout (B,) or one per row, in the batch's shape; per rollout where N = B."""
+        if self.packed and values.shape[0] == self.rollouts:
+            return values[self.rollout()]
+        if values.shape == self.shape:
+            return values.reshape(-1)
+        return values[:, None].expand(self.shape).reshape(-1)
+
+    def where_any(self, which: Tensor) -> Tensor:
+        """The rows (R,) of every rollout that has one in `which` (R,)."""
+        if self.packed:
+            return (self.per_rollout(which.long()) > 0)[self.rollout()]
+        return which.view(self.shape).any(1, keepdim=True).expand(self.shape).reshape(-1)
+
+    def longest(self) -> int:
+        """The most rows that count in one rollout. A host sync on an accelerator."""
+        return int(self.tokens().max()) if self.rollouts else 0
+
+    def zero_where_masked(self, values: Tensor) -> Tensor:
+        """Row values (R,) in the batch's shape, 0 where masked."""
+        return (values if self.mask is None else values.masked_fill(~self.mask, 0)).view(self.shape)
+
+    def check_finite(self, name: str, values: Tensor | None) -> None:
+        """Raise if a value that counts is NaN or infinite. Reads the values on the host."""
+        per_token = values is not None and values.shape[: len(self.shape)] == self.shape and self.mask is not None
+        check_finite(name, values, self.mask.view(self.shape) if per_token and self.mask is not None else None)
+
+
+def make_layout(like_name: str, like: Tensor, completion_mask: Tensor | None, cu_seqlens: Tensor | None) -> Layout:
+    """The layout of a batch whose per-token tensors have the shape of `like`, (B, T) or (N,)."""
+    if like.ndim not in (1, 2):
+        raise ValueError(f"{like_name} must have shape (B, T), or (N,) with cu_seqlens, got {shape_of(like)}")
+    shape = tuple(like.shape)
+    if like.ndim == 1:
+        boundaries = _check_cu_seqlens(cu_seqlens, shape[0], like)
+    elif cu_seqlens is None:
+        boundaries = torch.arange(shape[0] + 1, device=like.device) * shape[1]
+    else:
+        raise ValueError(
+            f"cu_seqlens goes with packed rows (N,), but {like_name} has shape (B, T) = {shape}: drop it or pack the batch"
+        )
+    if completion_mask is None:
+        return Layout(shape, boundaries)
+    check_tensor("completion_mask", completion_mask, like.device, floating=False)
+    if completion_mask.shape != like.shape:
+        letters = "(B, T)" if like.ndim == 2 else "(N,)"
+        longer = like.ndim == 2 and completion_mask.ndim == 2 and completion_mask.shape[1] > shape[1]
+        hint = ": drop the prompt columns" if longer else ""
+        raise ValueError(
+            f"completion_mask must have shape {letters} = {shape} like {like_name}, got {shape_of(completion_mask)}{hint}"
+        )
+    return Layout(shape, boundaries, completion_mask.reshape(-1) != 0)
+
+
+def _check_cu_seqlens(cu_seqlens: Tensor | None, rows: int, like: Tensor) -> Tensor:
+    if cu_seqlens is None:
+        raise ValueError(
+            f"cu_seqlens is needed for packed rows (N,) = ({rows},): where each rollout begins, and N at the end"
+        )
+    check_tensor("cu_seqlens", cu_seqlens, like.device, floating=False)
+    if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 1 or cu_seqlens.dtype not in (torch.int64, torch.int32):
+        raise ValueError(
+            f"cu_seqlens must have shape (B + 1,) and dtype int32 or int64, got {shape_of(cu_seqlens)} {cu_seqlens.dtype}"
+        )
+    if not torch.compiler.is_compiling() and not capturing():
+        first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
+        if first != 0 or last != rows:
+            raise ValueError(f"cu_seqlens must begin at 0 and end at N = {rows}, got {first} and {last}")
+        if bool((cu_seqlens.diff() < 0).any()):
+            raise ValueError(f"cu_seqlens must not decrease, got {cu_seqlens.tolist()[:16]}")
+    return cu_seqlens.long()
+
+
+def per_token(
+    name: str, values: Tensor | None, layout: Layout, like_name: str, device: torch.device, dtype: torch.dtype
+) -> Tensor | None:
+    """The constant (R,) behind a per-token argument."""
+    if values is None:
+        return None
+    check_tensor(name, values, device)
+    if tuple(values.shape) != layout.shape:
+        raise ValueError(f"{name} must have shape {layout.shape} like {like_name}, got {shape_of(values)}")
+    return values.detach().reshape(-1).to(dtype)
+
+
+def per_rollout_or_token(name: str, values: Tensor, layout: Layout, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """The constant (R,) behind an argument with a value per rollout (B,) or per token."""
+    check_tensor(name, values, device)
+    if tuple(values.shape) not in ((layout.rollouts,), layout.shape):
+        letters = "one per row (N,)" if layout.packed else "one per token (B, T)"
+        raise ValueError(
+            f"{name} must have one value per rollout (B,) = ({layout.rollouts},) or {letters} = {layout.shape}, "
+            f"got {shape_of(values)}"
+        )
+    return layout.spread(values.detach().to(dtype))

@@ -1,0 +1,102 @@
+"""A single pass over whole rows: what it leaves in a tile, and all of it against float64."""
+
+from functools import partial
+
+import pytest
+import torch
+from kernel_cases import BACKENDS, CLIPS, COLS, HEADS, OTHERS, ROWS, make_rows, policy_rows, truth
+from rlvr_kernels.dlogits import dlogits
+from rlvr_kernels.logits import LogitMap
+from rlvr_kernels.lse_fold import RowState, lse_fold
+from rlvr_kernels.pull_back import Needs
+from rlvr_kernels.single_pass import single_pass
+from rlvr_kernels.weigh import Rows, weigh
+
+HIDDEN = 11
+TOKEN_LOCAL = [objective for objective in CLIPS[::3] + OTHERS if objective.is_token_local(has_old=True)]
+
+
+def scored(raw, ids, logit_map, backend="torch"):
+    state = RowState.empty(len(ids), raw)
+    lse_fold(raw, ids, 0, state, logit_map, backend)
+    return state
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("logit_scale", [1.0, 0.5])
+@pytest.mark.parametrize("temperature", [True, False])
+def test_exponentials_are_the_gradient_but_for_a_factor_of_each_row(bias, logit_scale, temperature):
+    raw, ids, inv_temperature, impossible = make_rows(spread=1.0)
+    inv_temperature = inv_temperature if temperature else torch.ones(ROWS)
+    logit_map, coef = LogitMap(inv_temperature, impossible if bias else None, logit_scale), torch.linspace(-1, 1, ROWS)
+    tile, state = raw.clone(), scored(raw, ids, logit_map)
+    logp, total = logit_map.exponentials_(tile, ids)
+    assert torch.equal(logp, state.logp()), "the bits of lse_fold: a policy and its reference agree where they are one"
+    z = truth(raw, logit_map)
+    torch.testing.assert_close(tile.double(), (z - z.amax(1, keepdim=True)).exp(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(total.double(), tile.double().sum(1), rtol=1e-6, atol=0)
+    tile.scatter_add_(1, ids[:, None], -total[:, None])
+    gradient = tile * (-coef * inv_temperature * logit_scale / total)[:, None]
+    expected = dlogits(raw.clone(), ids, 0, state.lse(), coef, logit_map, backend="torch")
+    torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_exponentials_of_a_row_without_a_possible_token_are_nan_in_that_row_alone():
+    raw, ids, inv_temperature, _ = make_rows()
+    raw[2] = -float("inf")
+    logp, _total = LogitMap(inv_temperature).exponentials_(raw, ids)
+    assert logp.isnan().tolist() == raw.isnan().any(1).tolist() == [False, False, True, False, False]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("objective", CLIPS[::3] + OTHERS, ids=str)
+@pytest.mark.parametrize("has_old", [True, False])
+def test_scoring_weighing_and_pulling_back_agree_with_float64(backend, head, objective, has_old):
+    raw, ids, inv_temperature, bias = make_rows(spread=1.0)
+    cu_seqlens, weights = torch.tensor([0, 2, 2, ROWS]), torch.linspace(0.2, 1.0, 3)
+    _, noise, gap, advantages = policy_rows()
+    near = truth(raw, LogitMap(inv_temperature, bias, **head)).log_softmax(-1).gather(1, ids[:, None])[:, 0].float()
+
+    def step(dtype, backend):
+        old, ref, *others = (x.to(dtype) for x in (near + noise / 5, near + gap / 9, raw, inv_temperature, bias))
+        tile, logit_map = others[0].clone(), LogitMap(*others[1:], **head)
+        state = scored(tile, ids, logit_map, backend)
+        rows = Rows(advantages.to(dtype), cu_seqlens, weights.to(dtype), old if has_old else None, ref)
+        weighed = weigh(state.logp(), rows, objective, backend)
+        gradient = dlogits(tile, ids, 0, state.lse(), weighed.coef, logit_map, backend=backend)
+        return {"logp": state.logp(), "lse": state.lse(), **weighed._asdict(), "gradient": gradient}
+
+    found, expected = step(torch.float32, backend), step(torch.float64, "torch")
+    for name, b in expected.items():
+        torch.testing.assert_close(found[name].double(), b, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("objective", TOKEN_LOCAL, ids=str)
+@pytest.mark.parametrize("rows_at_once", [2, ROWS])
+def test_a_single_pass_gives_what_the_three_kernels_give(backend, head, objective, rows_at_once):
+    g = torch.Generator().manual_seed(2)
+    hidden, weight = torch.randn(ROWS, HIDDEN, generator=g), torch.randn(COLS, HIDDEN, generator=g) / HIDDEN**0.5
+    _, ids, inv_temperature, bias = make_rows()
+    logit_map, raw = LogitMap(inv_temperature, bias, **head), hidden @ weight.T
+    state = scored(raw, ids, logit_map)
+    _, noise, gap, advantages = policy_rows()
+    logp = state.logp()
+    rows = Rows(
+        advantages, torch.tensor([0, 2, 2, ROWS]), torch.linspace(0.2, 1.0, 3), logp + noise / 5, logp + gap / 9
+    )
+    weighed = weigh(logp, rows, objective, "torch")
+    gradient = dlogits(raw, ids, 0, state.lse(), weighed.coef, logit_map, backend="torch")
+    done = single_pass(
+        hidden, weight, ids, logit_map, rows, partial(weigh, objective=objective, backend=backend), token_local=True,
+        needs=Needs(True, True, True), weight_dtype=torch.float32, chunk_rows=rows_at_once, backend=backend,
+    )  # fmt: skip
+    expected = {"logp": logp, **weighed._asdict()}
+    found = {name: getattr(done, name) for name in expected}
+    expected |= {"d_hidden": gradient @ weight, "d_weight": gradient.T @ hidden, "d_bias": gradient.sum(0)}
+    found |= {f"d_{name}": x for name, x in done.gradients._asdict().items()}
+    assert done.chunks == -(-ROWS // rows_at_once)
+    for name, b in expected.items():
+        torch.testing.assert_close(found[name], b, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")

@@ -1,0 +1,439 @@
+"""What public bug reports of this field did to the losses, each with the right value."""
+
+import inspect
+import pickle
+import warnings
+from dataclasses import fields, is_dataclass
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.autograd.forward_ad as forward_ad
+from loss_cases import SMALL, assert_same, make_batch, policy_loss, policy_loss_from_logps
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import rlvr_ops
+from rlvr_ops import KL, Ace, Clip, Head, Objective, Plan, Rollouts
+
+B, T, H, V = 4, 6, 8, 50
+SCHEDULES = ("single_pass", "two_pass")
+
+
+def batch(seed=0, dtype=torch.float32):
+    g = torch.Generator().manual_seed(seed)
+    hidden, weight = torch.randn(B, T, H, generator=g, dtype=dtype), torch.randn(V, H, generator=g, dtype=dtype)
+    ids = torch.randint(V, (B, T), generator=g)
+    return hidden, weight, ids, torch.tensor([1.0, -1.0, 0.5, -0.5]), -3 - torch.rand(B, T, generator=g)
+
+
+# Forward mode
+
+
+def forward_modes():
+    hidden, weight, ids, advantages, ref = batch()
+    head = hidden, weight, ids
+    return {
+        "token_logps": (lambda x: rlvr_ops.token_logps(x, *head[1:]).logps, hidden),
+        "token_logps by weight": (lambda w: rlvr_ops.token_logps(hidden, w, ids).logps, weight),
+        "ace_loss": (lambda x: rlvr_ops.ace_loss(x, *head[1:], advantages, ref_per_token_logps=ref).loss, hidden),
+        "grpo_loss by bias": (lambda b: rlvr_ops.grpo_loss(*head, advantages, lm_head_bias=b).loss, torch.zeros(V)),
+        "a function": (
+            lambda x: rlvr_ops.ace_loss(x, *head[1:], advantages, alpha=0.0, surrogate=lambda logp, rows: -logp).loss,
+            hidden,
+        ),
+        "grpo_loss_from_logps": (lambda x: rlvr_ops.grpo_loss_from_logps(x, advantages).loss, ref),
+        "entropies": (
+            lambda e: rlvr_ops.grpo_loss_from_logps(ref, advantages, per_token_entropies=e, entropy_coef=0.1).loss,
+            -ref,
+        ),
+    }
+
+
+@pytest.mark.parametrize("case", forward_modes())
+@pytest.mark.parametrize("mode", ["jvp", "jacfwd", "linearize", "dual"])
+def test_a_forward_mode_tangent_is_refused_by_name_and_never_zero(case, mode):
+    function, x = forward_modes()[case]
+
+    def differentiate():
+        if mode == "dual":
+            with forward_ad.dual_level():
+                return function(forward_ad.make_dual(x, torch.ones_like(x)))
+        if mode == "jvp":
+            return torch.func.jvp(function, (x,), (torch.ones_like(x),))
+        return torch.func.linearize(function, x) if mode == "linearize" else torch.func.jacfwd(function)(x)
+
+    with pytest.raises(NotImplementedError, match="has a forward-mode tangent: only reverse mode"):
+        differentiate()
+
+
+# Sums over long rollouts
+
+
+def long_logps(tokens):
+    g = torch.Generator().manual_seed(0)
+    old = -0.2 - torch.rand(2, tokens, generator=g)
+    return old + 3e-5 + 1e-6 * torch.randn(2, tokens, generator=g), old, torch.tensor([1.0, -1.0])
+
+
+def packed(tokens):
+    return {"cu_seqlens": torch.arange(3) * tokens}
+
+
+@pytest.mark.parametrize("tokens", [2048, 131_072, 1_000_000])
+@pytest.mark.parametrize(
+    "kind", ["gspo", "gspo packed", "gmpo packed", "ace packed", "function packed", "sequence weights"]
+)
+def test_a_long_rollout_is_weighed_as_in_float64(tokens, kind):
+    logp, old, advantages = long_logps(tokens)
+
+    def gradient(dtype):
+        x, y = logp.to(dtype), old.to(dtype)
+        given = {"old_per_token_logps": y}
+        if "padded" not in kind and kind != "gspo":
+            x, given = x.flatten(), {"old_per_token_logps": y.flatten(), **packed(tokens)}
+        leaf = x.requires_grad_()
+        if kind.startswith("gspo"):
+            given |= {"importance_sampling_level": "sequence", "epsilon_low": 3e-4, "epsilon_high": 4e-4}
+        elif kind.startswith("gmpo"):
+            given["surrogate"] = "gmpo"
+        elif kind.startswith("ace"):
+            given |= {"alpha": 1.0, "ref_per_token_logps": given["old_per_token_logps"] - 0.1}
+        elif kind.startswith("function"):
+            given["surrogate"] = lambda p, rows: (
+                -rows.advantages * rows.rollout_mean(p - rows.old_per_token_logps).exp()
+            )
+        else:
+            sampling = (old - 1.0 / tokens).to(dtype).flatten()
+            given |= {"sampling_per_token_logps": sampling, "sampling_correction": "sequence_truncate"}
+        out = policy_loss_from_logps(leaf, advantages.to(dtype), **given)
+        return out.loss.detach(), torch.autograd.grad(out.loss, leaf)[0]
+
+    (loss, grad), (true_loss, truth) = gradient(torch.float32), gradient(torch.float64)
+    # The inputs' own rounding is in both: the float64 run starts from the float32 numbers.
+    assert (grad.double() - truth).norm() <= 1e-5 * truth.norm()
+    assert abs(loss.double() - true_loss) <= 1e-5
+
+
+# Weights that overflow
+
+
+@pytest.mark.parametrize("kind", ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"])
+@pytest.mark.parametrize("surrogate", ["ppo_clip", "gmpo"])
+def test_an_advantage_of_zero_contributes_zero_however_large_its_weight(kind, surrogate):
+    old = torch.stack([torch.zeros(10_000), torch.full((10_000,), 0.01 if kind.startswith("seq") else 100.0)])
+    logp = old.clone().requires_grad_()
+    out = policy_loss_from_logps(
+        logp, torch.tensor([1.0, 0.0]), old_per_token_logps=old, sampling_per_token_logps=torch.zeros(2, 10_000),
+        sampling_correction=kind, sampling_clip_max=None, surrogate=surrogate,
+    )  # fmt: skip
+    (grad,) = torch.autograd.grad(out.loss, logp)
+    assert out.loss.item() == pytest.approx(-0.5, rel=1e-5)
+    assert bool(grad.isfinite().all())
+    assert not bool(grad[1].any())
+
+
+EXTREMES = [
+    (-120.0, -1.0, -1.0),
+    (-91.0, -1.0, -1.0),
+    (-1.0, -120.0, -1.0),
+    (-1.0, -120.0, -1.5),
+    (-200.0, -199.5, -1.0),
+]
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+@pytest.mark.parametrize("point", EXTREMES, ids=str)
+@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=pytest.mark.interpret)])
+def test_a_bias_corrected_divergence_is_what_float64_says(estimator, point, backend):
+    def divergence(dtype, backend):
+        logp, old, ref = (torch.full((1, 1), value, dtype=dtype) for value in point)
+        logp.requires_grad_()
+        out = policy_loss_from_logps(
+            logp, torch.zeros(1, dtype=dtype), old_per_token_logps=old, ref_per_token_logps=ref, beta=1.0,
+            kl_estimator=estimator, use_bias_correction_kl=True, backend=backend,
+        )  # fmt: skip
+        return torch.stack([out.loss.detach(), out.metrics["kl"], torch.autograd.grad(out.loss, logp)[0][0, 0]])
+
+    truth = divergence(torch.float64, "torch").clamp(max=torch.finfo(torch.float32).max)
+    found = divergence(torch.float32, backend)
+    limit = torch.finfo(torch.float32).max
+    torch.testing.assert_close(found.double().clamp(-limit, limit), truth.clamp(-limit, limit), rtol=2e-5, atol=1e-6)
+    if estimator == "k3" and point[0] < -90 and point[1] == -1:
+        assert found.tolist() == pytest.approx([1.0, 1.0, 0.0], abs=1e-6)
+
+
+def test_a_token_that_the_policy_rules_out_has_a_finite_corrected_divergence():
+    logp = torch.full((1, 1), -float("inf"), requires_grad=True)
+    old, ref = torch.full((1, 1), -2.0), torch.full((1, 1), -1.0)
+    out = policy_loss_from_logps(
+        logp, torch.zeros(1), old_per_token_logps=old, ref_per_token_logps=ref, beta=1.0, use_bias_correction_kl=True
+    )
+    assert out.loss.item() == pytest.approx(torch.tensor(1.0).exp().item())
+
+
+# Compilation
+
+
+SCHEDULED = {
+    "epsilon_high": {}, "epsilon_low": {}, "alpha": {}, "beta": {}, "entropy_coef": {"schedule": "two_pass"},
+    "temperature": {}, "logit_scale": {}, "softcap": {}, "off_policy_mask_threshold": {},
+    "delta": {"epsilon_high": 0.05}, "num_items_in_batch": {}, "sampling_clip_max": {"sampling_correction": "token_truncate"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "dynamic"), [*((name, None) for name in SCHEDULED), ("epsilon_high", True)])
+def test_a_scheduled_hyper_parameter_is_compiled_once_and_has_its_effect(name, dynamic):
+    hidden, weight, ids, advantages, ref = batch(dtype=torch.float64)
+    given = {"ref_per_token_logps": ref, "old_per_token_logps": ref + 0.05, "alpha": 0.5, **SCHEDULED[name]}
+    if name.startswith("sampling"):
+        given["sampling_per_token_logps"] = ref
+
+    def step(hidden, value):
+        return rlvr_ops.ace_loss(hidden, weight, ids, advantages, **{**given, name: value}).loss
+
+    torch.compiler.reset()
+    with torch._dynamo.config.patch(recompile_limit=3):
+        compiled = torch.compile(step, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+        for value in [1.1 + 0.07 * i for i in range(6)] if name in ("delta",) else [0.3 + 0.05 * i for i in range(6)]:
+            leaf = hidden.clone().requires_grad_()
+            (grad,) = torch.autograd.grad(compiled(leaf, value), leaf)
+            (truth,) = torch.autograd.grad(step(leaf, value), leaf)
+            assert_same(grad, truth, 1e-12, name)
+
+
+@pytest.mark.parametrize("schedule", ["auto", "two_pass"])
+def test_records_and_new_shapes_compile_with_dynamic_shapes(schedule):
+    hidden, weight, ids, advantages, ref = batch()
+
+    def step(hidden, ids, advantages, ref, objective):
+        rollouts = Rollouts(ids, advantages, ref)
+        return rlvr_ops.policy_loss(hidden, Head(weight), rollouts, objective, Plan(schedule=schedule)).loss
+
+    torch.compiler.reset()
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
+    for tokens, alpha in ((6, 0.5), (5, 1.0), (3, 0.7)):
+        leaf = hidden[:, :tokens].clone().requires_grad_()
+        arguments = ids[:, :tokens], advantages, ref[:, :tokens], Objective(Clip(0.1), Ace(alpha), KL(beta=0.1))
+        (grad,) = torch.autograd.grad(compiled(leaf, *arguments), leaf)
+        (truth,) = torch.autograd.grad(step(leaf, *arguments), leaf)
+        assert_same(grad, truth, 1e-6)
+
+
+# Pickles
+
+
+@pytest.mark.parametrize("name", [n for n in rlvr_ops.__all__ if callable(getattr(rlvr_ops, n))])
+def test_every_public_callable_survives_a_pickle(name):
+    thing = getattr(rlvr_ops, name)
+    assert pickle.loads(pickle.dumps(thing)) is thing
+
+
+def test_every_record_survives_a_pickle():
+    records = [
+        Objective(Clip(0.1, 0.2, 3.0), Ace(), KL("k1", 0.1), sampling=rlvr_ops.SamplingCorrection("token_mask")),
+        Plan(schedule="two_pass"),
+        *(make() for make in rlvr_ops.surrogates.SURROGATES.values()),
+    ]
+    for record in records:
+        assert pickle.loads(pickle.dumps(record)) == record
+    for record in (Head(torch.ones(3, 2), softcap=2.0), Rollouts(torch.ones(2, 3, dtype=torch.long), torch.ones(2))):
+        again = pickle.loads(pickle.dumps(record))
+        for field in fields(record):
+            a, b = getattr(record, field.name), getattr(again, field.name)
+            assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+    assert all(is_dataclass(r) and r.__dataclass_params__.frozen for r in records)
+    loss = pickle.loads(pickle.dumps(rlvr_ops.ACELoss(alpha=0.5)))
+    assert loss.objective.ace == Ace(0.5)
+
+
+@pytest.mark.parametrize("name", [n for n in rlvr_ops.__all__ if n.endswith(("_loss", "_loss_from_logps"))])
+def test_the_losses_are_functions_with_typed_signatures(name):
+    function = getattr(rlvr_ops, name)
+    assert inspect.isfunction(function)
+    for parameter in inspect.signature(function).parameters.values():
+        assert parameter.annotation is not inspect.Parameter.empty
+        assert parameter.kind is not inspect.Parameter.VAR_KEYWORD
+
+
+# A reference that is the policy
+
+
+@pytest.mark.parametrize("shape", [(16, 64, 64, 50_000), (2, 16, 32, 151_936)])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_reference_equal_to_the_policy_shifts_by_no_more_than_rounding(shape, schedule, dtype):
+    """The README's claim, with its figure."""
+    b, t, h, v = shape
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(*s, generator=g).to(dtype) for s in ((b, t, h), (v, h)))
+    ids, advantages = torch.randint(v, (b, t), generator=g), torch.tensor([1.0, -1.0] * (b // 2))
+    with torch.no_grad():
+        ref = rlvr_ops.token_logps(hidden, weight, ids).logps
+    out = rlvr_ops.ace_loss(hidden, weight, ids, advantages, ref_per_token_logps=ref, schedule=schedule)
+    gap = (out.per_token_logps - ref).abs().max().item()
+    largest = ref.abs().max().item()
+    assert gap <= 4 * torch.finfo(out.per_token_logps.dtype).eps * largest
+    assert abs(out.metrics["ace/shift/mean"].item()) <= gap
+    if dtype == torch.float32:
+        assert gap <= 2e-5
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_reference_scored_by_the_same_call_shifts_by_exactly_zero(schedule):
+    hidden, weight, ids, advantages, ref = batch()
+    first = rlvr_ops.ace_loss(hidden, weight, ids, advantages, ref_per_token_logps=ref, schedule=schedule)
+    again = rlvr_ops.ace_loss(
+        hidden, weight, ids, advantages, ref_per_token_logps=first.per_token_logps, schedule=schedule
+    )
+    assert again.metrics["ace/shift/mean"].item() == 0.0
+    assert again.metrics["ace/weight/max"].item() == pytest.approx(1.6931472, rel=1e-6)
+
+
+# Tensors that are not what they seem
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("packed_rows", [False, True])
+def test_tensors_made_in_inference_mode_work(schedule, packed_rows):
+    hidden, weight, ids, advantages, ref = batch()
+    with torch.inference_mode():
+        constants = {"ids": ids.clone(), "advantages": advantages.clone(), "ref": ref.clone(), "weight": weight.clone()}
+        mask, cu_seqlens = torch.ones(B, T), torch.arange(B + 1) * T
+    assert all(x.is_inference() for x in (*constants.values(), mask))
+
+    def gradient(ids, advantages, ref, weight, mask, cu_seqlens):
+        leaf, given = hidden.clone().requires_grad_(), {}
+        x = leaf
+        if packed_rows:
+            x, ids, ref, mask = leaf.flatten(0, 1), ids.flatten(), ref.flatten(), mask.flatten()
+            given["cu_seqlens"] = cu_seqlens
+        out = rlvr_ops.ace_loss(
+            x, weight, ids, advantages, ref_per_token_logps=ref, completion_mask=mask, schedule=schedule, **given
+        )
+        scores = rlvr_ops.token_logps(x, weight, ids).logps
+        return torch.autograd.grad(out.loss + scores.sum(), leaf)[0]
+
+    truth = gradient(ids, advantages, ref, weight, torch.ones(B, T), torch.arange(B + 1) * T)
+    assert torch.equal(gradient(**constants, mask=mask, cu_seqlens=cu_seqlens), truth)
+
+
+def arguments():
+    hidden, weight, ids, advantages, ref = batch()
+    return {
+        "hidden_states": hidden, "lm_head_weight": weight, "completion_ids": ids, "advantages": advantages,
+        "ref_per_token_logps": ref, "old_per_token_logps": ref, "completion_mask": torch.ones(B, T),
+        "lm_head_bias": torch.zeros(V), "temperature": torch.ones(B),
+    }  # fmt: skip
+
+
+class Distributed(torch.Tensor):
+    """What the checks see of a DTensor."""
+
+    sharded = True
+
+    @property
+    def placements(self):
+        return (SimpleNamespace(is_replicate=lambda: not self.sharded),)
+
+    def full_tensor(self):
+        raise AssertionError("nobody asked for a collective")
+
+
+@pytest.mark.parametrize("name", arguments())
+@pytest.mark.parametrize("sharded", [True, False])
+def test_a_distributed_tensor_is_refused_by_name_and_as_what_it_is(name, sharded):
+    given = arguments()
+    given[name] = given[name].as_subclass(Distributed)
+    given[name].sharded = sharded
+    kind, way = ("sharded", "full_tensor") if sharded else ("replicated", "to_local")
+    with pytest.raises(
+        TypeError, match=rf"^{name} must be a whole tensor, got a {kind} DTensor: pass {name}\.{way}\(\)"
+    ):
+        rlvr_ops.ace_loss(**given)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.complex64])
+@pytest.mark.parametrize(
+    "name", ["hidden_states", "lm_head_weight", "lm_head_bias", "advantages", "ref_per_token_logps"]
+)
+def test_a_dtype_that_nothing_here_multiplies_is_refused_by_name(name, dtype):
+    given = arguments()
+    given[name] = given[name].to(dtype)
+    with pytest.raises(TypeError, match=f"^{name} must have a floating dtype"):
+        rlvr_ops.ace_loss(**given)
+
+
+def test_meta_and_fake_tensors_are_refused_by_name():
+    given = {name: value.to("meta") for name, value in arguments().items()}
+    with pytest.raises(TypeError, match=r"^hidden_states must hold numbers, got a meta tensor"):
+        rlvr_ops.ace_loss(**given)
+    with FakeTensorMode() as mode:
+        fake = {name: mode.from_tensor(value) for name, value in arguments().items()}
+        with pytest.raises(TypeError, match=r"^hidden_states must hold numbers, got a fake tensor"):
+            rlvr_ops.ace_loss(**fake)
+    with pytest.raises(TypeError, match=r"^per_token_logps must hold numbers, got a meta tensor"):
+        rlvr_ops.grpo_loss_from_logps(given["ref_per_token_logps"], given["advantages"])
+
+
+# Numbers
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo", "luspo"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("count", [0, 0.0, torch.tensor(0), torch.tensor([0.0])], ids=repr)
+def test_a_global_count_of_zero_is_a_loss_of_zero_attached_if_nothing_counts(loss_type, schedule, count):
+    hidden, weight, ids, advantages, ref = batch()
+    leaf = hidden.clone().requires_grad_()
+    given = {"num_items_in_batch": count, "loss_type": loss_type, "ref_per_token_logps": ref, "beta": 0.1}
+    out = policy_loss(leaf, weight, ids, advantages, completion_mask=torch.zeros(B, T), schedule=schedule, **given)
+    assert out.loss.item() == 0
+    assert not bool(torch.autograd.grad(out.loss, leaf)[0].any())
+    with pytest.raises(ValueError, match=r"num_items_in_batch must be > 0, the .* of the global batch, got 0"):
+        policy_loss(leaf, weight, ids, advantages, schedule=schedule, **given)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message", "error"),
+    [
+        ({"logit_scale": None}, "logit_scale must be a number, got None", TypeError),
+        ({"logit_scale": torch.tensor(1.0, requires_grad=True)}, "logit_scale must be a number, got tensor", TypeError),
+        ({"softcap": torch.tensor(3.0)}, "softcap must be a number, got tensor", TypeError),
+        ({"temperature": None}, "temperature must be a number or a tensor, got None", TypeError),
+        (
+            {"temperature": torch.ones(B, requires_grad=True)},
+            r"temperature must not require a gradient, which it would not get: pass temperature\.detach\(\)",
+            ValueError,
+        ),
+    ],
+)
+def test_a_number_that_would_lose_its_gradient_or_is_none_is_refused_by_name(changes, message, error):
+    hidden, weight, ids, advantages, ref = batch()
+    with pytest.raises(error, match=message):
+        rlvr_ops.ace_loss(hidden, weight, ids, advantages, ref_per_token_logps=ref, **changes)
+    with pytest.raises(error, match=message):
+        rlvr_ops.token_logps(hidden, weight, ids, **changes)
+
+
+def test_two_dtypes_on_an_accelerator_are_said_once_with_the_way_out(monkeypatch):
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)  # it does not know the device "meta"
+    head, states = Head(torch.empty(V, H, device="meta")), torch.empty(B, T, H, device="meta", dtype=torch.bfloat16)
+    with pytest.warns(UserWarning, match=r"hidden_states are torch\.bfloat16 and lm_head_weight is torch\.float32"):
+        assert head.compute_dtype(states) == torch.float32
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("default")
+        for _ in range(3):
+            head.compute_dtype(states)
+    assert len(said) == 1
+    assert "cast one of them, or call the loss under torch.autocast" in str(said[0].message)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Head(torch.empty(V, H)).compute_dtype(torch.empty(B, T, H, dtype=torch.bfloat16))  # a CPU widens as fast
+
+
+def test_the_library_agrees_with_itself_after_all_this():
+    small = make_batch(SMALL, 17, 5)
+    given = {"completion_mask": small.mask, "ref_per_token_logps": small.ref, "alpha": 1.0}
+    losses = [
+        policy_loss(small.hidden, small.weight, small.ids, small.advantages, schedule=s, **given) for s in SCHEDULES
+    ]
+    assert_same(losses[0].loss, losses[1].loss, 1e-12)

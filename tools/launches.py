@@ -1,0 +1,100 @@
+"""Every kernel of the library in every variant worth compiling: a name, and a call that launches it on meta tensors.
+
+To add a kernel, add a call. compile_table.py runs these. The shapes are a language model's; what matters to the
+compiler is their divisibility and the dtypes.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from rlvr_kernels.dlogits import dlogits
+from rlvr_kernels.linear_lse import linear_lse
+from rlvr_kernels.logits import LogitMap
+from rlvr_kernels.lse_fold import RowState, lse_fold
+from rlvr_kernels.objective import KL, Ace, TokenObjective
+from rlvr_kernels.scale import scale_
+from rlvr_kernels.surrogates import Cispo, Clip, Gmpo, Sapo, Surrogate, Vespo
+from rlvr_kernels.weigh import Rows, weigh
+
+N, H, V, B, TILE = 8192, 4096, 151936, 64, 32768
+
+
+def objective(surrogate: Surrogate, alpha: float = 0.0, kl: KL | None = None, **options: Any) -> TokenObjective:
+    """The objective of a surrogate with ACE's weight and a KL penalty around it; none of either by default."""
+    return TokenObjective(surrogate, Ace(alpha), KL() if kl is None else kl, **options)
+
+
+GRPO = objective(Clip())
+ACE = objective(Clip(0.2, 0.2, delta=4.0), alpha=1.0, kl=KL("k3", 0.001))
+GSPO = objective(
+    Clip(),
+    kl=KL("k3", 0.001, bias_correction=True),
+    importance_sampling_level="sequence",
+    off_policy_mask_threshold=0.5,
+)
+GMPO = objective(Gmpo(), alpha=1.0)
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """A tensor that has a shape and no memory."""
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _ids() -> torch.Tensor:
+    return meta(N, dtype=torch.int64)
+
+
+def _map(dtype: torch.dtype, *, full: bool) -> LogitMap:
+    return LogitMap(meta(N), meta(TILE, dtype=dtype), softcap=30.0) if full else LogitMap(meta(N))
+
+
+def _lse_fold(dtype: torch.dtype, *, full: bool) -> None:
+    state = RowState.empty(N, meta(1), entropy=full, mean=full, squares=full)
+    lse_fold(meta(N, TILE, dtype=dtype), _ids(), 0, state, _map(dtype, full=full))
+
+
+def _dlogits(dtype: torch.dtype, *, full: bool, over: torch.dtype | None = None) -> None:
+    """`over`: a gradient of that dtype lies in the memory of the logits, as `tile.Tile` has it."""
+    tile = meta(N, TILE, dtype=dtype)
+    options: dict[str, Any] = {"out": None if over is None else tile.view(over)[:, :TILE]}
+    if full:
+        options |= {"entropy": meta(N), "entropy_coef": meta(N)}
+    dlogits(tile, _ids(), 0, meta(N), meta(N), _map(dtype, full=full), **options)
+
+
+def _weigh(of: TokenObjective, *, full: bool = True) -> None:
+    given = {"old": meta(N), "ref": meta(N), "mask": meta(N, dtype=torch.bool)} if full else {}
+    weigh(meta(N), Rows(meta(N), meta(B + 1, dtype=torch.int64), meta(B), **given), of)
+
+
+def _linear_lse(hidden: torch.dtype, weight: torch.dtype, *, h: int = H, **options: Any) -> None:
+    linear_lse(meta(N, h, dtype=hidden), meta(V, h, dtype=weight), _ids(), **options)
+
+
+_bf16, _fp32 = torch.bfloat16, torch.float32
+
+LAUNCHES: dict[str, Callable[[], Any]] = {
+    "lse_fold fp32": lambda: _lse_fold(_fp32, full=False),
+    "lse_fold bf16, bias, softcap, all sums": lambda: _lse_fold(_bf16, full=True),
+    "dlogits fp32": lambda: _dlogits(_fp32, full=False),
+    "dlogits bf16, bias, softcap, entropy": lambda: _dlogits(_bf16, full=True),
+    "dlogits fp32, bf16 over it": lambda: _dlogits(_fp32, full=False, over=_bf16),
+    "weigh GRPO on policy": lambda: _weigh(GRPO, full=False),
+    "weigh ACE, KL, mask": lambda: _weigh(ACE),
+    "weigh GSPO, drops, KL": lambda: _weigh(GSPO),
+    "weigh GMPO": lambda: _weigh(GMPO),
+    "weigh VESPO": lambda: _weigh(objective(Vespo())),
+    "weigh SAPO": lambda: _weigh(objective(Sapo())),
+    "weigh CISPO": lambda: _weigh(objective(Cispo())),
+    "scale_ bf16": lambda: scale_(meta(V, H, dtype=_bf16), meta(1)),
+    "linear_lse bf16": lambda: _linear_lse(_bf16, _bf16),
+    "linear_lse bf16, bias": lambda: _linear_lse(_bf16, _bf16, bias=meta(V)),
+    "linear_lse bf16, softcap": lambda: _linear_lse(_bf16, _bf16, softcap=30.0),
+    "linear_lse bf16, bias, softcap": lambda: _linear_lse(_bf16, _bf16, bias=meta(V), softcap=30.0),
+    "linear_lse bf16, odd H": lambda: _linear_lse(_bf16, _bf16, h=H + 1),
+    "linear_lse bf16 by fp32": lambda: _linear_lse(_bf16, _fp32, bias=meta(V), softcap=30.0),
+    "linear_lse bf16 by fp32, odd H": lambda: _linear_lse(_bf16, _fp32, h=H + 1),
+    "linear_lse fp32": lambda: _linear_lse(_fp32, _fp32, bias=meta(V), softcap=30.0),
+    "linear_lse fp32, odd H": lambda: _linear_lse(_fp32, _fp32, h=H + 1),
+}
