@@ -138,7 +138,11 @@ def ours(case: Case, schedule: str = "auto", **options: Any) -> Run:
     options |= {"with_entropy": case.entropy, "schedule": schedule}
 
     def run(batch: Batch) -> Outputs:
-        given: dict[str, Any] = {"hidden_states": batch.hidden, "lm_head_weight": batch.weight, "completion_ids": batch.ids}
+        given: dict[str, Any] = {
+            "hidden_states": batch.hidden,
+            "lm_head_weight": batch.weight,
+            "completion_ids": batch.ids,
+        }
         if case.forward:
             return Outputs(None, *rlvr_ops.token_logps(**given, with_entropy=case.entropy)[:2])
         given |= {"advantages": batch.advantages, "old_per_token_logps": batch.old, **options}
