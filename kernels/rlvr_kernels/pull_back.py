@@ -11,6 +11,7 @@ import torch
 
 from rlvr_kernels.dlogits import dlogits
 from rlvr_kernels.logits import LogitMap, accumulator_dtype
+from rlvr_kernels.shard import Shard
 from rlvr_kernels.tile import (
     Kept,
     Tile,
@@ -54,12 +55,14 @@ def pull_back(
     weight_dtype: torch.dtype,
     workspace_bytes: int,
     kept: Kept | None = None,
+    shard: Shard | None = None,
     backend: str = "auto",
 ) -> Gradients:
     """Pull rows (n,) back; hidden (n, H) and weight (V, H) have one dtype, d_weight gets `weight_dtype`.
 
     The logits that are kept are read and left as they are; the others are recomputed.
     """
+    ids = ids if shard is None else ids - shard.first
     rows, vocabulary = hidden.shape[0], weight.shape[0]
     d_hidden = accumulator((rows, hidden.shape[1]), hidden) if needs.hidden else None
     d_weight = empty(weight.shape, weight_dtype, weight.device) if needs.weight else None
@@ -98,4 +101,6 @@ def pull_back(
                 d_bias[part] += gradient.sum(0, dtype=d_bias.dtype)
         if slice_total is not None and d_weight is not None:
             d_weight[part] = slice_total
+    if d_hidden is not None and shard is not None:
+        d_hidden = shard.total(d_hidden)
     return Gradients(d_hidden, d_weight, d_bias)

@@ -9,6 +9,7 @@ import torch
 
 from rlvr_kernels.logits import LogitMap
 from rlvr_kernels.lse_fold import RowState, lse_fold
+from rlvr_kernels.shard import Shard
 from rlvr_kernels.tile import Tile, bytes_per_logit, multiply, vocabulary_tile
 
 
@@ -35,12 +36,14 @@ def score(
     squares: bool = False,
     workspace_bytes: int,
     kept: torch.Tensor | None = None,
+    shard: Shard | None = None,
     backend: str = "auto",
 ) -> Scores:
     """Score ids (n,) under hidden (n, H) and weight (V, H), which have one dtype.
 
-    kept (n, C) is filled with the raw logits of the first C columns, see `tile.Kept`.
+    kept (n, C) is filled with the raw logits of the first C columns, see `tile.Kept`. A shard's weight is its slice.
     """
+    ids = ids if shard is None else ids - shard.first
     rows, vocabulary = hidden.shape[0], weight.shape[0]
     state = RowState.empty(rows, hidden, entropy=entropy, mean=mean, squares=squares)
 
@@ -53,7 +56,7 @@ def score(
         multiply(hidden, weight[:first].T, out=kept)
         fold(kept, slice(0, rows), slice(0, first))
     if first == vocabulary:
-        return finish(state, vocabulary, top1)
+        return finish(state, vocabulary, top1, shard)
     shape = vocabulary_tile(rows, vocabulary, bytes_per_logit(hidden.device, hidden.dtype), workspace_bytes)
     tile = Tile(shape, hidden.dtype, hidden.device)
     for row in range(0, rows, shape.rows):
@@ -61,11 +64,12 @@ def score(
         for col in range(first, vocabulary, shape.cols):
             part = slice(col, min(col + shape.cols, vocabulary))
             fold(tile.fill(hidden[some], weight[part]), some, part)
-    return finish(state, vocabulary, top1)
+    return finish(state, vocabulary, top1, shard)
 
 
-def finish(state: RowState, vocabulary: int, top1: bool = False) -> Scores:
-    """The scores of rows of which everything has been seen."""
+def finish(state: RowState, vocabulary: int, top1: bool, shard: Shard | None) -> Scores:
+    """The scores of rows whose every column has been folded."""
+    state = state if shard is None else shard.combine(state)
     mean = None if state.summed is None else state.summed / vocabulary
     top = state.top1() if top1 else None
     return Scores(state.logp(), state.lse(), state.entropy(), mean, top, state.sum_p_squared())

@@ -16,6 +16,7 @@ from rlvr_kernels.dlogits import dlogits
 from rlvr_kernels.logits import LogitMap, accumulator_dtype
 from rlvr_kernels.lse_fold import RowState, lse_fold
 from rlvr_kernels.pull_back import Gradients, Needs
+from rlvr_kernels.shard import Shard
 from rlvr_kernels.tile import (
     Tile,
     TileShape,
@@ -58,6 +59,7 @@ def single_pass(
     with_entropy: bool = False,
     entropy_coef: float = 0.0,
     chunk_rows: int,
+    shard: Shard | None = None,
     backend: str = "auto",
 ) -> SinglePass:
     """Score, weigh and pull back the n rows whose states are hidden[index] (None: all of (R, H)).
@@ -65,6 +67,7 @@ def single_pass(
     A chunk has at most `chunk_rows` rows, cast to the dtype of weight (V, H). Unless the loss is `token_local`, the weigher sees
     whole rollouts. entropy_coef times the entropy, aggregated like the loss, is taken off the gradient.
     """
+    ids = ids if shard is None else ids - shard.first
     plan = _plan(rows, chunk_rows, token_local)
     largest = max([part.stop - part.start for part in plan], default=0)
     tile = Tile(TileShape(largest, weight.shape[0]), weight.dtype, weight.device)
@@ -77,7 +80,7 @@ def single_pass(
     for i, part in enumerate(plan):
         where = part if index is None else index[part]
         states = hidden[where].to(weight.dtype)
-        scored = _Scored(tile, states, weight, ids[part], logit_map[part, slice(None)], with_entropy, backend)
+        scored = _Scored(tile, states, weight, ids[part], logit_map[part, slice(None)], with_entropy, shard, backend)
         mine = rows[part]
         weighed = weigher(scored.logp, mine)
         logp[part], losses[part], coef[part] = scored.logp, weighed.losses, weighed.coef
@@ -101,6 +104,8 @@ def single_pass(
             accumulate(d_weight, gradient.T, states, first=i == 0)
         if d_bias is not None:
             d_bias += _sum_of_rows(gradient, scale, d_bias.dtype)
+    if d_hidden is not None and shard is not None:
+        d_hidden = shard.total(d_hidden)
     if d_weight is not None and not plan:
         d_weight.zero_()
     gradients = Gradients(d_hidden, None if d_weight is None else d_weight.to(weight_dtype), d_bias)
@@ -116,14 +121,14 @@ class _Scored:
 
     def __init__(
         self, tile: Tile, states: torch.Tensor, weight: torch.Tensor, ids: torch.Tensor, logit_map: LogitMap,
-        with_entropy: bool, backend: str,
+        with_entropy: bool, shard: Shard | None, backend: str,
     ):  # fmt: skip
         self.products, self.tile = tile.fill(states, weight), tile
         self.ids, self.logit_map, self.backend = ids, logit_map, backend
         dtype = logit_map.inv_temperature.dtype
         self.entropy: torch.Tensor | None = None
         self.exponential = (
-            not (with_entropy or use_triton(states, backend))
+            not (with_entropy or shard is not None or use_triton(states, backend))
             and self.products.dtype == states.dtype == dtype
             and logit_map.softcap is None
         )
@@ -132,6 +137,7 @@ class _Scored:
             return
         state = RowState.empty(ids.shape[0], self.products, entropy=with_entropy)
         lse_fold(self.products, ids, 0, state, logit_map, backend)
+        state = state if shard is None else shard.combine(state)
         self.logp, self.lse, self.entropy = state.logp(), state.lse(), state.entropy()
 
     def gradient(

@@ -10,6 +10,7 @@ from rlvr_kernels.checks import choose
 from rlvr_kernels.cost import Problem, best_two_pass, cheapest, rates_of, single_pass_workspace
 from rlvr_kernels.logits import LogitMap
 from rlvr_kernels.objective import KL, Ace, Entropy
+from rlvr_kernels.shard import Shard
 from rlvr_kernels.tile import ALIGNED_COLUMNS, bytes_per_logit, default_workspace_bytes, row_pitch, whole_row_tile
 from rlvr_kernels.weigh import Rows
 from torch import Tensor
@@ -70,8 +71,8 @@ class Schedule:
     A single pass takes chunk_rows rows at a time, of whole rollouts unless the loss is token_local. Two passes keep keep_bytes
     of logits from scoring until backward.
 
-    Where a shard of the vocabulary would talk to the others: it would combine the rows' states after scoring (maximum, sum
-    and target logit, three numbers a row) and add up d_hidden after pulling back. Nowhere else.
+    shard is the place of a vocabulary that several ranks hold: `Shard` says where they talk, after scoring and after pulling
+    back. No head has one yet; None means that the weight is whole.
     """
 
     single_pass: bool
@@ -83,6 +84,7 @@ class Schedule:
     token_local: bool = True
     chunk_rows: int = 0
     keep_bytes: int = 0
+    shard: Shard | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -31,7 +31,7 @@ def pull_back(
             entropy=None if entropy_coef is None else chosen(entropy, index),
             entropy_coef=None if entropy_coef is None else chosen(entropy_coef, index).contiguous(), needs=Needs(*call.needs),
             weight_dtype=weight.dtype, workspace_bytes=call.schedule.workspace_bytes, backend=call.schedule.backend,
-            kept=_kept_rows(kept, scored, index, hidden.shape[0], weight.shape[0]),
+            kept=_kept_rows(kept, scored, index, hidden.shape[0], weight.shape[0]), shard=call.schedule.shard,
         )  # fmt: skip
         d_hidden = None if found.hidden is None else found.hidden.to(hidden.dtype)
         d_bias = None if found.bias is None or bias is None else found.bias.to(bias.dtype)

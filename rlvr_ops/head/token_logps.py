@@ -132,7 +132,7 @@ def _forward(hidden: Tensor, weight: Tensor, bias: Tensor | None, job: ScoreCall
         else:
             found = score(
                 states, weight, ids, logit_map, entropy=job.entropy, mean=job.mean, top1=job.top1, squares=job.squares,
-                workspace_bytes=schedule.workspace_bytes, backend=schedule.backend,
+                workspace_bytes=schedule.workspace_bytes, shard=schedule.shard, backend=schedule.backend,
             )  # fmt: skip
         return tuple(spread(x, index, hidden) for x in found)
 
@@ -140,7 +140,7 @@ def _forward(hidden: Tensor, weight: Tensor, bias: Tensor | None, job: ScoreCall
 def _is_plain(job: ScoreCall) -> bool:
     """Whether log-probabilities alone are asked for, without a gradient, of operands that tensor cores take."""
     asked = job.entropy or job.mean or job.top1 or job.squares or any(job.call.needs)
-    return not asked and job.call.schedule.dtype.itemsize == 2
+    return not asked and job.call.schedule.shard is None and job.call.schedule.dtype.itemsize == 2
 
 
 class _Scores(torch.autograd.Function):

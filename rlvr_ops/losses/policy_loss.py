@@ -149,7 +149,8 @@ def _single_pass(hidden: Tensor, weight: Tensor, bias: Tensor | None, job: LossC
         states, weight.to(schedule.dtype), ids, logit_map, rows,
         lambda logp, part: weigher(logp, part, objective, schedule.backend), index=index,
         token_local=schedule.token_local, needs=Needs(*call.needs), weight_dtype=weight.dtype,
-        with_entropy=schedule.with_entropy, entropy_coef=coef, chunk_rows=schedule.chunk_rows, backend=schedule.backend,
+        with_entropy=schedule.with_entropy, entropy_coef=coef, chunk_rows=schedule.chunk_rows, shard=schedule.shard,
+        backend=schedule.backend,
     )  # fmt: skip
     if objective.function is not None and done.chunks > 1:
         check_locality(done.logp, done.coef, rows, objective, schedule.backend)
@@ -181,7 +182,7 @@ def _two_pass(hidden: Tensor, weight: Tensor, bias: Tensor | None, job: LossCall
     scores = score(
         states, weight.to(dtype), ids, logit_map, entropy=schedule.with_entropy,
         workspace_bytes=schedule.workspace_bytes, backend=schedule.backend,
-        kept=kept_columns(kept, states.shape[0], weight.shape[0]),
+        kept=kept_columns(kept, states.shape[0], weight.shape[0]), shard=schedule.shard,
     )  # fmt: skip
     logp, lse, entropy = (spread(x, index, hidden) for x in scores[:3])
     rows = replace(job.rows, mask=call.scored)
