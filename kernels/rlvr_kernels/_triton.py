@@ -44,3 +44,10 @@ def device_guard(tensor: torch.Tensor) -> Any:
 def dense(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     """The tensors with stride 1: the kernels address their small vectors by index alone."""
     return tuple(None if tensor is None else tensor.contiguous() for tensor in tensors)
+
+
+@jit
+def expm1(x):
+    """exp(x) - 1 without cancellation: a fifth-order series where |x| < 0.05, whose relative error there is below 1e-9."""
+    series = x * (1.0 + x * (0.5 + x * (0.16666667 + x * (0.041666668 + x * 0.0083333333))))
+    return tl.where(tl.abs(x) < 0.05, series, tl.exp(x) - 1.0)

@@ -82,7 +82,8 @@ class LogitMap:
         There must be no softcap, and the tile's dtype must be that of inv_temperature. One exponential a logit: what
         `dlogits` would compute again is left behind.
         """
-        maximum, target, total = self.inv_temperature.new_empty(3, ids.shape[0]).unbind()
+        like = self.inv_temperature
+        maximum, target, total = torch.empty_like(like), torch.empty_like(like), torch.empty_like(like)
         for rows in row_blocks(*tile.shape):
             z = self[rows, slice(None)].logits(tile[rows], overwrite=True)
             torch.gather(z, 1, ids[rows, None], out=target[rows, None])

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from rlvr_kernels._triton import jit, tl
+from rlvr_kernels._triton import expm1, jit, tl
 from rlvr_kernels.checks import check_number, choose
 from rlvr_kernels.surrogates import Surrogate
 
@@ -206,13 +206,6 @@ def times_ratio_kernel(log_ratio, values):
     size = tl.exp(log_ratio + tl.log(tl.abs(values)))
     extreme = tl.where((log_ratio == -float("inf")) | (values == 0), 0.0, tl.where(values < 0, -size, size))
     return tl.where(tl.abs(log_ratio) < 60.0, ordinary, extreme)
-
-
-@jit
-def expm1(x):
-    """exp(x) - 1 without cancellation: a fifth-order series where |x| < 0.05, whose relative error there is below 1e-9."""
-    series = x * (1.0 + x * (0.5 + x * (0.16666667 + x * (0.041666668 + x * 0.0083333333))))
-    return tl.where(tl.abs(x) < 0.05, series, tl.exp(x) - 1.0)
 
 
 @jit

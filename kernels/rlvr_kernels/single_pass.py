@@ -33,15 +33,16 @@ Weigher = Callable[[torch.Tensor, Rows], Weighed]
 
 
 class SinglePass(NamedTuple):
-    """logp, losses, coef and entropy (n,), sums (B, 8), and the gradients, d_hidden for all hidden states."""
+    """logp and entropy (n,), sums (B, 8) whose first column adds up to the loss, and the gradients.
+
+    active (0-d) counts the rows whose coefficient is not 0. d_hidden is that of all hidden states.
+    """
 
     logp: torch.Tensor
-    losses: torch.Tensor
-    coef: torch.Tensor
     entropy: torch.Tensor | None
     sums: torch.Tensor
+    active: torch.Tensor
     gradients: Gradients
-    chunks: int
 
 
 def single_pass(
@@ -71,9 +72,9 @@ def single_pass(
     plan = _plan(rows, chunk_rows, token_local)
     largest = max([part.stop - part.start for part in plan], default=0)
     tile = Tile(TileShape(largest, weight.shape[0]), weight.dtype, weight.device)
-    logp, losses, coef = logit_map.inv_temperature.new_empty(3, ids.shape[0]).unbind()
+    logp = torch.empty_like(logit_map.inv_temperature)
     entropy = torch.empty_like(logp) if with_entropy else None
-    sums = logp.new_zeros(rows.weights.shape[0], len(SUMS))
+    sums, active = logp.new_zeros(rows.weights.shape[0], len(SUMS)), logp.new_zeros(())
     d_hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if needs.hidden else None
     d_weight = _weight_accumulator(weight, weight_dtype, len(plan)) if needs.weight else None
     d_bias = logp.new_zeros(weight.shape[0]) if needs.bias else None
@@ -83,13 +84,15 @@ def single_pass(
         scored = _Scored(tile, states, weight, ids[part], logit_map[part, slice(None)], with_entropy, shard, backend)
         mine = rows[part]
         weighed = weigher(scored.logp, mine)
-        logp[part], losses[part], coef[part] = scored.logp, weighed.losses, weighed.coef
+        logp[part] = scored.logp
         sums += weighed.sums
+        active += (weighed.coef != 0).sum()
         if entropy is not None:
             entropy[part] = scored.entropy  # type: ignore[assignment]
         entropy_coefs = -entropy_coef * mine.row_weights() if entropy_coef else None
         gradient, scale = scored.gradient(weighed.coef, entropy_coefs)
         keep = None if entropy_coef or capturing() else _rows_to_keep(weighed.coef, weight, needs.hidden + needs.weight)
+        del weighed  # what is n long makes room for what is n by H
         if keep is not None:
             gradient, keep = compact_(gradient, keep)
             states, scale = states[keep], None if scale is None else scale[keep]
@@ -109,7 +112,7 @@ def single_pass(
     if d_weight is not None and not plan:
         d_weight.zero_()
     gradients = Gradients(d_hidden, None if d_weight is None else d_weight.to(weight_dtype), d_bias)
-    return SinglePass(logp, losses, coef, entropy, sums, gradients, len(plan))
+    return SinglePass(logp, entropy, sums, active, gradients)
 
 
 class _Scored:

@@ -136,7 +136,10 @@ def _weigh_torch(logp: torch.Tensor, rows: Rows, objective: TokenObjective) -> W
     losses, coef = losses * scale, coef * scale
     counts = (advantages > 0) | (weighted < 0)
     columns = (losses, active, advantages < 0, gap, kl, outside[0] & counts, outside[1] & counts, 1 - kept[rollout])
-    return Weighed(losses, coef, rows.sums(torch.stack([column.to(logp.dtype) for column in columns], 1)))
+    table = logp.new_empty(len(rows), len(SUMS), dtype=sum_dtype(logp))
+    for i, column in enumerate(columns):
+        table[:, i] = column
+    return Weighed(losses, coef, rows.sums(table).to(logp.dtype))
 
 
 def _near_enough(logp, rows, objective, tokens):

@@ -107,7 +107,7 @@ class Head:
             raise TypeError(f"temperature must be a number or a tensor, got {temperature!r}")
         if not 0 < temperature < float("inf"):
             raise ValueError(f"temperature must be > 0 and finite, got {temperature}")
-        return torch.ones(layout.rows, device=device, dtype=dtype) * (1 / temperature)  # torch.full would burn it in
+        return torch.ones(layout.rows, device=device, dtype=dtype) / temperature  # torch.full would burn it in
 
 
 def check_ids(completion_ids: Tensor, hidden_states: Tensor) -> None:

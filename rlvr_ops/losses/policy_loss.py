@@ -5,6 +5,7 @@ multiplies them by the upstream one; two passes keep each token's coefficient an
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ from rlvr_ops.head.plan import (
     spread,
 )
 from rlvr_ops.head.pull_back import check_side, like_inputs, pull_back, pull_back_op, saved, wanted
-from rlvr_ops.objectives.custom import check_locality, weigh_any, weigh_chosen
+from rlvr_ops.objectives.custom import ChunkedFunction, weigh_chosen
 from rlvr_ops.objectives.entropy import top_tokens, weighted_sum
 from rlvr_ops.objectives.objective import LossOutput, Objective
 from rlvr_ops.rollouts import Layout, Rollouts, make_layout
@@ -142,27 +143,27 @@ def _forward(hidden: Tensor, weight: Tensor, bias: Tensor | None, job: LossCall)
 
 def _single_pass(hidden: Tensor, weight: Tensor, bias: Tensor | None, job: LossCall) -> Outputs:
     call, objective, schedule = job.call, job.objective, job.call.schedule
-    weigher = weigh if objective.function is None else weigh_any
     index, coef = rows_of(call.scored), objective.entropy.coef
     rows, (states, ids, logit_map) = _scored_rows(job, index), call.inputs(hidden, bias, index)
+    weigher = partial(weigh, objective=objective, backend=schedule.backend)
+    by_function = None if objective.function is None else ChunkedFunction(rows, objective, schedule.backend)
     done = single_pass(
-        states, weight.to(schedule.dtype), ids, logit_map, rows,
-        lambda logp, part: weigher(logp, part, objective, schedule.backend), index=index,
+        states, weight.to(schedule.dtype), ids, logit_map, rows, by_function or weigher, index=index,
         token_local=schedule.token_local, needs=Needs(*call.needs), weight_dtype=weight.dtype,
         with_entropy=schedule.with_entropy, entropy_coef=coef, chunk_rows=schedule.chunk_rows, shard=schedule.shard,
         backend=schedule.backend,
     )  # fmt: skip
-    if objective.function is not None and done.chunks > 1:
-        check_locality(done.logp, done.coef, rows, objective, schedule.backend)
-    loss, has_gradient = done.losses.sum(), done.coef != 0
+    if by_function is not None:
+        by_function.check_locality(done.logp)
+    loss, active = done.sums[:, SUMS.index("loss")].sum(), done.active
     if coef and done.entropy is not None:
         loss = loss - coef * weighted_sum(done.entropy, rows.row_weights())
-        has_gradient = torch.ones_like(has_gradient) if rows.mask is None else rows.mask
+        active = active.new_full((), float(len(rows))) if rows.mask is None else rows.mask.sum().to(active.dtype)
     logp, entropy = spread(done.logp, index, hidden), spread(done.entropy, index, hidden)
     d_hidden, d_weight, d_bias = done.gradients
     d_bias = None if d_bias is None or bias is None else d_bias.to(bias.dtype)
     gradients = or_empty(d_hidden, hidden), or_empty(d_weight, hidden), or_empty(d_bias, hidden)
-    return loss, logp, entropy, done.sums, has_gradient.sum().to(logp.dtype), *gradients
+    return loss, logp, entropy, done.sums, active, *gradients
 
 
 def _scored_rows(job: LossCall, index: Tensor | None) -> Rows:
@@ -210,7 +211,8 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, job: LossCall) -> Outputs:
         output = _forward(hidden, weight, bias, job)
-        ctx.call, ctx.captured = job.call, capturing()
+        schedule = job.call.schedule
+        ctx.call, ctx.captured, ctx.backend = None if schedule.single_pass else job.call, capturing(), schedule.backend
         ctx.mark_non_differentiable(*output[1:5])
         save(ctx, *_for_backward((hidden, weight, bias), output, job.call))
         return output[:5]
@@ -221,8 +223,8 @@ class _Loss(torch.autograd.Function):
         call = ctx.call
         if d_loss is None:
             return (None,) * 4
-        if call.schedule.single_pass:
-            gradients = tuple(_scaled(x, d_loss, call.schedule.backend) for x in saved(ctx))
+        if call is None:
+            gradients = tuple(_scaled(x, d_loss, ctx.backend) for x in saved(ctx))
         else:
             hidden, weight, bias, lse, coef, entropy, entropy_coef, kept = saved(ctx)
             check_side(ctx.captured, kept, call.scored)

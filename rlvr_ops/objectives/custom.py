@@ -76,9 +76,11 @@ def weigh_chosen(logp: Tensor, rows: Rows, top: Tensor | None, objective: Object
 def _weigh_by_function(logp: Tensor, rows: Rows, objective: Objective, backend: str) -> Weighed:
     """Weigh n rows that all count. What the kernel says of ACE, the off-policy mask and the KL term holds here too."""
     assert objective.function is not None
-    around = replace(objective, surrogate=Clip())  # what the kernel says besides the function's loss
-    plain = weigh(logp, rows, around, backend)
-    rollout, column = rows.rollout(), dict(zip(SUMS, plain.sums.unbind(1), strict=True))
+    # Without advantages and around a plain surrogate, the kernel gives the KL term and what ACE and the mask say.
+    around = weigh(
+        logp, replace(rows, advantages=torch.zeros_like(logp)), replace(objective, surrogate=Clip()), backend
+    )
+    rollout, column = rows.rollout(), dict(zip(SUMS, around.sums.unbind(1), strict=True))
     factor = 1 - (column["dropped"] > 0).to(logp.dtype)
     if objective.weighs_current(rows.old is not None):
         factor = factor * objective.ace.weight(objective.ace.shift(column["shift"], column["tokens"]))
@@ -86,11 +88,8 @@ def _weigh_by_function(logp: Tensor, rows: Rows, objective: Objective, backend: 
     sampled_by = logp.detach() if rows.old is None else rows.old
     seen = SurrogateRows(advantages, sampled_by, rows.ref, rows.sampling, rollout, rows.weights.shape[0])
     losses, coef = _value_and_slope(objective.function, logp, seen, rows.weights[rollout])
-    if objective.kl.beta > 0:
-        penalty = weigh(logp, replace(rows, advantages=torch.zeros_like(logp)), around, backend)
-        losses, coef = losses + penalty.losses, coef + penalty.coef
-    column |= {name: torch.zeros_like(column["loss"]) for name in ("clipped_low", "clipped_high")}  # not known
-    column["loss"] = rollout_sums(losses, rows.cu_seqlens)
+    losses, coef = losses + around.losses, coef + around.coef
+    column["loss"], column["wrong"] = rows.sums(losses), rows.sums((rows.advantages < 0).to(losses.dtype))
     return Weighed(losses, coef, torch.stack([column[name] for name in SUMS], 1))
 
 
@@ -116,12 +115,27 @@ def _value_and_slope(
     return weighted.detach(), coef
 
 
-def check_locality(logp: Tensor, coef: Tensor, rows: Rows, objective: Objective, backend: str) -> None:
-    """Raise if a function that was called chunk by chunk, with coef (n,) as result, says otherwise of all rows together."""
-    whole = weigh_any(logp, rows, objective, backend).coef
-    largest = float(whole.abs().amax()) if whole.numel() else 0.0
-    if not torch.allclose(coef, whole, rtol=1e-3, atol=1e-3 * largest):
-        raise ValueError(
-            "surrogate must depend on nothing outside of a token's rollout for a single pass, which calls it for some rollouts "
-            "at a time: here the derivative of some differs from that of all together; use schedule='two_pass'"
-        )
+class ChunkedFunction:
+    """The weigher of a single pass for a function that is called for some rollouts at a time."""
+
+    def __init__(self, rows: Rows, objective: Objective, backend: str):
+        self.rows, self.objective, self.backend = rows, objective, backend
+        self.coefs: list[Tensor] = []
+
+    def __call__(self, logp: Tensor, part: Rows) -> Weighed:
+        """Weigh a chunk, and remember its coefficients."""
+        found = weigh_any(logp, part, self.objective, self.backend)
+        self.coefs.append(found.coef)
+        return found
+
+    def check_locality(self, logp: Tensor) -> None:
+        """Raise if, called for all rows (n,) together after several chunks, the function has another derivative."""
+        if len(self.coefs) <= 1:
+            return
+        whole = weigh_any(logp, self.rows, self.objective, self.backend).coef
+        largest = float(whole.abs().amax()) if whole.numel() else 0.0
+        if not torch.allclose(torch.cat(self.coefs), whole, rtol=1e-3, atol=1e-3 * largest):
+            raise ValueError(
+                "surrogate must depend on nothing outside of a token's rollout for a single pass, which calls it for some "
+                "rollouts at a time: here the derivative of some differs from that of all together; use schedule='two_pass'"
+            )

@@ -116,10 +116,9 @@ class Objective(TokenObjective):
                 f"importance_sampling_level={level!r} does not go with surrogate {form}, which has a ratio of its own for the "
                 "whole rollout: leave it at 'token'"
             )
-        if level != "token" and not surrogate.has_ratio:
+        if level != "token" and surrogate.token_only:
             raise ValueError(
-                f"importance_sampling_level={level!r} does not go with a surrogate whose weight is 1 whatever the ratio "
-                "(reinforce): leave it at 'token'"
+                f"importance_sampling_level={level!r} does not go with a surrogate {surrogate.token_only}: leave it at 'token'"
             )
         if form == "weight" and level == "sequence_token":
             raise ValueError(

@@ -62,7 +62,7 @@ def problem():
 
 
 def step(schedule, hidden, weight, bias, ids, rows, inv_temperature, shard=None):
-    """(logp, losses, d_hidden, d_weight, d_bias) of a loss that needs whole rollouts."""
+    """(logp, sums, d_hidden, d_weight, d_bias) of a loss that needs whole rollouts."""
     objective = TokenObjective(Clip(), Ace(1.0), KL("k3", 0.1))
     logit_map = LogitMap(inv_temperature, bias, 0.9, 5.0)
     room = {"workspace_bytes": 8 * N * 17, "backend": "torch", "shard": shard}
@@ -72,17 +72,17 @@ def step(schedule, hidden, weight, bias, ids, rows, inv_temperature, shard=None)
             hidden, weight, ids, logit_map, rows, lambda logp, part: weigh(logp, part, objective), token_local=False,
             needs=NEEDS, weight_dtype=weight.dtype, chunk_rows=8, **room,
         )  # fmt: skip
-        return done.logp, done.losses, *done.gradients
+        return done.logp, done.sums, *done.gradients
     scores = score(hidden, weight, ids, logit_map, **room)
-    losses, coef, _ = weigh(scores.logp, rows, objective)
+    _, coef, sums = weigh(scores.logp, rows, objective)
     found = pull_back(hidden, weight, ids, logit_map, scores.lse, coef, needs=NEEDS, weight_dtype=weight.dtype, **room)
-    return scores.logp, losses, *found
+    return scores.logp, sums, *found
 
 
 @pytest.mark.parametrize("schedule", ["single_pass", "two_pass"])
 def test_two_slices_give_what_the_whole_vocabulary_gives(schedule, problem):
     hidden, weight, bias, *rest = problem
-    logp, losses, d_hidden, d_weight, d_bias = step(schedule, *problem)
+    logp, sums, d_hidden, d_weight, d_bias = step(schedule, *problem)
     exchange = Exchange(2)
 
     def rank(number):
@@ -92,7 +92,7 @@ def test_two_slices_give_what_the_whole_vocabulary_gives(schedule, problem):
 
     with ThreadPoolExecutor(2) as threads:
         for part, found in threads.map(rank, range(2)):
-            for got, truth in zip(found, (logp, losses, d_hidden, d_weight[part], d_bias[part]), strict=True):
+            for got, truth in zip(found, (logp, sums, d_hidden, d_weight[part], d_bias[part]), strict=True):
                 torch.testing.assert_close(got, truth, rtol=1e-12, atol=1e-13)
     chunks = 2 if schedule == "single_pass" else 1
     assert exchange.rounds == chunks + 1, "once a chunk after scoring, once after pulling back, and nowhere else"

@@ -1,7 +1,5 @@
 """A single pass over whole rows: what it leaves in a tile, and all of it against float64."""
 
-from functools import partial
-
 import pytest
 import torch
 from kernel_cases import BACKENDS, CLIPS, COLS, HEADS, OTHERS, ROWS, make_rows, policy_rows, truth
@@ -89,14 +87,21 @@ def test_a_single_pass_gives_what_the_three_kernels_give(backend, head, objectiv
     )
     weighed = weigh(logp, rows, objective, "torch")
     gradient = dlogits(raw, ids, 0, state.lse(), weighed.coef, logit_map, backend="torch")
+    chunks = []
+
+    def weigher(logp, part):
+        chunks.append(weigh(logp, part, objective, backend))
+        return chunks[-1]
+
     done = single_pass(
-        hidden, weight, ids, logit_map, rows, partial(weigh, objective=objective, backend=backend), token_local=True,
-        needs=Needs(True, True, True), weight_dtype=torch.float32, chunk_rows=rows_at_once, backend=backend,
+        hidden, weight, ids, logit_map, rows, weigher, token_local=True, needs=Needs(True, True, True),
+        weight_dtype=torch.float32, chunk_rows=rows_at_once, backend=backend,
     )  # fmt: skip
-    expected = {"logp": logp, **weighed._asdict()}
-    found = {name: getattr(done, name) for name in expected}
+    expected = {"logp": logp, **weighed._asdict(), "active": (weighed.coef != 0).sum().float()}
+    found = {name: torch.cat([getattr(chunk, name) for chunk in chunks]) for name in ("losses", "coef")}
+    found |= {name: getattr(done, name) for name in ("logp", "sums", "active")}
     expected |= {"d_hidden": gradient @ weight, "d_weight": gradient.T @ hidden, "d_bias": gradient.sum(0)}
     found |= {f"d_{name}": x for name, x in done.gradients._asdict().items()}
-    assert done.chunks == -(-ROWS // rows_at_once)
+    assert len(chunks) == -(-ROWS // rows_at_once)
     for name, b in expected.items():
         torch.testing.assert_close(found[name], b, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")

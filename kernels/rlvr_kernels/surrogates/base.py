@@ -22,7 +22,7 @@ class Surrogate:
     form: ClassVar[str]
     level: ClassVar[str] = ""  # whose log ratio it sees, where that is not for the caller to choose
     by_logp: ClassVar[bool] = False  # the ratio is a constant to the gradient
-    has_ratio: ClassVar[bool] = True
+    token_only: ClassVar[str] = ""  # why no ratio but the token's own makes sense
 
     @property
     def numbers(self) -> tuple[Bounds, Bounds]:

@@ -87,7 +87,7 @@ class Dispo(Weighted):
 class Reinforce(Weighted):
     """-A logp: no importance ratio at all."""
 
-    has_ratio: ClassVar[bool] = False
+    token_only: ClassVar[str] = "whose weight is 1 whatever the ratio (reinforce)"
 
     @property
     def numbers(self) -> tuple[Bounds, Bounds]:
