@@ -32,6 +32,7 @@ LOSSES = {
     "cispo": {"surrogate": "cispo", "loss_type": "dapo"},
     "cispo_two_sided": {"surrogate": "cispo_two_sided", "loss_type": "dapo"},
     "dispo": {"surrogate": "dispo", "loss_type": "dapo"},
+    "dppo": {"surrogate": "dppo"},
     "sapo": {"surrogate": "sapo"},
     "gmpo": {"surrogate": "gmpo"},
     "vespo": {"surrogate": "vespo", "loss_type": "dapo"},

@@ -67,7 +67,7 @@ from rlvr_ops.objectives import surrogates
 from rlvr_ops.objectives.custom import SurrogateRows
 from rlvr_ops.objectives.objective import LossOutput, Objective
 from rlvr_ops.objectives.sampling import SamplingCorrection
-from rlvr_ops.objectives.surrogates import Cispo, CispoTwoSided, Clip, Dispo, Gmpo, Reinforce, Sapo, Vespo
+from rlvr_ops.objectives.surrogates import Cispo, CispoTwoSided, Clip, Dispo, Dppo, Gmpo, Reinforce, Sapo, Vespo
 from rlvr_ops.rewards import (
     PPOCRewards,
     crew_reward,
@@ -93,6 +93,7 @@ __all__ = [
     "CispoTwoSided",
     "Clip",
     "Dispo",
+    "Dppo",
     "Entropy",
     "Gmpo",
     "Head",

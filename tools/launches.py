@@ -14,7 +14,7 @@ from rlvr_kernels.logits import LogitMap
 from rlvr_kernels.lse_fold import RowState, lse_fold
 from rlvr_kernels.objective import KL, Ace, TokenObjective
 from rlvr_kernels.scale import scale_
-from rlvr_kernels.surrogates import Cispo, Clip, Gmpo, Sapo, Surrogate, Vespo
+from rlvr_kernels.surrogates import Cispo, Clip, Dppo, Gmpo, Sapo, Surrogate, Vespo
 from rlvr_kernels.weigh import Rows, weigh
 
 N, H, V, B, TILE = 8192, 4096, 151936, 64, 32768
@@ -87,6 +87,7 @@ LAUNCHES: dict[str, Callable[[], Any]] = {
     "weigh VESPO": lambda: _weigh(objective(Vespo())),
     "weigh SAPO": lambda: _weigh(objective(Sapo())),
     "weigh CISPO": lambda: _weigh(objective(Cispo())),
+    "weigh DPPO by KL": lambda: _weigh(objective(Dppo("kl"))),
     "scale_ bf16": lambda: scale_(meta(V, H, dtype=_bf16), meta(1)),
     "linear_lse bf16": lambda: _linear_lse(_bf16, _bf16),
     "linear_lse bf16, bias": lambda: _linear_lse(_bf16, _bf16, bias=meta(V)),

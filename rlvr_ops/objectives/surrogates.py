@@ -9,6 +9,7 @@ from rlvr_kernels.surrogates import (
     CispoTwoSided,
     Clip,
     Dispo,
+    Dppo,
     Gmpo,
     Reinforce,
     Sapo,
@@ -21,12 +22,13 @@ SURROGATES: dict[str, type[Surrogate]] = {
     "cispo": Cispo,
     "cispo_two_sided": CispoTwoSided,
     "dispo": Dispo,
+    "dppo": Dppo,
     "sapo": Sapo,
     "gmpo": Gmpo,
     "vespo": Vespo,
     "reinforce": Reinforce,
 }
-ppo_clip, cispo, cispo_two_sided, dispo, sapo, gmpo, vespo, reinforce = SURROGATES.values()
+ppo_clip, cispo, cispo_two_sided, dispo, dppo, sapo, gmpo, vespo, reinforce = SURROGATES.values()
 
 __all__ = [
     "SURROGATES",
@@ -35,6 +37,7 @@ __all__ = [
     "CispoTwoSided",
     "Clip",
     "Dispo",
+    "Dppo",
     "Gmpo",
     "Reinforce",
     "Sapo",

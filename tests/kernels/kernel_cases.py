@@ -3,7 +3,7 @@
 import pytest
 import torch
 from rlvr_kernels.objective import KL, Ace, TokenObjective
-from rlvr_kernels.surrogates import Cispo, CispoTwoSided, Clip, Dispo, Gmpo, Reinforce, Sapo, Vespo
+from rlvr_kernels.surrogates import Cispo, CispoTwoSided, Clip, Dispo, Dppo, Gmpo, Reinforce, Sapo, Vespo
 
 ROWS, COLS = 5, 203
 HEADS = [{}, {"logit_scale": 0.5, "softcap": 4.0}]
@@ -55,6 +55,7 @@ OTHERS = [
     *(objective(Sapo(), level, ace=Ace(0.7)) for level in LEVELS),
     *(objective(surrogate, level) for surrogate in (Cispo(), CispoTwoSided(), Dispo()) for level in LEVELS[:2]),
     *(objective(surrogate, ace=Ace(1.0), kl=KL("k3", 0.05)) for surrogate in (Gmpo(), Vespo(), Reinforce())),
+    *(objective(Dppo(divergence, 0.01), ace=Ace(1.0), kl=KL("k3", 0.05)) for divergence in ("tv", "kl")),
     objective(Clip(), threshold=0.01, kl=KL("k1", 0.1, bias_correction=True)),
     objective(Gmpo(0.2, 0.1), threshold=0.01, kl=KL("k2", 0.1, bias_correction=True)),
 ]

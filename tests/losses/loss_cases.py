@@ -251,6 +251,8 @@ SURROGATES = {
     "dispo-ace": {
         "old": True, "ref": True, "surrogate": surrogates.dispo((0.2, 0.3), (0.1, 0.4)), "alpha": 1.0, "confidence": "old",
     },
+    "dppo-tv-ace": {"old": True, "ref": True, "surrogate": surrogates.dppo("tv", 0.002), "alpha": 1.0, "confidence": "old"},
+    "dppo-kl": {"old": True, "surrogate": surrogates.dppo("kl", 0.0005, ratio_max=1.1), "beta": 0.1, "ref": True},
     "sapo-ace": {"old": True, "ref": True, "surrogate": "sapo", "alpha": 1.0},
     "sapo-sequence-kl": {
         "old": True, "ref": True, "surrogate": surrogates.sapo(2.0, 3.0), "importance_sampling_level": "sequence",

@@ -15,6 +15,7 @@ MODES = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-to
 CLIP = {"clip_ratio_low": 0.2, "clip_ratio_high": 0.28}
 OUR_CLIP = {"epsilon_low": 0.2, "epsilon_high": 0.28}
 GEOMETRIC_CLIP = {"clip_ratio_low": 0.4, "clip_ratio_high": 0.3}
+TRUST = {"clip_ratio_c": 10_000.0}  # no bound on the ratio
 LOSSES = {  # verl's name and numbers, our arguments; delta is verl's dual clip
     "vanilla": (CLIP | {"clip_ratio_c": 3.0}, OUR_CLIP | {"delta": 3.0}),
     "gspo": (CLIP, OUR_CLIP | {"importance_sampling_level": "sequence_token"}),
@@ -22,6 +23,8 @@ LOSSES = {  # verl's name and numbers, our arguments; delta is verl's dual clip
     "sapo": ({"tau_pos": 1.0, "tau_neg": 1.05}, {"surrogate": "sapo"}),
     "geo_mean": (GEOMETRIC_CLIP, {"surrogate": surrogates.gmpo(epsilon_low=0.4, epsilon_high=0.3)}),
     "gpg": ({}, {"surrogate": "reinforce"}),
+    "dppo_tv": (TRUST | {"clip_ratio_low": 0.15, "clip_ratio_high": 0.15}, {"surrogate": surrogates.dppo("tv", 0.15)}),
+    "dppo_kl": (TRUST | {"clip_ratio_low": 0.05, "clip_ratio_high": 0.05}, {"surrogate": surrogates.dppo("kl", 0.05)}),
 }
 ONE_MODE = {"sapo": "seq-mean-token-mean", "geo_mean": "seq-mean-token-mean"}  # whatever they are told
 KL = {"use_kl_loss": True, "kl_loss_coef": 0.1}

@@ -8,6 +8,7 @@ Each is a frozen record of its numbers. Its `loss` is the published formula, dif
     sapo     -A (4 / a) sigmoid(a (r - 1))         x
     gmpo     -A r                                  x
     weight   -A sg[clip(r, a, b)] logp             logp        CISPO, DISPO, REINFORCE
+    dppo     -A sg[M min(r, b)] logp               logp        M = 0 outside of a trust region of a
     vespo    -A sg[r^a exp(b (1 - r))] logp        logp
 
 x is the token's own log ratio or its rollout's. (a, b) are two numbers for A > 0, and two for the rest.
@@ -16,6 +17,7 @@ x is the token's own log ratio or its rollout's. (a, b) are two numbers for A > 
 from rlvr_kernels._triton import jit, tl
 from rlvr_kernels.surrogates.base import Bounds, Surrogate, SurrogateTerms
 from rlvr_kernels.surrogates.clip import Clip, clip_kernel
+from rlvr_kernels.surrogates.dppo import Dppo, dppo_kernel
 from rlvr_kernels.surrogates.gmpo import Gmpo, gmpo_kernel
 from rlvr_kernels.surrogates.sapo import Sapo, sapo_kernel
 from rlvr_kernels.surrogates.vespo import Vespo, vespo_kernel
@@ -27,6 +29,7 @@ __all__ = [
     "CispoTwoSided",
     "Clip",
     "Dispo",
+    "Dppo",
     "Gmpo",
     "Reinforce",
     "Sapo",
@@ -45,6 +48,10 @@ def surrogate_kernel(x, logp, advantage, a, b, FORM: tl.constexpr):
         return clip_kernel(x, logp, advantage, a, b)
     elif FORM == "weight":
         return weight_kernel(x, logp, advantage, a, b)
+    elif FORM == "dppo_tv":
+        return dppo_kernel(x, logp, advantage, a, b, False)
+    elif FORM == "dppo_kl":
+        return dppo_kernel(x, logp, advantage, a, b, True)
     elif FORM == "sapo":
         return sapo_kernel(x, logp, advantage, a, b)
     elif FORM == "gmpo":
