@@ -1,6 +1,6 @@
-"""score: every row's log-probability and statistics, 2NVH FLOPs, with a bounded tile of logits.
+"""score: the log-probability and statistics of every row, from a bounded tile of logits. FLOPs: 2NVH.
 
-The vocabulary is the inner loop where the workspace forces the rows to be cut, the only loop otherwise.
+The loop over slices of the vocabulary runs once for all rows, or once per piece of rows if the workspace cannot hold them all.
 """
 
 from typing import NamedTuple
@@ -13,7 +13,7 @@ from rlvr_kernels.tile import Tile, bytes_per_logit, multiply, vocabulary_tile
 
 
 class Scores(NamedTuple):
-    """All (n,) in float32 (float64 for float64): logp and lse, and what was asked for."""
+    """All (n,), float32 (float64 for float64): logp, lse, and the statistics asked for."""
 
     logp: torch.Tensor
     lse: torch.Tensor
@@ -39,7 +39,7 @@ def score(
 ) -> Scores:
     """Score ids (n,) under hidden (n, H) and weight (V, H), which have one dtype.
 
-    kept (n, C) is filled with the raw logits of the first C columns, see `tile.Kept`.
+    kept (n, C), if given, receives the raw logits of the first C columns; see `tile.Kept`.
     """
     rows, vocabulary = hidden.shape[0], weight.shape[0]
     state = RowState.empty(rows, hidden, entropy=entropy, mean=mean, squares=squares)
@@ -65,7 +65,7 @@ def score(
 
 
 def finish(state: RowState, vocabulary: int, top1: bool = False) -> Scores:
-    """The scores of rows of which everything has been seen."""
+    """The scores of rows whose whole vocabulary has been folded."""
     mean = None if state.summed is None else state.summed / vocabulary
     top = state.top1() if top1 else None
     return Scores(state.logp(), state.lse(), state.entropy(), mean, top, state.sum_p_squared())

@@ -4,8 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
+from rlvr_kernels.logits import sum_dtype
 from rlvr_kernels.surrogates import Clip
-from rlvr_kernels.weigh import SUMS, Rows, Weighed, rollout_sums, sum_dtype, weigh
+from rlvr_kernels.weigh import SUMS, Rows, Weighed, rollout_sums, weigh
 from torch import Tensor
 
 from rlvr_ops.objectives.objective import Objective

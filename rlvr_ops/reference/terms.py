@@ -46,7 +46,7 @@ def surrogate_losses(
     if level != "token":
         whole = _over_rollouts(log_ratio, active, rollouts, mean=True)
         log_ratio = whole if level == "sequence" else whole.detach() + logp - logp.detach()
-    below, above = surrogate.outside(log_ratio.detach(), logp.detach(), signs)
+    below, above = surrogate.outside(log_ratio.detach(), signs)
     return surrogate.loss(log_ratio, logp, adv), below & (adv != 0), above & (adv != 0)
 
 
