@@ -29,14 +29,14 @@ def surrogate_losses(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The surrogate's loss of every row, and which rows' ratio is below and above its bounds.
 
-    The published formula is the surrogate's own `loss`; here it is given the log ratio that it is a function of. `signs` are
-    the advantages before a mask dropped some.
+    The surrogate's own `loss` is the published formula; this function computes the log ratio it takes. `signs` are the
+    advantages before a mask dropped some.
     """
     surrogate, level = objective.surrogate, objective.level
     assert isinstance(surrogate, Surrogate)
     log_ratio = (logp - old).where(adv != 0, 0.0) if level == "token" else logp - old
     a, b = surrogate.by_sign(signs)
-    outside = (log_ratio < a) & (adv != 0), (log_ratio > b) & (adv != 0)  # of gmpo, whose bounds are of log ratios
+    outside = (log_ratio < a) & (adv != 0), (log_ratio > b) & (adv != 0)  # for gmpo, whose bounds are on log ratios
     if level == "geometric":
         kept = torch.clamp(logp - old, a, b).where(signs != 0, 0.0)
         return surrogate.loss(_over_rollouts(kept, active, rollouts, mean=True), logp, adv), *outside
@@ -51,7 +51,7 @@ def surrogate_losses(
 
 
 def _over_rollouts(values: Tensor, active: Tensor, rollouts: list[slice], *, mean: bool) -> Tensor:
-    """Each row's rollout's sum or mean of the active values."""
+    """The sum or mean of the active values over each row's rollout."""
     pieces = []
     for rows in rollouts:
         total = values[rows][active[rows]].sum()
@@ -61,7 +61,7 @@ def _over_rollouts(values: Tensor, active: Tensor, rollouts: list[slice], *, mea
 
 
 def stale(logp: Tensor, behaviour: Tensor, threshold: float, active: Tensor, rollouts: list[slice]) -> Tensor:
-    """Which rollouts' mean of behaviour - logp is above the threshold; rows of unknown behaviour add nothing to it."""
+    """Which rollouts' mean of behaviour - logp is above the threshold; rows of unknown behaviour add nothing."""
     gap = (behaviour - logp.detach()).nan_to_num(nan=0.0)
     drift = [gap[rows][active[rows]].sum() / active[rows].sum().clamp(min=1) for rows in rollouts]
     return torch.stack(drift) > threshold if drift else active[:0]
@@ -177,14 +177,14 @@ def slices(layout: torch.Size, cu_seqlens: Tensor | None) -> list[slice]:
 
 
 def per_row(values: Tensor, layout: torch.Size) -> Tensor:
-    """(B,), (B, T) or (N,) values as one per row."""
+    """Expand values (B,), (B, T) or (N,) to one per row."""
     if values.shape == layout:
         return values.reshape(-1)
     return values[:, None].expand(layout).reshape(-1)
 
 
 def spread(values: Tensor, rollouts: list[slice]) -> Tensor:
-    """One value per row from one per rollout or one per row; where there are as many rows as rollouts, per rollout."""
+    """Expand values, one per rollout or per row, to one per row. If both counts agree, they are per rollout."""
     if values.shape != (len(rollouts),):
         return values.reshape(-1)
     pieces = [values[i].expand(rows.stop - rows.start) for i, rows in enumerate(rollouts)]
