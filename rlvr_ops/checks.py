@@ -1,4 +1,4 @@
-"""What the functions around the losses check of their tensors. Each error names the argument, what came and what is wanted."""
+"""Tensor checks of the functions around the losses. Every error names the argument, what came and what is wanted."""
 
 import torch
 from rlvr_kernels.checks import check_tensor
@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def check_all_tensors(**tensors: Tensor | None) -> None:
-    """`check_tensor` of the arguments of any dtype that are not None."""
+    """Run `check_tensor`, allowing any dtype, on every argument that is not None."""
     for name, values in tensors.items():
         if values is not None:
             check_tensor(name, values, floating=False)
@@ -28,7 +28,7 @@ def wide_dtype(device: torch.device) -> torch.dtype:
 
 
 def active_values(name: str, values: Tensor, mask_name: str, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Per-token values as constants in float32 or wider, 0 where masked; and which of them count, bool. Both in their shape."""
+    """Per-token values, detached, in float32 or wider and 0 where masked; and which count, bool. Both in their shape."""
     check_tensor(name, values)
     if mask is not None:
         check_tensor(mask_name, mask, values.device, floating=False)
@@ -42,7 +42,7 @@ def active_values(name: str, values: Tensor, mask_name: str, mask: Tensor | None
 
 
 def active_logps(name: str, logps: Tensor, mask_name: str, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """`active_values` of log-probabilities. Rounding may leave one a hair above 0: it becomes 0."""
+    """`active_values` of log-probabilities, clamped to 0: rounding may leave one slightly above it."""
     active, counts = active_values(name, logps, mask_name, mask)
     if bool((active > 1e-3).any()):
         where = _first(active > 1e-3)

@@ -22,7 +22,7 @@ class Rollouts:
     old_per_token_logps: under the policy that sampled. None means on policy: the ratio is 1, with a gradient.
     sampling_per_token_logps: under the engine that sampled, NaN where it gave none.
     completion_mask: nonzero where a token counts.
-    cu_seqlens: (B + 1,) int, where each rollout begins in the packed rows, and N.
+    cu_seqlens: (B + 1,) int: where each rollout begins in the packed rows, then N.
     num_items_in_batch: the global batch's active tokens (dapo) or rollouts (grpo, dr_grpo, luspo). None: this batch's.
     """
 
@@ -36,7 +36,7 @@ class Rollouts:
     num_items_in_batch: float | Tensor | None = None
 
     def check_finite(self, layout: "Layout") -> None:
-        """Raise if a value that counts is NaN or infinite. A sampler's NaN means that it gave none."""
+        """Raise if a value that counts is NaN or infinite. A NaN in sampling_per_token_logps means unknown."""
         sampling = self.sampling_per_token_logps
         named = {
             "advantages": self.advantages,
@@ -50,9 +50,9 @@ class Rollouts:
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """R rows of B rollouts in a batch of `shape`: (B, T), all equally long, or (N,), cut by cu_seqlens (B + 1,).
+    """How R rows form B rollouts: padded, of `shape` (B, T), or packed, of `shape` (N,); cu_seqlens (B + 1,) cuts both.
 
-    mask (R,) says which rows count, None means all.
+    mask (R,): which rows count; None means all.
     """
 
     shape: tuple[int, ...]
@@ -83,11 +83,11 @@ class Layout:
         return self.cu_seqlens.diff() if self.mask is None else self.per_rollout(self.mask.long())
 
     def per_rollout(self, values: Tensor) -> Tensor:
-        """Sums (B,) of row values (R,), pairwise or in float64. Differentiable."""
+        """Sum row values (R,) over each rollout, (B,), pairwise or in float64. Differentiable."""
         return rollout_sums(values, self.cu_seqlens) if self.packed else values.view(self.shape).sum(1)
 
     def spread(self, values: Tensor) -> Tensor:
-        """Row values (R,) from one per rollout (B,) or one per row, in the batch's shape; per rollout where N = B."""
+        """Expand to row values (R,), from one per rollout (B,) or the batch's shape. Where N = B, one per rollout."""
         if self.packed and values.shape[0] == self.rollouts:
             return values[self.rollout()]
         if values.shape == self.shape:
@@ -95,13 +95,13 @@ class Layout:
         return values[:, None].expand(self.shape).reshape(-1)
 
     def where_any(self, which: Tensor) -> Tensor:
-        """The rows (R,) of every rollout that has one in `which` (R,)."""
+        """Mark every row (R,) of each rollout that has at least one row in `which` (R,)."""
         if self.packed:
             return (self.per_rollout(which.long()) > 0)[self.rollout()]
         return which.view(self.shape).any(1, keepdim=True).expand(self.shape).reshape(-1)
 
     def longest(self) -> int:
-        """The most rows that count in one rollout. A host sync on an accelerator."""
+        """The largest number of rows that count in one rollout. A host sync on an accelerator."""
         return int(self.tokens().max()) if self.rollouts else 0
 
     def zero_where_masked(self, values: Tensor) -> Tensor:
@@ -162,7 +162,7 @@ def _check_cu_seqlens(cu_seqlens: Tensor | None, rows: int, like: Tensor) -> Ten
 def per_token(
     name: str, values: Tensor | None, layout: Layout, like_name: str, device: torch.device, dtype: torch.dtype
 ) -> Tensor | None:
-    """The constant (R,) behind a per-token argument."""
+    """Check a per-token argument; return it detached, as (R,)."""
     if values is None:
         return None
     check_tensor(name, values, device)
@@ -172,7 +172,7 @@ def per_token(
 
 
 def per_rollout_or_token(name: str, values: Tensor, layout: Layout, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """The constant (R,) behind an argument with a value per rollout (B,) or per token."""
+    """Check an argument with one value per rollout (B,) or per token; return it detached, expanded to (R,)."""
     check_tensor(name, values, device)
     if tuple(values.shape) not in ((layout.rollouts,), layout.shape):
         letters = "one per row (N,)" if layout.packed else "one per token (B, T)"

@@ -1,1 +1,1 @@
-"""What developers of the library run from the repository; no part of the wheel."""
+"""Tools for developers of the library, run from the repository; not part of the wheel."""

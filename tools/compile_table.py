@@ -3,10 +3,10 @@
     python -m tools.compile_table [--target sm_90 ...] [--only linear_lse ...]
     python -m tools.compile_table --record     # what the tests and docs/kernels.md hold
 
-The library's own functions are called on meta tensors of a language model's size (launches.py) while a driver without a
-GPU stands in for Triton's. Each kernel is compiled by Triton's own just-in-time path, specialised as it would be there
-and with the constants that the library launches it with, and not launched. What is reported is what would run.
-Registers and stack come from the binary: cuobjdump for NVIDIA, the code object's metadata for AMD.
+The library's own functions run on meta tensors of a language model's size (launches.py), while a driver without a GPU
+stands in for Triton's. Triton's own just-in-time path compiles each kernel, specialised and with constants as in a real
+launch, and launches nothing: the table shows what would run. Registers and stack come from the binary: from cuobjdump for
+NVIDIA, from the code object's metadata for AMD.
 """
 
 import argparse
@@ -39,9 +39,9 @@ LEGEND = (
 class Usage:
     """What a compiled kernel uses: a thread's registers (AMD: vector registers), bytes of its stack and of shared memory.
 
-    The stack is where spilled registers go; the kernels have nothing else to put there. matrix_unit is the instruction
-    family that multiplies, or nothing where the ordinary arithmetic units do; bulk_copies counts the places where TMA
-    reads, and in_flight is how many groups of Hopper's matrix instructions may still run when a wait in the code is over.
+    The stack holds spilled registers and nothing else. matrix_unit is the instruction family of the matrix products, "" if
+    they run on the ordinary arithmetic units. bulk_copies counts the places where TMA reads. in_flight is the most groups of
+    Hopper's matrix instructions that a wait in the code leaves running.
     """
 
     variant: str
@@ -77,7 +77,7 @@ class _Driver:
         return self._target
 
     def get_current_device(self) -> str:
-        return str(self._target)  # Triton keeps its compiled kernels by device
+        return str(self._target)  # Triton caches compiled kernels by device
 
     def get_current_stream(self, device: str) -> int:
         return 0
@@ -85,7 +85,7 @@ class _Driver:
 
 @contextlib.contextmanager
 def recorded(target: Target) -> Iterator[list[tuple[str, Any]]]:
-    """Within it, a launch compiles its kernel for `target`, adds (name, compiled kernel) to the list and runs nothing.
+    """Inside, a launch compiles its kernel for `target`, appends (name, compiled kernel) to the list and runs nothing.
 
     Raises:
         RuntimeError: Triton is not installed, or interprets its kernels.
@@ -113,7 +113,7 @@ def recorded(target: Target) -> Iterator[list[tuple[str, Any]]]:
 
 
 def compile_variant(variant: str, target_name: str) -> list[Usage]:
-    """Compile every kernel that a variant launches for one target."""
+    """Compile for one target every kernel that a variant launches."""
     with recorded(TARGETS[target_name]) as compiled:
         LAUNCHES[variant]()
     return [usage(variant, name, target_name, kernel) for name, kernel in compiled]
@@ -167,7 +167,7 @@ def _use_cache(folder: str) -> None:
 def table(rows: Sequence[Usage], *, markdown: bool = False) -> str:
     """One line per variant and kernel, one column per target, whose cells LEGEND explains.
 
-    A second kernel of a variant is left out where it is the same as before.
+    A variant's further kernels are left out if an earlier line shows the same.
     """
     targets = list(dict.fromkeys(row.target for row in rows))
     cells: dict[tuple[str, str], dict[str, str]] = {}

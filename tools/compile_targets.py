@@ -1,14 +1,14 @@
-"""The GPU architectures that the kernels are compiled for, and how many programs of a kernel one processor of each can hold."""
+"""The GPU architectures that the kernels are compiled for, and how many programs one processor of each can hold."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Target:
-    """An architecture: how Triton calls it, and what one processor (multiprocessor, compute unit) of it has.
+    """An architecture: Triton's name for it, and the resources of one processor (multiprocessor, compute unit).
 
-    Registers (of one lane) and warps are counted per scheduler, because a warp lives on one of them. shared_limit is the
-    bytes of shared memory that a program may use, shared the processor's, reserved each program's own.
+    Registers (of one lane) and warps are counted per scheduler, because a warp lives on one of them. In bytes of shared
+    memory, shared_limit is what one program may use, shared what a processor has, and reserved what each program adds.
     """
 
     backend: str
@@ -41,10 +41,10 @@ LIMITS = {"registers": "r", "shared memory": "s", "warps": "w", "programs": "p"}
 
 
 def occupancy(target: Target, num_warps: int, registers: int, shared: int) -> tuple[int, tuple[str, ...]]:
-    """(programs that one processor can hold at a time, the resources, as in LIMITS, of which there are not more).
+    """(programs that one processor can hold at a time, the resources in LIMITS that limit them).
 
-    An estimate: registers per thread and bytes of shared memory per program as compiled. A program's warps are dealt to
-    the schedulers evenly.
+    An estimate from the compiled registers per thread and bytes of shared memory per program, with a program's warps spread
+    evenly over the schedulers.
     """
     per_warp = max(registers, 1) + -max(registers, 1) % target.register_granule
     per_program = shared + target.reserved

@@ -1,7 +1,7 @@
-"""Every kernel of the library in every variant worth compiling: a name, and a call that launches it on meta tensors.
+"""Every kernel of the library, in every variant worth compiling: a name and a call that launches it on meta tensors.
 
-To add a kernel, add a call. compile_table.py runs these. The shapes are a language model's; what matters to the
-compiler is their divisibility and the dtypes.
+compile_table.py runs these; to add a kernel, add a call. The shapes are a language model's; only their divisibility and the
+dtypes matter to the compiler.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ N, H, V, B, TILE = 8192, 4096, 151936, 64, 32768
 
 
 def objective(surrogate: Surrogate, alpha: float = 0.0, kl: KL | None = None, **options: Any) -> TokenObjective:
-    """The objective of a surrogate with ACE's weight and a KL penalty around it; none of either by default."""
+    """The objective of a surrogate, by default without ACE's weight and a KL penalty."""
     return TokenObjective(surrogate, Ace(alpha), KL() if kl is None else kl, **options)
 
 

@@ -1,7 +1,7 @@
-"""What the structure of the library costs its readers: `python -m tools.structure`.
+"""Measure what the library's structure costs its readers: `python -m tools.structure`.
 
-Calls, functions and files of one `ace_loss` forward on a CPU; storeys of imports; lengths of files; and the host's time from
-the entry to the first product. tests/test_structure.py holds the counts.
+Calls, functions and files of one `ace_loss` forward on a CPU; depth of imports; lengths of files; and the host's time from
+entry to the first product. tests/test_structure.py holds the counts.
 """
 
 import ast
@@ -66,14 +66,14 @@ def imports(path: Path, known: set[str]) -> set[str]:
 
 
 def storeys() -> dict[str, int]:
-    """How many imports deep each module of `rlvr_ops` stands: 1 imports none of the others."""
+    """The import depth of each module of `rlvr_ops`: 1 imports none of the others."""
     files = sources()
     graph = {name: imports(path, set(files)) - {name} for name, path in files.items()}
     depth: dict[str, int] = {}
 
     def of(name: str) -> int:
         if name not in depth:
-            depth[name] = 0  # a circle would end here
+            depth[name] = 0  # ends a cycle
             depth[name] = 1 + max((of(other) for other in graph[name]), default=0)
         return depth[name]
 
@@ -81,12 +81,12 @@ def storeys() -> dict[str, int]:
 
 
 def lengths() -> dict[str, int]:
-    """Lines of every file of `rlvr_ops`, package files left out."""
+    """Lines of every file of `rlvr_ops` but `__init__.py`."""
     return {name: len(path.read_text().splitlines()) for name, path in sources().items() if path.stem != "__init__"}
 
 
 def seconds_to_the_first_product(repeats: int = 300) -> float:
-    """Median host time from the call of `ace_loss` to its first product, in a batch whose tensors cost next to nothing."""
+    """Median host time from the call of `ace_loss` to its first product, on tensors that cost next to nothing."""
 
     class ReachedError(Exception):
         pass
@@ -95,7 +95,7 @@ def seconds_to_the_first_product(repeats: int = 300) -> float:
         raise ReachedError
 
     run, multiply, found = forward(), tile.multiply, []
-    torch.set_num_threads(1)  # what is measured is the host, and not its threads waking up
+    torch.set_num_threads(1)  # measures the host, not its threads waking up
     tile.multiply = stop
     try:
         for _ in range(repeats):
@@ -110,7 +110,7 @@ def seconds_to_the_first_product(repeats: int = 300) -> float:
 
 
 def main() -> None:
-    """Print all of it."""
+    """Print every measure."""
     run = forward()
     run()
     calls, deep, long = calls_of(run), storeys(), lengths()
@@ -119,7 +119,7 @@ def main() -> None:
     for file in sorted(files):
         inside = {function: n for (where, function), n in calls.items() if where == file}
         print(f"  {sum(inside.values()):4d}  {Path(file).parent.name}/{Path(file).name}")
-    print(f"storeys of imports in rlvr_ops: {max(deep.values())} ({max(deep, key=lambda name: deep[name])})")
+    print(f"import depth of rlvr_ops: {max(deep.values())} ({max(deep, key=lambda name: deep[name])})")
     print(f"lines of its {len(long)} files: median {statistics.median(long.values()):g}, longest {max(long.values())}")
     print(f"host time to the first product: {1e3 * seconds_to_the_first_product():.3f} ms")
 

@@ -1,4 +1,4 @@
-"""Triton if it is installed, and stand-ins that let the kernels' files be imported where it is not."""
+"""Triton where it is installed; otherwise stand-ins, so that the kernel files can still be imported."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ HAS_TRITON = triton is not None
 
 
 class _AbsentLanguage:
-    """Stands for `triton.language` in annotations of kernels that cannot be launched."""
+    """Stands in for `triton.language` in the annotations of kernels that cannot be launched."""
 
     constexpr = int
 
@@ -32,17 +32,17 @@ else:
 
 
 def interpreting() -> bool:
-    """True if Triton was imported with TRITON_INTERPRET=1: its kernels then run on CPU tensors."""
+    """Whether Triton was imported with TRITON_INTERPRET=1, which runs its kernels on CPU tensors."""
     return HAS_TRITON and bool(triton.knobs.runtime.interpret)
 
 
 def device_guard(tensor: torch.Tensor) -> Any:
-    """Make the tensor's accelerator current: Triton launches on the current device, not on its arguments' one."""
+    """Make the tensor's accelerator current: Triton launches on the current device, wherever its arguments are."""
     return torch.accelerator.device_index(tensor.device.index if tensor.device.type != "cpu" else None)
 
 
 def dense(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-    """The tensors with stride 1: the kernels address their small vectors by index alone."""
+    """Make each tensor contiguous: the kernels address their small vectors by index alone."""
     return tuple(None if tensor is None else tensor.contiguous() for tensor in tensors)
 
 

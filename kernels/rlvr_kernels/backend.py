@@ -1,7 +1,8 @@
-"""How operations run here: on Triton kernels or their PyTorch twins, and whether a CUDA graph is being captured.
+"""Choose between the Triton kernels and their PyTorch twins, and tell whether a CUDA graph is being captured.
 
-While one is, nothing may wait for the device. Elsewhere rows without a gradient are found by reading them, and leave the
-batch before the products. A captured step computes all of them, whatever they hold when it is replayed, and weighs them 0.
+Nothing may wait for the device during a capture. An ordinary step reads which rows have no gradient, and leaves them out of
+the matrix products. A captured step cannot know which rows those will be on replay, so it computes all of them and gives
+those without a gradient coefficient 0.
 """
 
 import threading
@@ -14,20 +15,19 @@ from rlvr_kernels._triton import HAS_TRITON, interpreting
 
 BACKENDS = ("auto", "triton", "torch")
 _lock = threading.Lock()
-_warm_ups = 0  # of the whole process: backward runs in a thread of its own
+_warm_ups = 0  # process-wide, because backward runs in another thread
 
 
 def explain_backend(
     device: torch.device | str, backend: str = "auto", dtype: torch.dtype = torch.float32
 ) -> tuple[str, str]:
-    """Name the backend that `backend` means for tensors on `device`, and the reason.
+    """Say which backend `backend` selects for tensors of `dtype` on `device`, and why.
 
     Returns:
-        (choice, reason), choice one of "triton" and "torch".
+        (choice, reason), where choice is "triton" or "torch".
 
     Raises:
-        ValueError: `backend` is unknown, or "triton" was asked for where it cannot run. An explicit choice never falls
-            back.
+        ValueError: `backend` is unknown, or is "triton" where Triton cannot run. An explicit choice never falls back.
     """
     device = torch.device(device)
     if backend not in BACKENDS:
@@ -47,7 +47,7 @@ def explain_backend(
 
 
 def _obstacle(device: torch.device, dtype: torch.dtype) -> str:
-    """Say why the Triton kernels cannot take tensors of this device and dtype, or nothing."""
+    """Say why the Triton kernels cannot take tensors of this device and dtype; "" if they can."""
     if not HAS_TRITON:
         return "triton is not installed"
     if dtype == torch.float64:
@@ -58,7 +58,7 @@ def _obstacle(device: torch.device, dtype: torch.dtype) -> str:
 
 
 def use_triton(tensor: torch.Tensor, backend: str) -> bool:
-    """True if `backend` means Triton for this tensor; see `explain_backend`."""
+    """Whether `backend` selects Triton for this tensor; see `explain_backend`."""
     if backend == "auto" and tensor.device.type == "cpu":
         return False
     return explain_backend(tensor.device, backend, tensor.dtype)[0] == "triton"
@@ -66,12 +66,12 @@ def use_triton(tensor: torch.Tensor, backend: str) -> bool:
 
 @contextmanager
 def cuda_graph_warmup() -> Iterator[None]:
-    """Compute the steps inside as a capture would, forward and backward, so that it finds every kernel loaded.
+    """Run the steps inside as a capture would, forward and backward, so that every kernel is loaded before the capture.
 
-    A kernel that is launched for the first time in a capture ends it with an error, and outside of one other variants run:
-    rows without a gradient leave the batch. Holds for the whole process. Put it around a compiled function, not inside.
+    A kernel's first launch during a capture is an error. Ordinary steps do not load the same kernels, because they leave
+    out rows without a gradient. The effect is process-wide. Put it around a compiled function, not inside.
 
-    >>> with cuda_graph_warmup():  # one or two steps, and then torch.cuda.graph(...)
+    >>> with cuda_graph_warmup():  # one or two steps, then torch.cuda.graph(...)
     ...     print(capturing())
     True
     """
@@ -86,7 +86,7 @@ def cuda_graph_warmup() -> Iterator[None]:
 
 
 def capturing() -> bool:
-    """Whether the current stream is being captured in a CUDA graph, or warms up for it."""
+    """Whether a CUDA graph is being captured on the current stream, or `cuda_graph_warmup` is active."""
     if torch.compiler.is_compiling():
         return False
     return _warm_ups > 0 or (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())

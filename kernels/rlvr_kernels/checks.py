@@ -11,7 +11,7 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def choose(argument: str, given: object, known: Iterable[str]) -> None:
-    """Raise a ValueError that names the argument, what came, what is known and the nearest name, unless `given` is known."""
+    """Raise a ValueError unless `given` is a known name; the message lists the known names and suggests the nearest."""
     known = tuple(known)
     if given in known:
         return
@@ -21,35 +21,35 @@ def choose(argument: str, given: object, known: Iterable[str]) -> None:
 
 
 def check_number(argument: str, value: object, *, zero: bool = False) -> None:
-    """Raise unless `value` is a finite number above 0, or 0 where that is allowed."""
+    """Raise unless `value` is a finite number above 0. `zero` also allows 0."""
     if not isinstance(value, int | float):
         raise TypeError(f"{argument} must be a number, got {value!r}")
     if not (0 < value < math.inf or (zero and value == 0)):
         raise ValueError(f"{argument} must be {'>=' if zero else '>'} 0 and finite, got {value}")
 
 
-def check_logits(logit_scale: object, softcap: object) -> None:
-    """Raise unless these numbers can scale and cap logits."""
+def check_logits(logit_scale: float, softcap: float | None) -> None:
+    """Raise unless `logit_scale` is finite and not 0, and `softcap` is None or finite and above 0."""
     for name, value in (("logit_scale", logit_scale), ("softcap", softcap)):
         if not isinstance(value, int | float) and (name, value) != ("softcap", None):
             raise TypeError(f"{name} must be a number, got {value!r}")
-    if softcap is not None and not 0 < softcap < math.inf:  # type: ignore[operator]
+    if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"softcap must be > 0 and finite, or None, got {softcap}")
-    if not -math.inf < logit_scale < math.inf or logit_scale == 0:  # type: ignore[operator]
+    if not -math.inf < logit_scale < math.inf or logit_scale == 0:
         raise ValueError(f"logit_scale must be a finite number other than 0, got {logit_scale}")
 
 
 def shape_of(values: torch.Tensor) -> str:
-    """The shape as a message shows it."""
+    """Format the shape for an error message."""
     return str(tuple(values.shape))
 
 
 def check_tensor(
     name: str, values: object, device: torch.device | None = None, *, floating: bool = True, grad: bool = True
 ) -> None:
-    """Raise unless `values` is a whole tensor that holds data, on `device`, floating if it should be.
+    """Raise unless `values` is an unsharded tensor that holds data, on `device`, of a floating dtype if `floating`.
 
-    grad=False refuses tensors that require a gradient, for arguments that would drop it.
+    grad=False also refuses tensors that require a gradient, for arguments that pass none on.
     """
     if not isinstance(values, torch.Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(values).__name__}")
@@ -86,7 +86,7 @@ def _check_subclass(name: str, values: torch.Tensor) -> None:
 
 
 def check_no_tangent(**tensors: torch.Tensor | None) -> None:
-    """Raise if one carries a forward-mode tangent (torch.func.jvp, jacfwd, dual numbers): it would silently become 0."""
+    """Raise if a tensor carries a forward-mode tangent (torch.func.jvp, jacfwd, dual numbers), which would become 0."""
     if torch.compiler.is_compiling():
         return
     for name, values in tensors.items():
@@ -97,7 +97,7 @@ def check_no_tangent(**tensors: torch.Tensor | None) -> None:
 
 
 def check_finite(name: str, values: torch.Tensor | None, mask: torch.Tensor | None = None) -> None:
-    """Raise if a value is NaN or infinite where mask, of the leading shape of values, is true. Reads them on the host."""
+    """Raise if a value is NaN or infinite where `mask`, of the leading shape of `values`, is true. One host sync."""
     if values is None:
         return
     bad = ~torch.isfinite(values)

@@ -1,11 +1,11 @@
-"""What a schedule of the head costs, from counts alone: FLOPs, bytes moved, memory, and the seconds that follow.
+"""Predict what a schedule of the head costs, from counts alone: FLOPs, bytes moved, memory and seconds.
 
-A step is a list of phases. A matrix product takes max(FLOPs / rate, bytes / bandwidth) where operands arrive behind the
-arithmetic (GPUs), the sum where the library repacks them first (CPUs). Everything else takes bytes / bandwidth, and so
-does adding to an accumulator. What `cheapest` decides hangs on the FLOPs per byte alone: 240 on an H100, 9 to 18 on a CPU.
+A step is a list of phases. A matrix product takes max(FLOPs / rate, bytes / bandwidth) where loads overlap arithmetic
+(GPUs), and the sum of the two where the library repacks its operands first (CPUs). Every other phase, including adding to
+an accumulator, takes bytes / bandwidth. `cheapest` depends on the FLOPs per byte alone: 240 on an H100, 9 to 18 on a CPU.
 
-Not in the model: exponentials, first touches of fresh pages, vectors (n,), reads that a cache answers, waiting for the
-device, the bias. docs/scaling.md holds it against measurements.
+The model leaves out exponentials, first touches of fresh pages, vectors (n,), cache hits, device syncs and the bias.
+docs/scaling.md compares it with measurements.
 """
 
 from dataclasses import dataclass, replace
@@ -17,8 +17,10 @@ from rlvr_kernels.tile import vocabulary_tile, whole_row_tile
 
 
 class Rates(NamedTuple):
-    """Sustained FLOP/s of a large product, bytes/s read plus written, seconds a launch, and whether a product's traffic
-    hides behind its arithmetic."""
+    """A machine: sustained FLOP/s of a large product, bytes/s read plus written, seconds per launch.
+
+    overlapped: whether a product's traffic hides behind its arithmetic.
+    """
 
     matmul_flops: float
     bytes_per_second: float
@@ -26,44 +28,47 @@ class Rates(NamedTuple):
     overlapped: bool = True
 
 
-ACCUMULATOR = 4  # bytes of an element of the float32 accumulators
-MOVES = 4  # a row that moves in the tile is gathered out of it and copied back: two reads, two writes
-MARGIN = 1.05  # two passes must save this much to be chosen: the model is no better, and they have more launches
-# Published: 700 to 798 TFLOP/s in an 8192^3 product of bf16, a copy at 3.0 TB/s. Assumed: 5 us a launch. None measured here.
+ACCUMULATOR = 4  # bytes per element of a float32 accumulator
+MOVES = 4  # memory passes of a row that moves in the tile: gathered and copied back, two reads and two writes
+MARGIN = 1.05  # two passes must be this much faster: the model is no more accurate, and they launch more kernels
+# Published: 700 to 798 TFLOP/s for an 8192^3 bf16 product, copies at 3.0 TB/s. Assumed: 5 us per launch. None measured here.
 H100_BF16 = Rates(720e12, 3.0e12, 5e-6)
 H100_FP32 = H100_BF16._replace(matmul_flops=50e12)  # assumed: three quarters of the published 67 TFLOP/s, without TF32
 
 
 def cpu_fp32(threads: int) -> Rates:
-    """From docs/performance-log.md: 836 GFLOP in 4.9 s on two threads, traffic included. The 10 GB/s are its assumption for one
-    thread and for two; 5 GB/s for each of more are ours."""
+    """The rates of a CPU in float32.
+
+    docs/performance-log.md measures 836 GFLOP in 4.9 s on two threads, traffic included, and assumes 10 GB/s for one or two
+    threads. The 5 GB/s per further thread are our assumption.
+    """
     return Rates(90e9 * threads, max(10e9, 5e9 * threads), overlapped=False)
 
 
 def rates_of(device: torch.device, dtype: torch.dtype) -> Rates:
-    """What the schedules of `dtype` products are chosen by on a CPU or an accelerator."""
+    """The rates used to choose between schedules on `device`, for products of `dtype`."""
     if device.type == "cpu":
         return cpu_fp32(torch.get_num_threads())
     return H100_BF16 if dtype.itemsize <= 2 else H100_FP32
 
 
 def rows_moved(kept: int, dropped: int) -> float:
-    """How many of the kept rows lie below the place where they end when they are together, the dropped ones being anywhere."""
+    """How many rows `tile.compact_` is expected to move, with the dropped rows anywhere in the tile."""
     return kept * dropped / max(kept + dropped, 1)
 
 
 def moving_pays(kept: int, dropped: int, hidden: int, itemsize: int, products: int, rates: Rates) -> bool:
-    """Whether so many products less of the dropped rows' gradients are worth moving rows to their places, logit by logit."""
+    """Whether compacting the tile takes less time than `products` products of the dropped rows. Counted per logit."""
     saved = dropped * products * 2 * hidden / rates.matmul_flops
     return saved > rows_moved(kept, dropped) * MOVES * itemsize / rates.bytes_per_second
 
 
 @dataclass(frozen=True)
 class Problem:
-    """rows of hidden states (rows, H), of which `scored` are scored and `active` have a gradient; weight (V, H).
+    """The sizes of a step: hidden states (rows, H) and weight (V, H); `scored` rows are scored, `active` have a gradient.
 
-    logit_bytes is what a logit of the tile takes (`tile.bytes_per_logit`), whose gradient has operand_bytes and lies in the
-    same memory. The defaults are bf16 on CUDA, whose tile is float32.
+    A logit of the tile takes logit_bytes (`tile.bytes_per_logit`). Its gradient takes operand_bytes of the same memory.
+    The defaults describe bf16 on CUDA, where the tile is float32.
     """
 
     rows: int
@@ -79,7 +84,7 @@ class Problem:
 
 
 class Cost(NamedTuple):
-    """flops, bytes moved, seconds; workspace_bytes are tile and kept logits, peak_bytes all above the inputs."""
+    """FLOPs, bytes moved and seconds; workspace_bytes of tile and kept logits; peak_bytes of all but the inputs."""
 
     schedule: str
     flops: float
@@ -92,12 +97,12 @@ class Cost(NamedTuple):
 
 
 def accumulation_bytes(elements: int, products: int, itemsize: int) -> int:
-    """The first product writes the accumulator, every other one reads and writes it."""
+    """Traffic of an accumulator: the first product writes it, each later one reads and writes it."""
     return (2 * products - 1) * elements * itemsize
 
 
 class _Phases:
-    """The sum of what was added."""
+    """Adds up the phases of a step."""
 
     def __init__(self, problem: Problem, rates: Rates):
         self.p, self.rates = problem, rates
@@ -110,21 +115,21 @@ class _Phases:
         self.flops, self.bytes = self.flops + flops, self.bytes + moved
 
     def take(self, rows: int, out_of: int) -> int:
-        """Copy rows of hidden states unless it is all of them; the bytes of the copy."""
+        """Gather rows of hidden states, unless it is all of them; return the bytes of the copy."""
         size = rows * self.p.hidden * self.p.operand_bytes if rows < out_of else 0
         if size:
             self.add(2 * size)
         return size
 
     def logits(self, rows: int, pieces: int, slices: int) -> None:
-        """Every piece of the rows reads the weight, every slice of the vocabulary the hidden states."""
+        """Multiply: each piece of rows reads the weight, each slice of the vocabulary reads the hidden states."""
         p = self.p
         read = (pieces * p.vocabulary + slices * rows) * p.hidden * p.operand_bytes
         flops = 2.0 * rows * p.vocabulary * p.hidden
         self.add(read + rows * p.vocabulary * p.logit_bytes, flops=flops, launches=pieces * slices)
 
     def score(self, tile_bytes: int) -> int:
-        """Write the logits and fold them; the bytes of the tile."""
+        """Write the logits and fold them; return the bytes of the tile."""
         p = self.p
         rows, cols = vocabulary_tile(p.scored, p.vocabulary, p.logit_bytes, tile_bytes)
         pieces, slices = -(-p.scored // rows), -(-p.vocabulary // cols)
@@ -133,7 +138,7 @@ class _Phases:
         return rows * cols * p.logit_bytes
 
     def pull_back(self, pieces: int, slices: int) -> None:
-        """The logits' gradient, its two products, their accumulators: d_hidden's per slice, d_weight's per piece."""
+        """Differentiate the logits, multiply twice, and accumulate: d_hidden per slice, d_weight per piece."""
         p, launches = self.p, pieces * slices
         logits, d_hidden, d_weight = p.active * p.vocabulary, p.active * p.hidden, p.vocabulary * p.hidden
         self.add(logits * (p.logit_bytes + p.operand_bytes), launches=launches)
@@ -154,7 +159,7 @@ class _Phases:
 
 
 def single_pass(p: Problem, rates: Rates, *, chunk_rows: int) -> Cost:
-    """(2 scored + 4 active) V H: rows without a gradient leave a chunk before its last two products."""
+    """One pass, (2 scored + 4 active) V H FLOPs: rows without a gradient leave a chunk before its last two products."""
     chunk_rows = max(1, min(chunk_rows, p.scored))
     pieces, phases = -(-p.scored // chunk_rows), _Phases(p, rates)
     taken = phases.take(p.scored, p.rows)
@@ -162,9 +167,8 @@ def single_pass(p: Problem, rates: Rates, *, chunk_rows: int) -> Cost:
     phases.add(p.scored * p.vocabulary * p.logit_bytes, launches=pieces)
     products = p.needs_hidden + p.needs_weight
     if moving_pays(p.active, p.scored - p.active, p.hidden, p.operand_bytes, products, rates):
-        phases.add(
-            (p.scored - p.active) * p.vocabulary * (p.logit_bytes + p.operand_bytes), launches=0
-        )  # differentiated, too
+        # Rows are differentiated before they are dropped.
+        phases.add((p.scored - p.active) * p.vocabulary * (p.logit_bytes + p.operand_bytes), launches=0)
         moved = rows_moved(p.active, p.scored - p.active)
         phases.add(MOVES * moved * p.vocabulary * p.operand_bytes, launches=2 * pieces)
         phases.take(p.active, p.scored)
@@ -173,7 +177,7 @@ def single_pass(p: Problem, rates: Rates, *, chunk_rows: int) -> Cost:
     phases.pull_back(pieces, 1)
     d_weight = p.needs_weight * p.vocabulary * p.hidden * p.weight_grad_bytes
     d_hidden = p.needs_hidden * p.rows * p.hidden * p.operand_bytes
-    if pieces > 1 and p.weight_grad_bytes < ACCUMULATOR:  # the accumulator is another tensor
+    if pieces > 1 and p.weight_grad_bytes < ACCUMULATOR:  # the accumulator is a second tensor
         d_weight += p.needs_weight * p.vocabulary * p.hidden * ACCUMULATOR
     piece = p.needs_hidden * chunk_rows * p.hidden * ACCUMULATOR + taken // max(pieces, 1)
     return phases.cost(
@@ -182,7 +186,7 @@ def single_pass(p: Problem, rates: Rates, *, chunk_rows: int) -> Cost:
 
 
 def two_pass(p: Problem, rates: Rates, *, tile_bytes: int, cached_rows: int = 0) -> Cost:
-    """(2 scored + 6 active - 2 cached) V H: the logits of `cached_rows` of the active rows are kept from scoring on."""
+    """Two passes, (2 scored + 6 active - 2 cached) V H FLOPs: scoring keeps the logits of `cached_rows` active rows."""
     phases = _Phases(p, rates)
     phases.take(p.scored, p.rows)
     tile = phases.score(tile_bytes)
@@ -199,22 +203,22 @@ def two_pass(p: Problem, rates: Rates, *, tile_bytes: int, cached_rows: int = 0)
 
 
 def forward_only(p: Problem, rates: Rates, *, tile_bytes: int) -> Cost:
-    """2 scored V H."""
+    """Scoring alone, 2 scored V H FLOPs."""
     phases = _Phases(p, rates)
     taken = phases.take(p.scored, p.rows)
     return phases.cost("forward_only", phases.score(tile_bytes), taken)
 
 
 def equal_chunks(p: Problem, workspace_bytes: int) -> int:
-    """Rows of a single pass's chunk: as few chunks as the workspace allows, of equal size; 0 if it holds no whole row."""
+    """Rows per chunk of a single pass: as few chunks as the workspace allows, equal in size; 0 if no whole row fits."""
     limit = whole_row_tile(p.vocabulary, p.logit_bytes, workspace_bytes)
     return limit and -(-p.scored // max(1, -(-p.scored // limit)))
 
 
 def single_pass_workspace(p: Problem, default: int) -> int:
-    """`default` bytes, or those of one chunk of all rows if that takes no more memory.
+    """The workspace of a single pass: `default` bytes, or one chunk of all rows if that takes no more memory in total.
 
-    A single chunk needs no float32 accumulator of the weight's gradient: its tile may have that memory as well.
+    One chunk needs no float32 accumulator of d_weight, so its tile may use those bytes as well.
     """
     everything = p.rows * p.vocabulary * p.logit_bytes
     spared = ACCUMULATOR * p.vocabulary * p.hidden if p.needs_weight and p.weight_grad_bytes < ACCUMULATOR else 0
@@ -222,9 +226,9 @@ def single_pass_workspace(p: Problem, default: int) -> int:
 
 
 def best_two_pass(p: Problem, workspace_bytes: int, rates: Rates) -> Cost:
-    """Two passes with none, half or 3/4 of the workspace given to kept logits, whichever takes the least time.
+    """The fastest of two passes that spend none, half or 3/4 of the workspace on kept logits.
 
-    What is kept is columns of all the scored rows; it saves their products for the active ones.
+    The kept logits are columns of all scored rows. Backward then skips those products for the active rows.
     """
     found = []
     for tile_bytes in (workspace_bytes, workspace_bytes // 2, workspace_bytes // 4):
@@ -235,10 +239,10 @@ def best_two_pass(p: Problem, workspace_bytes: int, rates: Rates) -> Cost:
 
 
 def cheapest(p: Problem, workspace_bytes: int, rates: Rates, *, slice_bytes: int | None = None) -> Cost:
-    """The schedule that takes the least time (by MARGIN) within the workspace, with its chunk_rows or cached_rows.
+    """The faster schedule within the workspace, with its chunk_rows or cached_rows. Two passes must win by MARGIN.
 
-    slice_bytes is the workspace of two passes where that is another one. That rollouts may have to stay whole is the caller's
-    to see to. Deterministic; about a tenth of a millisecond.
+    slice_bytes is the workspace of two passes, if it differs. Whether rollouts must stay whole is for the caller to check.
+    Deterministic; takes about 0.1 ms.
     """
     slice_bytes = workspace_bytes if slice_bytes is None else slice_bytes
     if not (p.needs_hidden or p.needs_weight):

@@ -1,9 +1,9 @@
-"""dlogits: overwrite a tile of logits by the loss's gradient with respect to them.
+"""dlogits: overwrite a tile of logits with the gradient of the loss.
 
     dL/dz_j = coef (1[j = y] - p_j) - entropy_coef p_j (log p_j + H),    p = exp(z - lse),
 
-then the chain through temperature, softcap and scale down to the matmul's output. One program per row.
-Bytes: n * c read and n * c written. FLOPs: about 4 n c, so it is bound by memory.
+then the chain rule through temperature, softcap and scale, down to the matmul's output. One program per row.
+Traffic: n * c logits read, n * c gradients written. FLOPs: about 4 n c, so memory-bound.
 """
 
 import torch
@@ -29,28 +29,29 @@ def dlogits(
     out: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
-    """Write dL/d(h W^T) of tile (n, c) into `out`, by default over the tile itself, and return it.
+    """Write dL/d(h W^T) of a tile (n, c) to `out`, by default over the tile itself, and return it.
 
-    coef = dL/dlogp, entropy_coef = dL/dH, entropy = H and lse are (n,) in float32; logit_map is that of the tile.
+    lse, coef = dL/dlogp, entropy = H and entropy_coef = dL/dH are (n,) in float32. logit_map covers the tile.
     """
     out = tile if out is None else out
     if use_triton(tile, backend):
         _dlogits_triton(tile, ids, first_col, lse, coef, logit_map, entropy, entropy_coef, out)
         return out
+    # A softcap's derivative reads the logits, which an in-place gradient would overwrite.
     in_place = out.data_ptr() == tile.data_ptr() and out.dtype == tile.dtype and logit_map.softcap is None
-    for rows in row_blocks(*tile.shape):  # the softcap's derivative needs z: not in place then
+    for rows in row_blocks(*tile.shape):
         part = logit_map[rows, :]
         z = part.logits(tile[rows], overwrite=in_place)
         logp = torch.sub(z, lse[rows, None], out=z if in_place else None)
         gradient = softmax_gradient(logp, ids[rows] - first_col, coef[rows], entropy, entropy_coef, rows)
         part.chain_(gradient, z)
-        if not in_place or out.dtype != gradient.dtype:  # else it was computed where it belongs
+        if not in_place or out.dtype != gradient.dtype:  # else the gradient is a view of `out`
             out[rows] = gradient
     return out
 
 
 def is_overlaid(tile: torch.Tensor, out: torch.Tensor) -> bool:
-    """Whether rows of `out` are narrower than the tile's and begin where those do."""
+    """Whether `out` is a narrower view of the tile's memory, each of its rows over its own logits."""
     return out.data_ptr() == tile.data_ptr() and out.dtype != tile.dtype
 
 
@@ -62,9 +63,10 @@ def softmax_gradient(
     entropy_coef: torch.Tensor | None = None,
     rows: slice = slice(None),
 ) -> torch.Tensor:
-    """dL/dz (r, c) from log p (r, c), which is overwritten; entropy and its coefficient are whole columns cut by `rows`."""
+    """dL/dz (r, c) from log p (r, c), which is overwritten. `rows` selects from entropy and entropy_coef (n,)."""
     if entropy is not None and entropy_coef is not None:
-        surprise = logp.clamp(min=-1e30).add_(entropy[rows, None]).mul_(entropy_coef[rows, None])  # 0 * -inf is 0 here
+        # The clamp makes 0 * -inf 0.
+        surprise = logp.clamp(min=-1e30).add_(entropy[rows, None]).mul_(entropy_coef[rows, None])
         gradient = logp.exp_().mul_(surprise.add_(coef[:, None]).neg_())
     else:
         gradient = logp.exp_().mul_(-coef[:, None])
@@ -127,5 +129,5 @@ def dlogits_kernel(
             gradient -= tl.where(p > 0, entropy_coef * p * (z - lse + entropy), 0.0)
         gradient = chain(gradient, z, logit_scale, softcap, inv_temperature, HAS_SOFTCAP)
         if OVERLAID:
-            tl.debug_barrier()  # a narrower row lies over its own logits: all have read this block before any writes
+            tl.debug_barrier()  # a narrower row overlays its own logits: all threads read this block before any writes
         tl.store(out_ptr + row * out_stride + cols, gradient.to(out_ptr.dtype.element_ty), mask=inside)

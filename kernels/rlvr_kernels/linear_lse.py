@@ -2,11 +2,11 @@
 
     z = h W^T through bias, scale, softcap and temperature,   lse_n = log sum_j exp z_nj,   logp_n = z_n,id(n) - lse_n
 
-Tiling: a program takes one tile of logits after another, accumulates it over H, folds it to a maximum and a sum per row
-and writes those. The tiles of a group of row blocks are taken side by side, so that a slice of the weight comes from
-memory once per group and from L2 for the rest of it. A second kernel combines a row's tiles. FLOPs: 2NVH. Bytes: the
-weight N / (rows * GROUP) times, the hidden states about once, and 8 bytes per row and tile. Which tiles there are
-depends on V and never on N, and who takes them does not matter: a row's bits do not depend on the rows beside it.
+A program takes one tile of logits after another: it accumulates the tile over H, folds it to a maximum and a sum per row,
+and writes those. A second kernel combines each row's tiles. Programs walk the tiles of GROUP row blocks side by side, so a
+slice of the weight comes from memory once per group, and from L2 after that.
+FLOPs: 2NVH. Bytes: the weight N / (rows * GROUP) times, the hidden states about once, and 8 per row and tile.
+The tiles depend on V and never on N, and their order does not matter: a row's bits do not depend on the rows beside it.
 """
 
 from typing import Any
@@ -20,11 +20,11 @@ from rlvr_kernels.linear_lse_tiling import Tiling, tiling
 from rlvr_kernels.logits import LogitMap, accumulator_dtype
 from rlvr_kernels.lse_fold import RowState, lse_fold
 
-GROUP = 8  # row blocks that share what they read of the weight
-PARTIAL_BYTES = 40 << 20  # of maxima and sums at a time: 8704 rows of 151936 columns in tiles of 256
-PROCESSORS = 4  # where there is no GPU to ask
+GROUP = 8  # row blocks that share each read of the weight
+PARTIAL_BYTES = 40 << 20  # maxima and sums held at a time: 8704 rows of 151936 columns in tiles of 256
+PROCESSORS = 4  # assumed if there is no GPU to ask
 COMBINE_ROWS, COMBINE_TILES = 32, 64
-TWIN_ROWS, TWIN_COLS = 512, 1024  # a float32 block of logits of 2 MiB
+TWIN_ROWS, TWIN_COLS = 512, 1024  # 2 MiB of float32 logits
 
 
 @torch.no_grad()
@@ -44,8 +44,8 @@ def linear_lse(
     Equal to `z = logit_scale * (hidden @ weight.T + bias)`, `z = softcap * tanh(z / softcap)` if there is a softcap,
     `z = z / temperature`, `lse = z.logsumexp(1)`, `logp = z[arange(N), ids] - lse`, accumulated in float32 (float64 for
     float64 tensors, by the twin). `temperature` is a number or one per row, (N,). A bias of -inf masks a token.
-    Nothing of size (N, V) exists; any strides will do. The same inputs give the same bits, and on Triton a row gives
-    the same bits whatever rows lie beside it. An id outside [0, V) has logp -inf.
+    Allocates nothing of size (N, V), and takes any strides. The same inputs give the same bits, and on Triton a row's bits do
+    not depend on the rows beside it. An id outside [0, V) has logp -inf.
 
     Raises:
         ValueError: a shape, a dtype or a device does not fit, or backend="triton" cannot run here.
@@ -95,7 +95,7 @@ def _inverse(temperature: float | torch.Tensor, hidden: torch.Tensor, dtype: tor
 def _linear_lse_torch(
     hidden: torch.Tensor, weight: torch.Tensor, ids: torch.Tensor, logit_map: LogitMap
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The twin: blocks of TWIN_ROWS x TWIN_COLS logits, each folded and forgotten."""
+    """The PyTorch twin: fold one block of TWIN_ROWS x TWIN_COLS logits at a time."""
     rows, dtype = hidden.shape[0], logit_map.inv_temperature.dtype
     state = RowState.empty(rows, logit_map.inv_temperature)
     for first_col in range(0, weight.shape[0], TWIN_COLS):
@@ -111,7 +111,7 @@ def _linear_lse_torch(
 def _linear_lse_triton(
     hidden: torch.Tensor, weight: torch.Tensor, ids: torch.Tensor, logit_map: LogitMap
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Launch both kernels, over as many rows at a time as PARTIAL_BYTES allow."""
+    """Launch both kernels on as many rows at a time as PARTIAL_BYTES allows."""
     (rows, h), v = hidden.shape, weight.shape[0]
     inv_temperature, bias = logit_map.inv_temperature, logit_map.bias
     logp = torch.full_like(inv_temperature, -float("inf"))
@@ -141,7 +141,7 @@ def _linear_lse_triton(
 
 
 def _operand(matrix: torch.Tensor, block: int, tile: Tiling) -> Any:
-    """The matrix as the kernel takes it: a tensor descriptor of blocks (block, inner), or the matrix for its address."""
+    """The matrix as the kernel takes it: a tensor descriptor of blocks (block, inner), or the tensor itself."""
     if not tile.described:
         return matrix
     from triton.tools.tensor_descriptor import TensorDescriptor
@@ -150,7 +150,7 @@ def _operand(matrix: torch.Tensor, block: int, tile: Tiling) -> Any:
 
 
 def _programs(items: int, tile: Tiling, device: torch.device) -> int:
-    """How many programs to launch: one for every tile, or as many as stay on the GPU to walk over them."""
+    """How many programs to launch: one per tile, or, with descriptors, as many as the GPU holds at a time."""
     if not tile.described:
         return items
     cuda = device.type == "cuda"
@@ -167,12 +167,12 @@ def linear_lse_kernel(
     UPCAST: tl.constexpr, DESCRIBED: tl.constexpr, SPECIALIZED: tl.constexpr, HALVED: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """One program reduces every num_programs-th tile of BLOCK_N x BLOCK_V logits, in log2 units, to (BLOCK_N,)."""
+    """One program folds every num_programs-th tile of BLOCK_N x BLOCK_V logits to maxima and sums (BLOCK_N,), base 2."""
     if DESCRIBED:
         tl.assume(n_inner > 0)
     row_blocks = tl.cdiv(n_rows, BLOCK_N)
     tiles = tl.cdiv(n_cols, BLOCK_V)
-    # Flattened, the steps over H of all tiles are one loop, whose reads run ahead across the end of a tile.
+    # Flattened, all tiles' steps over H are one loop, whose loads run ahead across the end of a tile.
     for item in tl.range(
         tl.program_id(0), row_blocks * tiles, tl.num_programs(0), flatten=DESCRIBED, warp_specialize=SPECIALIZED
     ):
@@ -182,7 +182,7 @@ def linear_lse_kernel(
         tile = within // group_size
         first_row = (first_block + within % group_size) * BLOCK_N
         first_col = tile * BLOCK_V
-        if not DESCRIBED:  # what lies past the end reads the last row or column, and is dropped below
+        if not DESCRIBED:  # past the end, load the last row or column again; its result is dropped below
             safe_rows = tl.minimum(first_row + tl.arange(0, BLOCK_N), n_rows - 1).to(tl.int64)
             safe_cols = tl.minimum(first_col + tl.arange(0, BLOCK_V), n_cols - 1).to(tl.int64)
             inner = tl.arange(0, BLOCK_H).to(tl.int64)
@@ -206,7 +206,7 @@ def linear_lse_kernel(
             if not DESCRIBED:
                 a_ptrs += BLOCK_H * hidden_inner_stride
                 b_ptrs += BLOCK_H * weight_inner_stride
-        rows = first_row + tl.arange(0, BLOCK_N)  # here, for in the loop above every vector occupies registers
+        rows = first_row + tl.arange(0, BLOCK_N)  # not before the loop above, where they would occupy registers
         present = rows < n_rows
         inv_temperature = tl.load(inv_temperature_ptr + rows, mask=present, other=0.0)
         ids = tl.load(ids_ptr + rows.to(tl.int64) * ids_stride, mask=present, other=-1)
@@ -240,12 +240,12 @@ def _fold_tile(
     z, first_col, ids, target_ptrs, bias_ptr, bias_stride, inv_temperature, n_cols, logit_scale, softcap,
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """Store the targets among raw z (n, c), and return (maximum, sum of exp2 below it), (n,), of the logits times log2(e)."""
+    """Store the targets found in raw z (n, c); return each row's (maximum, sum of exp2(z - maximum)), (n,), in log2 units."""
     cols = first_col + tl.arange(0, z.shape[1])
     if HAS_BIAS:
         bias = tl.load(bias_ptr + cols.to(tl.int64) * bias_stride, mask=cols < n_cols, other=0.0)
         z += bias.to(tl.float32)[None, :]
-    log2_e = 1.4426950408889634  # exp(z) = exp2(z * log2_e), and the multiplication is there anyway
+    log2_e = 1.4426950408889634  # exp(z) = exp2(z * log2_e), and the temperature needs a multiplication anyway
     if HAS_SOFTCAP:
         z = softcap - 2.0 * softcap / (1.0 + tl.exp2(z * (2.0 * log2_e * logit_scale / softcap)))  # tanh; inf: softcap
         z *= (inv_temperature * log2_e)[:, None]
@@ -253,11 +253,11 @@ def _fold_tile(
         z *= (inv_temperature * (log2_e * logit_scale))[:, None]
     if first_col + z.shape[1] > n_cols:
         z = tl.where((cols < n_cols)[None, :], z, -float("inf"))
-    held = (ids >= first_col) & (ids < first_col + z.shape[1])  # by one tile alone
-    if tl.max(held.to(tl.int32), 0) > 0:  # most tiles hold nobody's id
+    held = (ids >= first_col) & (ids < first_col + z.shape[1])  # true in one tile at most
+    if tl.max(held.to(tl.int32), 0) > 0:  # most tiles hold no row's target
         tl.store(target_ptrs, tl.max(tl.where(cols[None, :] == ids[:, None], z, -float("inf")), 1), mask=held)
     maximum = tl.max(z, 1)
-    anchor = tl.where(maximum == -float("inf"), 0.0, maximum)  # nothing but masked columns
+    anchor = tl.where(maximum == -float("inf"), 0.0, maximum)  # every column may be masked
     return maximum, tl.sum(tl.exp2(z - anchor[:, None]), 1)
 
 
@@ -266,7 +266,7 @@ def combine_tiles_kernel(
     maxima_ptr, totals_ptr, logp_ptr, lse_ptr, n_rows, n_tiles, tile_stride,
     BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """One program combines BLOCK_N rows' tiles; logp holds the target's logit before, the log-probability after."""
+    """One program combines the tiles of BLOCK_N rows; logp holds the target's logit on entry, its log-probability on exit."""
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     present = rows < n_rows
     maximum = tl.full((BLOCK_N,), -float("inf"), tl.float32)
@@ -281,12 +281,9 @@ def combine_tiles_kernel(
         anchor = tl.where(peak == -float("inf"), 0.0, peak)
         total = total * tl.exp2(maximum - anchor) + tl.sum(totals * tl.exp2(maxima - anchor[None, :]), 0)
         maximum = peak
-    log_total = tl.log2(
-        tl.where(total == 0, 1.0, total)
-    )  # a row of masked columns alone: its maximum, -inf, is its lse
+    log_total = tl.log2(tl.where(total == 0, 1.0, total))  # a fully masked row's lse is its maximum, -inf
     target = tl.load(logp_ptr + rows, mask=present, other=0.0)
     ln_2 = 0.6931471805599453
     tl.store(lse_ptr + rows, (maximum + log_total) * ln_2, mask=present)
-    tl.store(
-        logp_ptr + rows, ((target - maximum) - log_total) * ln_2, mask=present
-    )  # a row that is one-hot gives exactly 0
+    # In this order of operations a one-hot row gives exactly 0.
+    tl.store(logp_ptr + rows, ((target - maximum) - log_total) * ln_2, mask=present)

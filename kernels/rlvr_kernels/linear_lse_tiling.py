@@ -1,7 +1,7 @@
-"""How linear_lse is cut: the sizes of a tile of logits, by dtype, layout and GPU, from a table that nothing changes at run time.
+"""The tile sizes of linear_lse by dtype, layout and GPU: a fixed table, with no tuning at run time.
 
-The table is chosen from registers, shared memory and counted cycles (docs/kernels.md); no timing on a GPU has confirmed
-it yet. CANDIDATES are what such a timing should compare.
+The sizes come from registers, shared memory and counted cycles (docs/kernels.md). No timing on a GPU has confirmed them
+yet; CANDIDATES lists what such a timing should compare.
 """
 
 from dataclasses import dataclass
@@ -13,13 +13,13 @@ from rlvr_kernels._triton import interpreting, triton
 
 @dataclass(frozen=True)
 class Tiling:
-    """The constants of a launch: rows x cols logits at a time, accumulated over `inner` of H per step.
+    """The constants of a launch: a tile of rows x cols logits, accumulated over `inner` elements of H per step.
 
-    described: the operands are read through tensor descriptors (TMA), and as many programs as the GPU can hold,
-    `per_processor` on each multiprocessor, walk over all tiles, each reading its next tile during the fold of the last.
-    specialized: one warp reads, one multiplies and the others fold, all at the same time.
-    halved: the left and the right half of a tile are folded one after the other, where both would not fit the registers.
-    upcast: the operands are widened to float32 before they are multiplied.
+    described: load the operands through tensor descriptors (TMA), in `per_processor` programs on each multiprocessor that
+        walk over all tiles. A program loads its next tile while it folds the last one.
+    specialized: one warp loads, one multiplies and the others fold, all at the same time.
+    halved: fold the left and the right half of a tile in turn, because both together would not fit the registers.
+    upcast: widen the operands to float32 before multiplying.
     """
 
     rows: int
@@ -38,7 +38,7 @@ DESCRIBED = {
     ("cuda", 90): Tiling(128, 256, 64, 8, 4, described=True, halved=True),
     ("cuda", 100): Tiling(128, 256, 64, 8, 4, described=True, specialized=True),
 }
-CANDIDATES = {  # all of them compile without spills under Triton 3.7.1, with a bias and a softcap too
+CANDIDATES = {  # all compile without spills under Triton 3.7.1, with a bias and a softcap too
     ("cuda", 90): (
         DESCRIBED["cuda", 90],
         Tiling(128, 256, 64, 8, 3, described=True, halved=True),
@@ -57,18 +57,18 @@ CANDIDATES = {  # all of them compile without spills under Triton 3.7.1, with a 
 
 
 def tiling(hidden: torch.Tensor, weight: torch.Tensor) -> Tiling:
-    """The constants for these operands on the current GPU; never a matter of how many rows there are.
+    """The launch constants for these operands on the current GPU, whatever the number of rows.
 
-    Operands of half precision go to the tensor cores as they are. Anything else is multiplied in exact float32, and so
-    is everything under the interpreter, whose dot cannot multiply bfloat16.
+    16-bit operands go to the tensor cores as they are. Other dtypes are multiplied in exact float32. So is everything under
+    the interpreter, whose dot does not take bfloat16.
     """
     described = _describable(hidden) and _describable(weight)
     if interpreting():
         return Tiling(16, 32, 16, 4, 1, upcast=True, described=described)
     wide = _loads_wide(hidden) and _loads_wide(weight)
     if hidden.dtype != weight.dtype:
-        # Too few rows for Blackwell's tensor cores: there Triton 3.7 rounds a float32 operand to tf32 beside one that it
-        # saw widened, in spite of input_precision="ieee" (triton-lang/triton#10176).
+        # 32 rows keep this product off Blackwell's tensor cores. On them Triton 3.7 rounds a float32 operand to tf32 if the
+        # other was widened, despite input_precision="ieee" (triton-lang/triton#10176).
         return Tiling(32, 128, 16, 4, 3, upcast=True) if wide else Tiling(32, 64, 16, 4, 2, upcast=True)
     if hidden.dtype.itemsize > 2:
         return Tiling(64, 128, 16, 8, 3, upcast=True) if wide else Tiling(64, 64, 16, 8, 2, upcast=True)
@@ -76,21 +76,21 @@ def tiling(hidden: torch.Tensor, weight: torch.Tensor) -> Tiling:
     if described and (target.backend, target.arch) in DESCRIBED:
         return DESCRIBED[target.backend, target.arch]
     if not wide:
-        return Tiling(64, 64, 32, 4, 2)  # an address for every element: a larger tile spills them
+        return Tiling(64, 64, 32, 4, 2)  # one address per element: a larger tile would spill
     return Tiling(128, 128, 32, 8, 4) if target.backend == "cuda" else Tiling(128, 128, 64, 8, 2)
 
 
 def _aligned(matrix: torch.Tensor) -> bool:
-    """Whether every row of the matrix is dense and begins at a multiple of 16 bytes."""
+    """Whether every row of the matrix is dense and starts at a multiple of 16 bytes."""
     row_bytes = matrix.stride(0) * matrix.element_size()
     return matrix.stride(1) == 1 and matrix.data_ptr() % 16 == 0 and row_bytes % 16 == 0
 
 
 def _loads_wide(matrix: torch.Tensor) -> bool:
-    """Whether a row of the matrix can be read 16 bytes at a time and ends where a step does."""
+    """Whether rows of the matrix load 16 bytes at a time and end where a step over H ends."""
     return _aligned(matrix) and matrix.shape[1] % 64 == 0
 
 
 def _describable(matrix: torch.Tensor) -> bool:
-    """Whether a tensor descriptor can stand for the matrix. What lies past its end is read as zero: H may be anything."""
+    """Whether a tensor descriptor can describe the matrix. It reads zeros past the end, so H may be anything."""
     return _aligned(matrix) and matrix.stride(0) >= matrix.shape[1] > 0

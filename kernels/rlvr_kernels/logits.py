@@ -1,8 +1,8 @@
-"""From the raw products of a tile to the logits that a policy means: bias, scale, softcap, temperature, and their derivative.
+"""LogitMap: from raw products h W^T to logits, through bias, scale, softcap and temperature, and back through its derivative.
 
     z = s / temperature,   s = softcap * tanh(u / softcap) (s = u without a softcap),   u = logit_scale * (h W^T + b)
 
-A tile in memory always holds the raw h W^T. Kernels transform what they load, so nothing is written twice.
+A tile in memory always holds the raw h W^T. Kernels map it to logits as they load it, so nothing is written twice.
 """
 
 from collections.abc import Iterator
@@ -12,14 +12,14 @@ import torch
 
 from rlvr_kernels._triton import dense, jit, tl
 
-TWIN_BLOCK_BYTES = 8 << 20  # what a twin touches at a time: few enough calls, and still in cache
+TWIN_BLOCK_BYTES = 8 << 20  # a block of a twin: large enough for few calls, small enough for the cache
 
 
 @dataclass(frozen=True, eq=False)
 class LogitMap:
-    """How n rows and c columns of h W^T become logits: inv_temperature (n,), bias (c,), and two numbers.
+    """The map from h W^T (n, c) to logits: inv_temperature (n,), bias (c,), and two numbers.
 
-    `logit_map[rows, columns]` is the same for a part of them.
+    `logit_map[rows, columns]` is the map of that part of the tile.
     """
 
     inv_temperature: torch.Tensor
@@ -47,14 +47,15 @@ class LogitMap:
         }
 
     def kernel_numbers(self) -> dict[str, float | bool]:
-        """The arguments that are no tensors."""
+        """The Triton kernels' arguments other than tensors."""
         cap = float(self.softcap or 1.0)
         return {"logit_scale": float(self.logit_scale), "softcap": cap, "HAS_SOFTCAP": self.softcap is not None}
 
     def logits(self, raw: torch.Tensor, *, overwrite: bool = False) -> torch.Tensor:
-        """The logits of a block (n, c) of raw products, in the dtype of inv_temperature.
+        """Map a block (n, c) of raw products to logits, in the dtype of inv_temperature.
 
-        The result may be `raw` itself: transformed in place if `overwrite`, untouched and not to be written otherwise.
+        `overwrite` allows mapping `raw` in place. Without it `raw` keeps its values, but the result may be `raw` itself: do not
+        write to it.
         """
         z = raw.to(self.inv_temperature.dtype)
         if self.bias is not None:
@@ -77,10 +78,10 @@ class LogitMap:
         return gradient
 
     def exponentials_(self, tile: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Turn raw products (n, V) of whole rows into exp(z - max) in place; return logp and the rows' sums, (n,).
+        """Overwrite raw products (n, V) of whole rows with exp(z - max); return logp and the rows' sums, both (n,).
 
-        There must be no softcap, and the tile's dtype must be that of inv_temperature. One exponential a logit: what
-        `dlogits` would compute again is left behind.
+        Takes no softcap, and needs a tile in the dtype of inv_temperature. One exponential per logit: the tile keeps what
+        `dlogits` would compute again.
         """
         like = self.inv_temperature
         maximum, target, total = torch.empty_like(like), torch.empty_like(like), torch.empty_like(like)
@@ -88,7 +89,7 @@ class LogitMap:
             z = self[rows, slice(None)].logits(tile[rows], overwrite=True)
             torch.gather(z, 1, ids[rows, None], out=target[rows, None])
             torch.amax(z, 1, out=maximum[rows])
-            # A row of -inf alone has no maximum to take off: NaN, as in log_softmax.
+            # A row of only -inf becomes NaN here, as in log_softmax.
             torch.sum(z.sub_(maximum[rows, None]).exp_(), 1, out=total[rows])
         return (target - maximum) - total.log(), total
 
@@ -98,8 +99,13 @@ def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def sum_dtype(values: torch.Tensor) -> torch.dtype:
+    """The dtype to add up many values in: float64 where the device has it."""
+    return values.dtype if values.device.type == "mps" else torch.float64
+
+
 def row_blocks(rows: int, cols: int) -> Iterator[slice]:
-    """Slices of rows whose float32 logits fit a core's cache: the unit in which the twins work."""
+    """Yield slices of rows whose float32 logits fit a core's cache. The twins work on one slice at a time."""
     step = max(1, TWIN_BLOCK_BYTES // (4 * max(cols, 1)))
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))

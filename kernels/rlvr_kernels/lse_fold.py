@@ -1,8 +1,8 @@
-"""lse_fold: fold a tile of logits into each row's running log-sum-exp, target logit, and further sums where asked for.
+"""lse_fold: fold a tile of logits into each row's running log-sum-exp, target logit and optional sums.
 
-A tile (n, c) is columns first_col .. first_col + c of the logits of n rows. Folding every tile of the vocabulary in any
-order gives the statistics of the whole row. One program per row, looping over its columns.
-Bytes: n * c * itemsize read, 20 n read and written. FLOPs: about 4 n c, so it is bound by memory.
+A tile (n, c) holds columns first_col .. first_col + c of n rows' logits. Folding all tiles of the vocabulary, in any order,
+gives the statistics of whole rows. One program per row loops over its columns.
+Bytes: n * c * itemsize read, 20 n read and written. FLOPs: about 4 n c, so memory-bound.
 """
 
 from dataclasses import dataclass
@@ -19,9 +19,11 @@ NUM_WARPS = 8
 
 @dataclass
 class RowState:
-    """What has been seen of each row so far, all (n,): the maximum m, the sum of exp(z - m), the target's logit,
-    and, where asked for, the sum of exp(z - m) (z - m) for the entropy, the sum of z for the mean logit and the sum of
-    exp(2 (z - m)) for the sum of squared probabilities."""
+    """The running statistics of each row, all (n,): maximum m, total = sum of exp(z - m), and the target's logit.
+
+    Optional: weighted = sum of exp(z - m) (z - m), for the entropy; summed = sum of z, for the mean logit; squared = sum of
+    exp(2 (z - m)), for the sum of squared probabilities.
+    """
 
     maximum: torch.Tensor
     total: torch.Tensor
@@ -34,7 +36,7 @@ class RowState:
     def empty(
         rows: int, like: torch.Tensor, *, entropy: bool = False, mean: bool = False, squares: bool = False
     ) -> "RowState":
-        """The state of `rows` rows of which nothing has been seen."""
+        """The state of `rows` rows before the first tile."""
         dtype, device = accumulator_dtype(like.dtype), like.device
 
         def filled(value: float) -> torch.Tensor:
@@ -52,7 +54,7 @@ class RowState:
         return self.maximum + self.total.log()
 
     def logp(self) -> torch.Tensor:
-        """The target's log-probability. Written so that a row that is one-hot gives exactly 0."""
+        """The target's log-probability. In this order of operations a one-hot row gives exactly 0."""
         return (self.target - self.maximum) - self.total.log()
 
     def entropy(self) -> torch.Tensor | None:
@@ -60,7 +62,7 @@ class RowState:
         return None if self.weighted is None else self.total.log() - self.weighted / self.total
 
     def sum_p_squared(self) -> torch.Tensor | None:
-        """sum_j p_j^2, the probability that two tokens sampled independently are the same."""
+        """sum_j p_j^2, the probability that two independent samples agree."""
         return None if self.squared is None else self.squared / self.total.square()
 
     def top1(self) -> torch.Tensor:
@@ -78,8 +80,8 @@ def lse_fold(
 ) -> None:
     """Fold tile (n, c) of raw h W^T into `state`, in place.
 
-    ids (n,) count in the whole vocabulary; logit_map is that of the tile's rows and columns. The further sums are folded
-    if the state has room for them.
+    ids (n,) index the whole vocabulary; logit_map covers the tile's rows and columns. The optional sums are folded if
+    `state` holds them.
     """
     if use_triton(tile, backend):
         _lse_fold_triton(tile, ids, first_col, state, logit_map)
@@ -96,14 +98,14 @@ def _fold_block(z: torch.Tensor, local_ids: torch.Tensor, state: RowState) -> No
     if state.summed is not None:
         state.summed += z.sum(1)
     maximum = torch.maximum(state.maximum, z.amax(1))
-    anchor = torch.where(maximum.isinf(), 0, maximum)  # a row of -inf alone so far
+    anchor = torch.where(maximum.isinf(), 0, maximum)  # every logit so far may be -inf
     moved = torch.where(state.total > 0, state.maximum - anchor, 0)
     below = z - anchor[:, None]
     if state.squared is not None:
         state.squared.mul_((2 * moved).exp()).add_((2 * below).exp_().sum(1))
     mass = below.exp() if state.weighted is not None else below.exp_()
     if state.weighted is not None:
-        inner = below.clamp_(min=-1e30).mul_(mass).sum(1)  # 0 * -inf is 0 here
+        inner = below.clamp_(min=-1e30).mul_(mass).sum(1)  # the clamp makes 0 * -inf 0
         state.weighted.add_(state.total * moved).mul_(moved.exp()).add_(inner)
     state.total.mul_(moved.exp()).add_(mass.sum(1))
     state.maximum.copy_(maximum)
@@ -157,7 +159,7 @@ def lse_fold_kernel(
         if MEAN:
             summed += tl.sum(tl.where(inside, z, 0.0), 0)
         peak = tl.maximum(maximum, tl.max(z, 0))
-        anchor = tl.where(peak == -float("inf"), 0.0, peak)  # a row of -inf alone so far
+        anchor = tl.where(peak == -float("inf"), 0.0, peak)  # every logit so far may be -inf
         moved = tl.where(total > 0, maximum - anchor, 0.0)
         mass = tl.exp(z - anchor)
         if ENTROPY:

@@ -7,14 +7,15 @@ KL(policy || reference) is estimated from one token's log-probabilities. With d 
 
     k1 = -d,   k2 = d^2 / 2,   k3 = exp(d) - d - 1      (Schulman's three), each differentiated as written.
 
-On tokens that the policy itself sampled, k2's gradient is the reverse KL's, k1's is 0 on average, k3's is the forward KL's.
+Averaged over tokens that the policy itself sampled, the gradient of k2 is the reverse KL's, that of k1 is 0, and that of k3
+is the forward KL's.
 
-With bias correction by the token's ratio r = exp(logp - old), the value is r k and the derivative is r (logp - ref) for all
-three: the reverse KL's gradient, whichever policy sampled (DeepSeek-V3.2 2512.02556, section 3.1). For k3 that is what
-differentiating r k3 gives; for k1 it leaves out a term of mean 0; for k2 it is sg[r] k2's.
+Bias correction multiplies the estimate by the token's ratio r = exp(logp - old). The derivative is then r (logp - ref) for
+all three: the reverse KL's gradient, whichever policy sampled (DeepSeek-V3.2 2512.02556, section 3.1). For k3 it is the
+derivative of r k3; for k1 it leaves out a term of mean 0; for k2 it is the derivative of sg[r] k2.
 
-r may underflow where k overflows, and the other way round. So r k3 is exp(ref - old) - r (d + 1), and every product with r
-adds exponents before exp.
+r may underflow where k overflows, and vice versa. So r k3 is computed as exp(ref - old) - r (d + 1), and every product with
+r adds exponents before exp.
 """
 
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from rlvr_kernels.checks import check_number, choose
 from rlvr_kernels.surrogates import Surrogate
 
 ESTIMATORS = ("k1", "k2", "k3")
-LARGEST_EXPONENT = 60.0  # of a ratio that is multiplied as it is; float32 ends at 88
+LARGEST_EXPONENT = 60.0  # of a ratio that is formed before it multiplies; float32 overflows at 88
 SHAPES = ("softplus", "relu")
 CONFIDENCES = ("current", "old")
 REDUCTIONS = ("mean", "sum")
@@ -36,10 +37,11 @@ IMPORTANCE_SAMPLING_LEVELS = ("token", "sequence", "sequence_token")
 
 @dataclass(frozen=True)
 class Ace:
-    """The strength and form of ACE's weight. alpha = 0 is the plain loss, bit for bit.
+    """The strength and form of ACE's weight 1 + alpha f(c). alpha=0 is the plain loss, bit for bit.
 
-    confidence: whose log-probabilities c is made of, the policy's in training ("current") or the sampler's ("old").
-    reduction: "mean" divides c by the rollout's tokens, "sum" does not. shape: f, "softplus" or "relu".
+    confidence: whose log-probabilities give c, those of the policy in training ("current") or of the sampler ("old").
+    reduction: "mean" divides c by the rollout's tokens; "sum" does not.
+    shape: f, "softplus" or "relu".
     """
 
     alpha: float = 1.0
@@ -70,7 +72,8 @@ class Ace:
 class KL:
     """beta times an estimate of KL(policy || reference), aggregated like the loss.
 
-    estimator: "k1", "k2" or "k3". bias_correction: multiply by the token's ratio, see the module's docstring.
+    estimator: "k1", "k2" or "k3".
+    bias_correction: multiply by the token's ratio; see the module's docstring.
     """
 
     estimator: str = "k3"
@@ -80,6 +83,21 @@ class KL:
     def __post_init__(self) -> None:
         check_number("beta", self.beta, zero=True)
         choose("kl_estimator", self.estimator, ESTIMATORS)
+
+    def penalty(self, logp: torch.Tensor, old: torch.Tensor, ref: torch.Tensor) -> torch.Tensor:
+        """The published formula (n,), to be differentiated by autograd; the reference uses it."""
+        log_ratio = logp - ref
+        if self.estimator == "k1":
+            estimate = log_ratio
+        elif self.estimator == "k2":
+            estimate = log_ratio**2 / 2
+        else:
+            estimate = torch.expm1(-log_ratio) + log_ratio
+        if not self.bias_correction:
+            return estimate
+        ratio = torch.exp(logp - old)
+        slope = (ratio * log_ratio).detach()
+        return (ratio * estimate).detach() + slope * (logp - logp.detach())
 
     def terms(
         self, logp: torch.Tensor, old: torch.Tensor | None, ref: torch.Tensor
@@ -110,7 +128,7 @@ class KL:
 
 
 def times_ratio(log_ratio: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """exp(log_ratio) * values (n,). Exponents are added first where exp alone would leave the range; 0 stays 0."""
+    """exp(log_ratio) * values, (n,). Adds exponents first where exp alone would leave the range; 0 stays 0."""
     ordinary = log_ratio.clamp(-LARGEST_EXPONENT, LARGEST_EXPONENT).exp() * values
     extreme = values.sign() * (log_ratio + values.abs().log()).exp()
     impossible = (log_ratio == -float("inf")) | (values == 0)
@@ -119,10 +137,11 @@ def times_ratio(log_ratio: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Entropy:
-    """coef is the weight of the entropy bonus, aggregated like the loss.
+    """The entropy bonus, and which tokens to train on.
 
-    top_quantile is the share of tokens, those of the highest entropy in this call, that have a surrogate and a bonus at all
-    (2506.01939). Below 1 it needs two passes.
+    coef: weight of the bonus, aggregated like the loss.
+    top_quantile: the share of this call's tokens, by highest entropy, that get a surrogate and a bonus (2506.01939). Below 1
+        it needs two passes.
     """
 
     coef: float = 0.0
@@ -161,7 +180,7 @@ class TokenObjective:
 
     @property
     def level(self) -> str:
-        """Whose log ratio the surrogate sees: the token's own, or its rollout's mean, sum or mean of clipped ones."""
+        """Which log ratio the surrogate sees: the token's own, or its rollout's mean, sum, or mean of clipped ones."""
         return getattr(self.surrogate, "level", "") or self.importance_sampling_level  # a user's function has none
 
     @property
@@ -170,17 +189,17 @@ class TokenObjective:
         return self.level == "geometric" or (self.level == "sequence" and not self.surrogate.by_logp)
 
     def weighs_current(self, has_old: bool) -> bool:
-        """Whether ACE's weight depends on the log-probabilities at hand, and not only on the sampler's."""
+        """Whether ACE's weight depends on the current log-probabilities, not on the sampler's alone."""
         return self.ace.alpha > 0 and not (self.ace.confidence == "old" and has_old)
 
     def is_token_local(self, has_old: bool) -> bool:
-        """Whether a token's coefficient needs no other token's log-probability."""
+        """Whether each token's coefficient depends on its own log-probability alone."""
         return not self.weighs_current(has_old) and self.level == "token" and self.off_policy_mask_threshold is None
 
 
 @jit
 def divergence_kernel(logp, old, ref, KL: tl.constexpr, CORRECTED: tl.constexpr):
-    """The estimate and its derivative by logp of a block of tokens. On policy `old` is logp."""
+    """The KL estimate and its derivative by logp for a block of tokens. On policy, `old` is logp."""
     gap = ref - logp
     if KL == "k1":
         kl, slope = -gap, tl.zeros_like(gap) + 1.0

@@ -1,8 +1,9 @@
-"""pull_back: from dL/dlogp (and dL/dH) to the gradients of hidden states, weight and bias; 4NVH FLOPs, and 2NVH for
-the logits that scoring has not kept.
+"""pull_back: from dL/dlogp (and dL/dH) to the gradients of hidden states, weight and bias.
 
-The vocabulary is the outer loop: each slice of the weight's gradient is written once, by the matmul's own float32
-accumulator, and no float32 copy of the whole of it exists. The hidden states' gradient accumulates in float32.
+FLOPs: 4NVH, plus 2NVH to recompute logits that scoring has not kept.
+
+The vocabulary is the outer loop. The matmul's own float32 accumulator writes each slice of d_weight once, so no float32 copy
+of all of it exists. d_hidden accumulates in float32 over the slices.
 """
 
 from typing import NamedTuple
@@ -58,15 +59,16 @@ def pull_back(
     shard: Shard | None = None,
     backend: str = "auto",
 ) -> Gradients:
-    """Pull rows (n,) back; hidden (n, H) and weight (V, H) have one dtype, d_weight gets `weight_dtype`.
+    """Pull coef = dL/dlogp (n,) and entropy_coef = dL/dH (n,) back through the head.
 
-    The logits that are kept are read and left as they are; the others are recomputed.
+    hidden (n, H) and weight (V, H) have one dtype; d_weight gets `weight_dtype`. Kept logits are read and left unchanged; all
+    others are recomputed.
     """
     ids = ids if shard is None else ids - shard.first
     rows, vocabulary = hidden.shape[0], weight.shape[0]
     d_hidden = accumulator((rows, hidden.shape[1]), hidden) if needs.hidden else None
     d_weight = empty(weight.shape, weight_dtype, weight.device) if needs.weight else None
-    if d_weight is not None and not rows:  # every slice is overwritten, if there is a row to do it
+    if d_weight is not None and not rows:  # without rows no product overwrites it
         d_weight.zero_()
     d_bias = (
         torch.zeros(vocabulary, dtype=accumulator_dtype(hidden.dtype), device=weight.device) if needs.bias else None
@@ -75,7 +77,7 @@ def pull_back(
     tile = Tile(shape, hidden.dtype, hidden.device)
     kept_cols = 0 if kept is None else kept.logits.shape[1]
     for part in column_slices(vocabulary, shape.cols, kept_cols):
-        slice_total = None  # float32 accumulator of this slice, where its rows come in several pieces
+        slice_total = None  # float32 accumulator of this slice, if its rows come in several pieces
         for row in range(0, rows, shape.rows):
             some = slice(row, min(row + shape.rows, rows))
             if kept is not None and part.start < kept_cols:

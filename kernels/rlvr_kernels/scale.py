@@ -1,7 +1,7 @@
-"""scale_: multiply a tensor in place by a number that is on the device, which nothing is read for if it is 1.
+"""scale_: multiply a tensor in place by a one-element tensor; the kernel, and the twin on a CPU, skip a factor of 1.
 
-The gradients of a single pass exist before the upstream gradient does. That is 1 unless a trainer scales its loss, and reading
-and writing d_weight for a product by 1 took 1 % of a step on a CPU (docs/performance-log.md).
+A single pass computes its gradients before it knows the upstream gradient, which is 1 unless the trainer scales its loss.
+Multiplying d_weight by 1 took 1 % of a step on a CPU (docs/performance-log.md).
 """
 
 import torch
@@ -11,11 +11,11 @@ from rlvr_kernels.backend import use_triton
 
 BLOCK = 8192
 NUM_WARPS = 8
-TWIN_ELEMENTS = 4 << 20  # a CPU widens what it scales: so much of it at a time
+TWIN_ELEMENTS = 4 << 20  # elements per step of the twin, which makes a wider copy of them
 
 
 def scale_(values: torch.Tensor, factor: torch.Tensor, backend: str = "auto") -> torch.Tensor:
-    """Multiply `values`, contiguous, by factor (1,) in float32 or float64, and return them."""
+    """Multiply contiguous `values` by `factor` (1,), float32 or float64, in place and return them."""
     if use_triton(values, backend):
         if values.numel():
             with device_guard(values):

@@ -1,6 +1,6 @@
-"""score: every row's log-probability and statistics, 2NVH FLOPs, with a bounded tile of logits.
+"""score: the log-probability and statistics of every row, from a bounded tile of logits. FLOPs: 2NVH.
 
-The vocabulary is the inner loop where the workspace forces the rows to be cut, the only loop otherwise.
+The loop over slices of the vocabulary runs once for all rows, or once per piece of rows if the workspace cannot hold them all.
 """
 
 from typing import NamedTuple
@@ -14,7 +14,7 @@ from rlvr_kernels.tile import Tile, bytes_per_logit, multiply, vocabulary_tile
 
 
 class Scores(NamedTuple):
-    """All (n,) in float32 (float64 for float64): logp and lse, and what was asked for."""
+    """All (n,), float32 (float64 for float64): logp, lse, and the statistics asked for."""
 
     logp: torch.Tensor
     lse: torch.Tensor

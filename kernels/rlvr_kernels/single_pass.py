@@ -1,8 +1,8 @@
-"""single_pass: the loss and its gradients while each chunk's logits exist, 6NVH FLOPs; nothing is computed twice.
+"""single_pass: the loss and its gradients, computed while each chunk's logits exist. FLOPs: 6NVH; nothing is computed twice.
 
-Rows come in chunks that fit the workspace with all their logits. A chunk ends at a rollout's end if a token's coefficient
-depends on its whole rollout, anywhere otherwise. A chunk is scored, weighed and pulled back before the next one. Rows with
-coefficient 0 leave before the last two products where that pays.
+A chunk is as many rows as fit the workspace with all their logits. It is scored, weighed and pulled back before the next one.
+Chunks hold whole rollouts if a token's coefficient depends on its rollout, and are cut anywhere otherwise. Rows with
+coefficient 0 leave a chunk before its last two products where that pays.
 """
 
 from collections.abc import Callable, Iterator
@@ -29,7 +29,7 @@ from rlvr_kernels.tile import (
 from rlvr_kernels.weigh import SUMS, Rows, Weighed
 
 Weigher = Callable[[torch.Tensor, Rows], Weighed]
-"""From log-probabilities (n,) and their rows to what they weigh: `weigh` of an objective, or a function of the user's."""
+"""From log-probabilities (n,) and their rows to `Weighed`: `weigh` with an objective, or a user's function."""
 
 
 class SinglePass(NamedTuple):
@@ -63,10 +63,10 @@ def single_pass(
     shard: Shard | None = None,
     backend: str = "auto",
 ) -> SinglePass:
-    """Score, weigh and pull back the n rows whose states are hidden[index] (None: all of (R, H)).
+    """Score, weigh and pull back n rows: those of hidden (R, H) at `index` (n,), or all if it is None.
 
-    A chunk has at most `chunk_rows` rows, cast to the dtype of weight (V, H). Unless the loss is `token_local`, the weigher sees
-    whole rollouts. entropy_coef times the entropy, aggregated like the loss, is taken off the gradient.
+    A chunk has at most `chunk_rows` rows, cast to the dtype of weight (V, H). The weigher sees whole rollouts unless the loss is
+    `token_local`. The gradients include that of -entropy_coef * H, aggregated like the loss; `sums` do not.
     """
     ids = ids if shard is None else ids - shard.first
     plan = _plan(rows, chunk_rows, token_local)
@@ -116,10 +116,10 @@ def single_pass(
 
 
 class _Scored:
-    """A chunk's log-probabilities, and what its tile becomes once their coefficients are known.
+    """A scored chunk: its log-probabilities, and the tile that becomes its gradient once the coefficients are known.
 
-    A float32 or float64 tile of a CPU holds exponentials: a row is its gradient but for a factor, which goes where it costs
-    a row of H and not of V. Elsewhere it holds raw products, which `dlogits` overwrites.
+    On a CPU, a float32 or float64 tile holds exponentials. Each row is then the gradient up to a factor, which is applied to
+    H elements of the row's state rather than to V of the tile. Elsewhere the tile holds raw products, which `dlogits` overwrites.
     """
 
     def __init__(
@@ -146,8 +146,8 @@ class _Scored:
     def gradient(
         self, coef: torch.Tensor, entropy_coef: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """dL/d(h W^T) of the chunk (n, V), and what each row must still be multiplied by (n,); None: nothing."""
-        if self.exponential:  # exp(z - max) - sum 1[j = y] times -coef / sum
+        """dL/d(h W^T) of the chunk (n, V), and the factor (n,) still missing from each row; None if none is."""
+        if self.exponential:  # the gradient is (exp(z - max) - sum 1[j = y]) * -coef / sum
             self.products.scatter_add_(1, self.ids[:, None], -self.total[:, None])
             return self.products, -coef * self.logit_map.inv_temperature * self.logit_map.logit_scale / self.total
         entropy = None if entropy_coef is None else self.entropy
@@ -160,7 +160,7 @@ class _Scored:
 
 
 def _plan(rows: Rows, limit: int, token_local: bool) -> list[slice]:
-    """The chunks: cut anywhere, one for all, or, where rollouts must stay whole, at their ends. Those cost a host sync."""
+    """The chunks: cut anywhere, or one for all rows, or, if rollouts must stay whole, cut at their ends: a host sync."""
     if token_local or len(rows) <= limit:
         return equal_chunks(len(rows), limit)
     if capturing():
@@ -184,13 +184,13 @@ def rollout_chunks(lengths: list[int], limit: int) -> Iterator[slice]:
 
 
 def equal_chunks(rows: int, limit: int) -> list[slice]:
-    """Cut so many rows into as few chunks of at most `limit` as will do, anywhere."""
+    """Cut rows anywhere, into as few chunks of at most `limit` as possible, equal in size."""
     count = -(-rows // max(limit, 1))
     return [slice(rows * i // count, rows * (i + 1) // count) for i in range(count)]
 
 
 def _weight_accumulator(weight: torch.Tensor, weight_dtype: torch.dtype, chunks: int) -> torch.Tensor:
-    """A single chunk is written straight to the gradient's dtype; several need an accumulator."""
+    """Memory for d_weight: in the gradient's dtype for a single chunk, in the accumulator's for several."""
     dtype = weight_dtype if chunks <= 1 else accumulator_dtype(weight.dtype)
     return empty(weight.shape, dtype, weight.device)
 
@@ -201,9 +201,9 @@ def _sum_of_rows(gradient: torch.Tensor, scale: torch.Tensor | None, dtype: torc
 
 
 def _rows_to_keep(coef: torch.Tensor, weight: torch.Tensor, products: int) -> torch.Tensor | None:
-    """The rows (k,), ascending, whose coefficient is not 0; None for all, where moving them costs more than it saves.
+    """The rows (k,), ascending, whose coefficient is not 0; None means all, if dropping the others would not pay.
 
-    `products` is how many products of H each row goes into. One host sync.
+    `products` is the number of matrix products that a dropped row is spared. One host sync.
     """
     keep = coef.nonzero()[:, 0]
     kept, dropped = keep.shape[0], coef.shape[0] - keep.shape[0]

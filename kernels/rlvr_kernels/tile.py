@@ -1,9 +1,9 @@
 """A bounded tile of logits, and the matrix products around it.
 
-The tile is written by the vendor's matmul, in float32 where that can widen low-precision operands (CUDA), in the operands'
-dtype elsewhere. The gradient, in the operands' dtype, overwrites it: where it is narrower, each row of it lies in the first
-half of the memory of its own logits, so that a logit costs 4 bytes and not 6. Gradients always accumulate in float32
-(float64 for float64).
+The vendor's matmul writes the tile: in float32 where it can widen 16-bit operands (CUDA), in the operands' dtype elsewhere.
+The gradient has the operands' dtype and overwrites the tile. Where it is narrower than the logits, each of its rows takes
+the first half of its own logits' memory, so a logit costs 4 bytes rather than 6. Gradients accumulate in float32 (float64
+for float64).
 """
 
 import ctypes
@@ -16,15 +16,15 @@ import torch
 
 from rlvr_kernels.logits import accumulator_dtype
 
-NARROWEST = 4096  # columns of a tile before its rows are cut as well
-ALIGNED_COLUMNS = 128  # so that every row of a slice begins where wide loads may
-ALIGNED_ROW = 32  # logits: 128 bytes in float32
-MOVED_BYTES = 16 << 20  # rows move inside a tile in pieces of this size,
-CACHED_BYTES = 1 << 20  # on a CPU of this, which a core's cache holds
-HUGE_BYTES = 8 << 20  # buffers from here on are given huge pages on a CPU
+NARROWEST = 4096  # columns; a tile loses rows before it gets narrower than this
+ALIGNED_COLUMNS = 128  # slices of the vocabulary start at multiples of this, where wide loads can
+ALIGNED_ROW = 32  # logits, 128 bytes in float32: rows of a tile start at multiples of this on an accelerator
+MOVED_BYTES = 16 << 20  # rows move inside a tile in pieces of this size;
+CACHED_BYTES = 1 << 20  # on a CPU in pieces of this size, which fit a core's cache
+HUGE_BYTES = 8 << 20  # CPU buffers of at least this size ask for huge pages
 _ADVICE = getattr(mmap, "MADV_HUGEPAGE", None)
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" and _ADVICE is not None else None
-PRODUCT_ROWS = 8192  # rows of an accumulator that a matmul which cannot accumulate in float32 updates at a time
+PRODUCT_ROWS = 8192  # rows per step of a matmul that cannot write the accumulator's dtype
 
 
 def widens(device: torch.device, dtype: torch.dtype) -> bool:
@@ -33,16 +33,16 @@ def widens(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def bytes_per_logit(device: torch.device, dtype: torch.dtype) -> int:
-    """What one logit of a tile costs; its gradient lies in the same memory."""
+    """Bytes of one logit of a tile. Its gradient takes the same memory."""
     return logit_dtype(device, dtype).itemsize
 
 
 def default_workspace_bytes(device: torch.device, *, whole_rows: bool = True) -> int:
-    """160 MiB on a CPU: the time is flat above it and the memory is not (docs/performance-log.md).
+    """The workspace if the caller names none: 160 MiB on a CPU, 2.5 GiB or 384 MiB on an accelerator.
 
-    On an accelerator, predicted: 2.5 GiB for a single pass, whose tile holds whole rows and which adds to the weight's gradient
-    for every tile (with `cost.single_pass_workspace` one chunk is enough for (8192, 4096, 151936)); 384 MiB where the tile is a
-    slice of the vocabulary, enough for 8192 rows by 8192 columns.
+    On a CPU more memory saves no time (docs/performance-log.md). The accelerator's sizes are predicted. A single pass, whose
+    tile holds whole rows, adds to d_weight once per tile: it gets 2.5 GiB (and with `cost.single_pass_workspace` takes
+    (8192, 4096, 151936) in one chunk). Slices of the vocabulary get 384 MiB, enough for 8192 rows by 8192 columns.
     """
     if device.type == "cpu":
         return 160 << 20
@@ -50,13 +50,16 @@ def default_workspace_bytes(device: torch.device, *, whole_rows: bool = True) ->
 
 
 def logit_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
-    """What the products of `dtype` operands write logits in."""
+    """The dtype in which a product of `dtype` operands writes logits."""
     return torch.float32 if widens(device, dtype) else dtype
 
 
 def row_pitch(cols: int, device: torch.device) -> int:
-    """How many logits a row of a tile takes: on an accelerator so many that the next one begins where wide loads and the matmul's
-    bulk copies may, however odd the vocabulary (50257). These few bytes a row come on top of the workspace."""
+    """Logits from the start of one row of a tile to the next. An accelerator rounds up to ALIGNED_ROW.
+
+    Wide loads and the matmul's bulk copies need aligned rows, and a vocabulary may be odd (50257). The padding comes on top of
+    the workspace.
+    """
     return cols if device.type == "cpu" else -(-cols // ALIGNED_ROW) * ALIGNED_ROW
 
 
@@ -68,10 +71,10 @@ class TileShape(NamedTuple):
 
 
 def vocabulary_tile(rows: int, vocabulary: int, logit_bytes: int, workspace_bytes: int) -> TileShape:
-    """The widest tile over all rows, or over some of them if that would be too narrow for a good matmul.
+    """The widest tile of all rows that fits; of fewer rows if it would be too narrow for a fast matmul.
 
     Raises:
-        ValueError: not even a single logit fits.
+        ValueError: the workspace does not hold one logit.
     """
     if workspace_bytes < logit_bytes:
         raise ValueError(f"workspace_bytes must be at least {logit_bytes}, one logit, got {workspace_bytes}")
@@ -88,15 +91,17 @@ def whole_row_tile(vocabulary: int, logit_bytes: int, workspace_bytes: int) -> i
 
 
 class Kept(NamedTuple):
-    """Raw logits (m, C) of the vocabulary's first C columns that scoring has left for pull back; `rows` (n,) says which of the m
-    rows are pulled back, None all of them."""
+    """Raw logits (m, C) of the vocabulary's first C columns, kept from scoring for `pull_back`.
+
+    rows (n,): which of the m rows are pulled back; None means all.
+    """
 
     logits: torch.Tensor
     rows: torch.Tensor | None = None
 
 
 def kept_columns(buffer: torch.Tensor, rows: int, vocabulary: int) -> torch.Tensor:
-    """The buffer as (rows, C): as many columns' logits of all rows as it holds, a multiple of ALIGNED_COLUMNS or all."""
+    """View the buffer as (rows, C), with as many columns as it holds: all of them, or a multiple of ALIGNED_COLUMNS."""
     room, pitch = buffer.shape[0] // max(rows, 1), row_pitch(vocabulary, buffer.device)
     if room < pitch:
         pitch = room // ALIGNED_COLUMNS * ALIGNED_COLUMNS
@@ -104,14 +109,14 @@ def kept_columns(buffer: torch.Tensor, rows: int, vocabulary: int) -> torch.Tens
 
 
 def column_slices(vocabulary: int, cols: int, kept: int) -> Iterator[slice]:
-    """Slices of at most `cols` columns, first those that are kept, then the others."""
+    """Yield slices of at most `cols` columns, kept columns first."""
     for first, last in ((0, kept), (kept, vocabulary)):
         for col in range(first, last, cols):
             yield slice(col, min(col + cols, last))
 
 
 class Tile:
-    """The workspace: `shape` logits, then their gradient, used again for every piece of the vocabulary."""
+    """The workspace: `shape` logits, then their gradient. Every piece of rows and vocabulary reuses it."""
 
     def __init__(self, shape: TileShape, dtype: torch.dtype, device: torch.device):
         size = shape.rows * row_pitch(shape.cols, device)
@@ -119,7 +124,7 @@ class Tile:
         self._gradient = self._logits.view(dtype)
 
     def fill(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """The raw logits (n, c) of hidden (n, H) and weight (c, H)."""
+        """Compute the raw logits (n, c) of hidden (n, H) and weight (c, H)."""
         logits = self._rows(hidden.shape[0], weight.shape[0])
         multiply(hidden, weight.T, out=logits)
         return logits
@@ -129,7 +134,7 @@ class Tile:
         return self._logits[: rows * pitch].view(rows, pitch)[:, :cols]
 
     def fetch(self, kept: Kept, some: slice, part: slice) -> torch.Tensor:
-        """The raw logits (n, c) of some of the rows that are pulled back, not to be written: a view, or a copy in the tile."""
+        """Kept raw logits (n, c) of some of the rows to pull back. Read-only: a view of `kept`, or a copy in the tile."""
         if kept.rows is None:
             return kept.logits[some, part]
         rows = kept.rows[some]
@@ -137,7 +142,7 @@ class Tile:
         return torch.index_select(kept.logits[:, part], 0, rows, out=logits)
 
     def gradient(self, rows: int, cols: int) -> torch.Tensor:
-        """Where the gradient of the tile goes, (n, c): the tile itself, or the first half of each of its rows."""
+        """The memory (n, c) for the tile's gradient: the tile itself, or the first half of each of its rows."""
         pitch = row_pitch(cols, self._logits.device) * self._logits.element_size() // self._gradient.element_size()
         return self._gradient[: rows * pitch].view(rows, pitch)[:, :cols]
 
@@ -154,7 +159,7 @@ def multiply(a: torch.Tensor, b: torch.Tensor, *, out: torch.Tensor) -> None:
 
 
 def accumulate(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, first: bool) -> None:
-    """total (+)= a @ b in the accumulator's dtype; `first` overwrites instead, so that nobody has to clear it."""
+    """Add a @ b to `total` in the accumulator's dtype. `first` overwrites, so `total` need not be cleared."""
     if first:
         multiply(a, b, out=total)
     elif total.dtype == a.dtype:
@@ -192,9 +197,9 @@ def compact_(tile: torch.Tensor, keep: torch.Tensor) -> tuple[torch.Tensor, torc
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """torch.empty, on huge pages of 2 MiB if it is a large tensor on a CPU. Advice to Linux alone.
+    """torch.empty, asking Linux for 2 MiB huge pages if the tensor is large and on a CPU.
 
-    A weight gradient of 545 MB costs 133,000 page faults otherwise, at the first product that writes it.
+    Without them, the first product that writes a weight gradient of 545 MB takes 133,000 page faults.
     """
     tensor = torch.empty(shape, dtype=dtype, device=device)
     if _LIBC is not None and device.type == "cpu" and tensor.nbytes >= HUGE_BYTES and type(tensor) is torch.Tensor:

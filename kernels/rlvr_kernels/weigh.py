@@ -1,9 +1,9 @@
-"""weigh: from log-probabilities to the loss, its coefficient dL/dlogp and every rollout's sums.
+"""weigh: from log-probabilities to the loss, its coefficient dL/dlogp, and each rollout's sums.
 
-One program a rollout. It reads the rollout's rows once for what the whole rollout says (tokens, confidence shift, log ratio,
-drift), once for every token's loss, and a third time where the derivative by the rollout's ratio is spread over its tokens:
-in blocks, so a rollout may have any length. Deterministic, no atomics.
-Bytes: at most 29 a row if its walks find a rollout in cache, 65 if not. FLOPs: about 40 a row.
+One program per rollout walks over its rows in blocks, so a rollout may have any length. The first walk reduces the rollout
+(tokens, confidence shift, log ratio, drift). The second computes each token's loss. A third spreads the derivative by the
+rollout's ratio over its tokens, where there is one. Deterministic, no atomics.
+Bytes: at most 29 per row if later walks find the rollout in cache, 65 if not. FLOPs: about 40 per row.
 """
 
 from dataclasses import dataclass, replace
@@ -13,22 +13,23 @@ import torch
 
 from rlvr_kernels._triton import dense, device_guard, jit, tl
 from rlvr_kernels.backend import use_triton
+from rlvr_kernels.logits import sum_dtype
 from rlvr_kernels.objective import TokenObjective, divergence_kernel, weight_kernel
-from rlvr_kernels.surrogates import SurrogateTerms, surrogate_kernel
+from rlvr_kernels.surrogates import surrogate_kernel
 
 BLOCK = 1024
 NUM_WARPS = 8
 
 SUMS = ("loss", "tokens", "wrong", "shift", "kl", "clipped_low", "clipped_high", "dropped")
-"""The columns of `Weighed.sums`, each over a rollout's active rows: the aggregated loss, 1, A < 0, logp - ref, the KL estimate,
-a ratio outside of its bounds, and being dropped for going too far off policy. Parts of a rollout add up."""
+"""The columns of `Weighed.sums`, over a rollout's active rows: the aggregated loss, 1, A < 0, logp - ref, the KL estimate,
+ratio below its bounds, ratio above them, and dropped as too far off policy. The sums of a rollout's parts add up."""
 
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """n tokens of B rollouts. old, ref, sampling may be None; mask (n,) says which tokens count, None means all of them.
+    """n tokens of B rollouts: advantages (n,), cu_seqlens (B + 1,), the aggregation's weights (B,), log-probabilities (n,).
 
-    old=None means on policy. sampling holds the sampler's log-probabilities, NaN where they are not known.
+    old=None means on policy. sampling is NaN where the engine gave none. mask (n,): which tokens count, None means all.
     """
 
     advantages: torch.Tensor
@@ -53,7 +54,7 @@ class Rows:
         return rollout_sums(values, self.cu_seqlens)
 
     def hiding(self, logp: torch.Tensor) -> "tuple[torch.Tensor, Rows]":
-        """logp (n,) and the rows with 0 where masked, so that no exp sees what stands there."""
+        """Set logp (n,) and the rows to 0 where masked, so that no exp reads padding."""
         if self.mask is None:
             return logp, self
         mask = self.mask
@@ -65,34 +66,28 @@ class Rows:
         return weights if self.mask is None else weights.masked_fill(~self.mask, 0)
 
     def take(self, index: torch.Tensor | None) -> "Rows":
-        """The rows `index` (k,), ascending, with the boundaries that remain; None means all."""
+        """Select the rows `index` (k,), ascending, and shift the boundaries; None means all."""
         if index is None:
             return self
         bounds = torch.searchsorted(index, self.cu_seqlens)
         return self._map(lambda values: values[index], cu_seqlens=bounds)
 
     def __getitem__(self, part: slice) -> "Rows":
-        """A piece of the rows, and of all rollouts what lies in it. A rollout may be cut."""
+        """A slice of the rows. It keeps all B rollouts, of which some may be cut or empty."""
         if part.stop - part.start == len(self):
             return self
         bounds = self.cu_seqlens.clamp(part.start, part.stop) - part.start
         return self._map(lambda values: values[part], cu_seqlens=bounds)
 
     def _map(self, function, **changes):
-        names = ("advantages", "old", "ref", "sampling", "mask")
-        values = {name: getattr(self, name) for name in names}
+        values = {name: getattr(self, name) for name in ("advantages", "old", "ref", "sampling", "mask")}
         return replace(self, **{n: None if x is None else function(x) for n, x in values.items()}, **changes)
 
 
-def sum_dtype(values: torch.Tensor) -> torch.dtype:
-    """The dtype to add up many values in: float64 where the device has it."""
-    return values.dtype if values.device.type == "mps" else torch.float64
-
-
 def rollout_sums(values: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
-    """Sums (B, ...) of values (n, ...) over each rollout, added up in float64 where the device has it. Differentiable.
+    """Sum values (n, ...) over each rollout, (B, ...), in float64 where the device has it. Differentiable.
 
-    One after another in float32, a million tokens are off by 4e-3.
+    A running sum in float32 is off by 4e-3 after a million tokens.
     """
     return torch.segment_reduce(values.to(sum_dtype(values)), "sum", offsets=cu_seqlens, axis=0).to(values.dtype)
 
@@ -108,8 +103,8 @@ class Weighed(NamedTuple):
 def weigh(logp: torch.Tensor, rows: Rows, objective: TokenObjective, backend: str = "auto") -> Weighed:
     """Weigh log-probabilities (n,) of rows; the loss is the sum of `losses`.
 
-    ACE's weight is applied where it depends on `logp`. Where it is known before, with confidence="old", the advantages
-    already hold it.
+    ACE's weight is applied here if it depends on `logp`. With confidence="old" it does not, and the advantages already
+    include it.
     """
     return (_weigh_triton if use_triton(logp, backend) else _weigh_torch)(logp, rows, objective)
 
@@ -143,7 +138,7 @@ def _weigh_torch(logp: torch.Tensor, rows: Rows, objective: TokenObjective) -> W
 
 
 def _near_enough(logp, rows, objective, tokens):
-    """1 (B,) where the mean of sampling (or old) - logp is at most the threshold, else 0. Unknown tokens add nothing."""
+    """1 (B,) where the mean of sampling (or old) - logp is at most the threshold, else 0. NaN tokens add nothing."""
     behaviour = rows.old if rows.sampling is None else rows.sampling
     if behaviour is None or objective.off_policy_mask_threshold is None:
         return torch.ones_like(tokens)
@@ -160,17 +155,15 @@ def _token_terms(logp, old, weighted, advantages, rows, objective, tokens, rollo
         x = rows.sums(log_ratio)[rollout]
     elif level != "token":
         if level == "geometric":
-            a, b = (bound.masked_fill(advantages == 0, 0) for bound in surrogate.by_sign(advantages))  # without one: 1
+            a, b = (bound.masked_fill(advantages == 0, 0) for bound in surrogate.by_sign(advantages))  # A = 0: ratio 1
             inside, x = (log_ratio >= a) & (log_ratio <= b), log_ratio.clamp(a, b)
         x = (rows.sums(x) / tokens.clamp(min=1))[rollout]
-    terms: SurrogateTerms = surrogate.terms(x, logp, weighted)
+    terms, clipped = surrogate.terms(x, logp, weighted), inside is not None and old is not None
     slope = terms.slope
     if objective.spreads:
         slope = (rows.sums(slope) / tokens.clamp(min=1))[rollout]
-        slope = slope if inside is None or old is None else torch.where(inside, slope, 0)
-    if inside is None or old is None:
-        return terms, slope, (terms.below, terms.above)
-    return terms, slope, (log_ratio < a, log_ratio > b)
+        slope = torch.where(inside, slope, 0) if clipped else slope
+    return terms, slope, (log_ratio < a, log_ratio > b) if clipped else (terms.below, terms.above)
 
 
 def _weigh_triton(logp: torch.Tensor, rows: Rows, objective: TokenObjective) -> Weighed:
@@ -224,7 +217,7 @@ def weigh_kernel(
             shift += tl.sum(confident - ref, 0)
         if DROPS:
             gap = log_ratio_of(behaviour_ptr, logp_ptr, rows, active)
-            drift += tl.sum(tl.where(gap == gap, gap, 0.0), 0)  # NaN: unknown
+            drift += tl.sum(tl.where(gap == gap, gap, 0.0), 0)  # NaN is unknown and adds nothing
         if HAS_OLD and LEVEL != "token":
             x = log_ratio_of(logp_ptr, old_ptr, rows, active)
             if LEVEL == "geometric":
@@ -253,7 +246,7 @@ def weigh_kernel(
         logp = tl.load(logp_ptr + rows, mask=active, other=0.0)
         advantage = tl.load(advantage_ptr + rows, mask=active, other=0.0)
         old = logp
-        log_ratio = tl.zeros_like(logp)  # and not logp - old, which is NaN for a token that cannot be
+        log_ratio = tl.zeros_like(logp)  # not logp - old, which is NaN where logp is -inf
         if HAS_OLD:
             old = tl.load(old_ptr + rows, mask=active, other=0.0)
             log_ratio = logp - old
@@ -271,15 +264,13 @@ def weigh_kernel(
             kl, by_logp = divergence_kernel(logp, old, ref, KL, CORRECTED and HAS_OLD)
             if CORRECTED and not HAS_OLD:
                 by_logp = logp - ref
-            loss += tl.where(
-                beta > 0, beta * kl, 0.0
-            )  # 0 * inf, where the policy has all but ruled a token out, is 0 here
+            loss += tl.where(beta > 0, beta * kl, 0.0)  # kl may be inf, and 0 * inf NaN
             direct = tl.where(beta > 0, beta * by_logp, 0.0)
         if LEVEL == "geometric":
             a, b = bounds(advantage_ptr, rows, active, positive_a, positive_b, negative_a, negative_b)
             low = log_ratio < a
             high = log_ratio > b
-        if FORM != "clip":  # there a ratio is 1 without an advantage, and inside
+        if FORM != "clip":  # clip takes A = 0 for a ratio of 1, within its bounds
             counts = (advantage > 0) | (weighted < 0)
             low = low & counts
             high = high & counts
@@ -295,7 +286,7 @@ def weigh_kernel(
         negatives += tl.sum((advantage < 0).to(tl.float32), 0)
 
     if SPREADS:
-        tl.debug_barrier()  # what is added to below was written above
+        tl.debug_barrier()  # the walk below adds to what the walk above stored
         slope = slope_sum / count * scale
         for start in range(first, last, BLOCK):
             rows, active = active_rows(start, last, mask_ptr, HAS_MASK, BLOCK)
@@ -335,7 +326,7 @@ def log_ratio_of(logp_ptr, old_ptr, rows, active):
 
 @jit
 def bounds(advantage_ptr, rows, active, positive_a, positive_b, negative_a, negative_b):
-    """The bounds (a, b) that go with the sign of each row's advantage; 0 and 0 without one."""
+    """The bounds (a, b) for the sign of each row's advantage; (0, 0) where the advantage is 0."""
     advantage = tl.load(advantage_ptr + rows, mask=active, other=0.0)
     a = tl.where(advantage > 0, positive_a, tl.where(advantage < 0, negative_a, 0.0))
     return a, tl.where(advantage > 0, positive_b, tl.where(advantage < 0, negative_b, 0.0))

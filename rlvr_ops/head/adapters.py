@@ -1,7 +1,7 @@
 """The weight and bias that an lm_head module multiplies by: nn.Linear, and LoRA around one as peft makes it.
 
 peft is recognised by its attributes and not imported. A LoRA layer's own `.weight` is the frozen base: a loss on it would
-ignore the adapter in silence. So is any other wrapper refused whose weight does not say what it computes.
+silently ignore the adapter. Any other wrapper that computes more than its weight says is refused.
 """
 
 from typing import Any
@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 
 def weight_and_bias(module: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """W (V, H) and b (V,) or None, differentiable in whatever they are made of.
+    """W (V, H) and b (V,) or None, differentiable in the parameters they are made of.
 
     Raises:
-        TypeError: naming the module's type and why its weight alone does not do.
+        TypeError: the module computes more than h W^T + b. The message names its type and the reason.
     """
     module = _unwrapped(module)
     if hasattr(module, "base_layer"):
@@ -24,7 +24,7 @@ def weight_and_bias(module: nn.Module) -> tuple[Tensor, Tensor | None]:
 
 
 def _unwrapped(module: Any) -> Any:
-    """Through torch.compile's wrapper and peft's modules_to_save, to the module that runs."""
+    """Unwrap torch.compile and peft's modules_to_save, down to the module that runs."""
     if hasattr(module, "_orig_mod"):
         return _unwrapped(module._orig_mod)
     if hasattr(module, "modules_to_save") and hasattr(module, "original_module"):
@@ -98,9 +98,9 @@ def _check_adapter(module: Any, adapter: str) -> None:
     reasons = {
         "is more than W + scaling B A (DoRA or another variant)": any(bool(v.get(adapter)) for v in variants),
         "has a bias": b.bias is not None or a.bias is not None,
-        "is made of something else than nn.Linear": type(a) is not nn.Linear or type(b) is not nn.Linear,
+        "is made of something other than nn.Linear": type(a) is not nn.Linear or type(b) is not nn.Linear,
         "holds its weight transposed": bool(getattr(module, "fan_in_fan_out", False)),
-        "drops inputs at random, which no weight can say: call eval() or set lora_dropout=0": drops,
+        "drops inputs at random, which no weight can express: call eval() or set lora_dropout=0": drops,
         "is quantised": getattr(module, "quantization_backend", None) is not None,
     }
     for reason, true in reasons.items():

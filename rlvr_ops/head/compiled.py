@@ -1,7 +1,7 @@
-"""Records in the schema of a custom op, so that torch.compile sees an operation whole.
+"""Encode records as arguments of a custom op, so that torch.compile sees a whole loss as one op.
 
-A record travels as a list of its tensors, a float64 tensor of its numbers, and a text of the rest. Numbers are data to the
-compiler: a scheduled hyper-parameter is not compiled again.
+A record travels as a list of its tensors, a float64 tensor of its numbers, and a string for the rest. Numbers are data to the
+compiler, so a scheduled hyper-parameter does not recompile.
 """
 
 import ast
@@ -15,11 +15,11 @@ from torch import Tensor
 
 
 def encode(record: Any) -> tuple[list[Tensor], Tensor, str]:
-    """(tensors, numbers, text) of a tree of frozen dataclasses."""
+    """Take a tree of frozen dataclasses apart into (tensors, numbers, text)."""
     tensors: list[Tensor] = []
     numbers: list[Any] = []
     text = _encode(record, tensors, numbers)
-    # Adding a symbolic float to a tensor is what the compiler can trace without burning its value in.
+    # The compiler traces a symbolic float that is added to a tensor, and burns its value in otherwise.
     values = [torch.zeros(1, dtype=torch.float64) + number for number in numbers]
     return tensors, torch.cat(values), text
 
@@ -44,7 +44,7 @@ def _encode(value: Any, tensors: list[Tensor], numbers: list[Any]) -> str:
 
 
 def decode(tensors: list[Tensor], numbers: Tensor | None, text: str) -> Any:
-    """The record that `encode` took apart, not checked again. Without numbers, while tracing, they are NaN."""
+    """Rebuild what `encode` took apart, without checking it again. numbers=None, while tracing, gives NaN."""
     return _decode(_parsed(text), tensors, None if numbers is None else numbers.tolist())
 
 

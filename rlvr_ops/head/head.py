@@ -38,11 +38,11 @@ class Head:
     def of(cls, module: nn.Module, **numbers: float | Tensor | None) -> "Head":
         """The head of an lm_head module: nn.Linear, or a LoRA adapter of peft around one.
 
-        `numbers` are logit_scale, softcap and temperature. An adapter's weight is W + sum of scaling * B A in float32,
-        differentiable in A and B; it is computed once, so make the head anew after every optimiser step.
+        `numbers` are logit_scale, softcap and temperature. An adapter's weight is W + sum of scaling * B A, in the widest of
+        their dtypes, differentiable in A and B. It is computed once: make a new head after every optimiser step.
 
         Raises:
-            TypeError: a module whose weight alone does not say what it computes; the message says why.
+            TypeError: the module computes more than h W^T + b; the message says what.
 
         >>> Head.of(nn.Linear(4, 10)).weight.shape
         torch.Size([10, 4])
@@ -76,7 +76,7 @@ class Head:
         check_finite("lm_head_bias", self.bias)
 
     def compute_dtype(self, hidden_states: Tensor) -> torch.dtype:
-        """The dtype of the products: autocast's where it is on, else the wider of the two."""
+        """The dtype of the products: autocast's if it is on, else the wider of the two."""
         hidden, weight, device = hidden_states.dtype, self.weight.dtype, hidden_states.device.type
         if torch.is_autocast_enabled(device) and torch.float64 not in (hidden, weight):
             return torch.get_autocast_dtype(device)
@@ -90,7 +90,7 @@ class Head:
         return torch.promote_types(hidden, weight)
 
     def logit_map(self, layout: Layout, dtype: torch.dtype) -> LogitMap:
-        """How products become logits, but for the bias, with 1 / temperature of every row (R,)."""
+        """The map from products to logits without the bias, with 1 / temperature of every row (R,)."""
         device, dtype = self.weight.device, accumulator_dtype(dtype)
         return LogitMap(self._inverse_temperature(layout, device, dtype), None, self.logit_scale, self.softcap)
 
@@ -111,7 +111,7 @@ class Head:
 
 
 def check_ids(completion_ids: Tensor, hidden_states: Tensor) -> None:
-    """Check the rank, dtype and device of the ids; their range is `check_vocabulary`."""
+    """Check the shape, dtype and device of the ids; `check_vocabulary` checks their range."""
     check_tensor("completion_ids", completion_ids, hidden_states.device, floating=False)
     if completion_ids.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"completion_ids must have dtype int64 or int32, got {completion_ids.dtype}")

@@ -1,4 +1,4 @@
-"""How the head runs a loss: in a single pass over chunks of whole rows, or scored first and pulled back in backward."""
+"""How the head runs a loss: in a single pass over chunks of whole rows, or in two, scored first and pulled back in backward."""
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -23,7 +23,7 @@ Needs = tuple[bool, bool, bool]
 
 
 class _Demands(Protocol):
-    """What the head must know of an `Objective`."""
+    """What the head reads of an `Objective`."""
 
     @property
     def ace(self) -> Ace: ...
@@ -38,16 +38,16 @@ class _Demands(Protocol):
 
 @dataclass(frozen=True)
 class Plan:
-    """How a loss is computed. Nothing here changes what is computed, but for rounding.
+    """How a loss is computed. Nothing here changes the result beyond rounding.
 
-    schedule: "single_pass" computes gradients while each chunk's logits exist, 6NVH FLOPs. "two_pass" computes the logits again
-        in backward for the rows that have a gradient, up to 8NVH. "auto" takes whichever a model of FLOPs and bytes expects to
-        be faster (`rlvr_kernels.cost`), and two passes where the longest rollout does not fit the workspace, and for float16,
-        whose gradients would underflow before a loss scale reached them. The metric `head/single_pass` says which it was.
+    schedule: "single_pass" computes gradients while each chunk's logits exist, 6NVH FLOPs. "two_pass" recomputes the logits in
+        backward for rows with a gradient, up to 8NVH. "auto" takes the one that a model of FLOPs and bytes expects to be faster
+        (`rlvr_kernels.cost`). It takes two passes if the longest rollout does not fit the workspace, and for float16, whose
+        gradients would underflow before a loss scale reaches them. The metric `head/single_pass` reports the choice.
     workspace_bytes: the most that logits and their gradient may occupy. None: 160 MiB on a CPU; on an accelerator 2.5 GiB for
         a single pass (or one chunk, if that takes no more memory) and 384 MiB for two. Two passes may keep logits in it.
     backend: "auto", "triton" or "torch"; see `rlvr_ops.explain_backend`.
-    score_inactive: score rollouts without gradient too, for their log-probabilities and metrics.
+    score_inactive: also score rollouts without a gradient, for their log-probabilities and metrics.
     with_entropy: report the scored rows' mean entropy in the metrics; no extra product.
     validate: also check the inputs for NaN and inf, and ids on an accelerator; costs host syncs.
     """
@@ -89,7 +89,7 @@ class Schedule:
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """ids (R,), the rows (R,) to score (None: all), how logits are made but for the bias, and which gradients are wanted."""
+    """One call of the head: ids (R,), rows to score (R,) (None: all), the logit map without bias, and the gradients wanted."""
 
     ids: Tensor
     scored: Tensor | None
@@ -98,9 +98,9 @@ class Call:
     needs: tuple[bool, bool, bool]
 
     def inputs(self, hidden: Tensor, bias: Tensor | None, index: Tensor | None) -> tuple[Tensor, Tensor, LogitMap]:
-        """(hidden (R, H), ids (n,), how logits are made (n,)) of the rows `index` (n,).
+        """(hidden (R, H), ids (n,), logit map (n,)) of the rows `index` (n,); None means all.
 
-        A capture leaves rows in that are not scored: as zeros, with id 0, at temperature 1.
+        A capture keeps rows that are not scored, as zeros with id 0 and temperature 1.
         """
         numbers, ids, scored = self.logit_map, self.ids, self.scored
         inv_temperature = numbers.inv_temperature
@@ -112,9 +112,9 @@ class Call:
 
 
 def rows_to_score(rows: Rows, layout: Layout, objective: _Demands, plan: Plan) -> tuple[Tensor | None, Tensor | None]:
-    """(the rows (R,) to score, those among them that can have a gradient); None means all.
+    """(rows to score (R,), those of them that can have a gradient (R,)); None means all.
 
-    A rollout without any such row is not scored. One with some is scored whole: its confidence shift needs all of it.
+    A rollout without such a row is not scored. Any other is scored whole, because its confidence shift needs all of it.
     """
     mask = rows.mask
     if objective.kl.beta > 0 or objective.entropy.coef > 0 or objective.function is not None:
@@ -139,10 +139,10 @@ class Planner:
         self.token_local = objective.is_token_local(rows.old is not None)
         self.logit_bytes = bytes_per_logit(weight.device, dtype)
         self.room = self._workspace(whole_rows=True)
-        self.limit = whole_row_tile(weight.shape[0], self.logit_bytes, self.room)  # rows with all their logits
+        self.limit = whole_row_tile(weight.shape[0], self.logit_bytes, self.room)  # whole rows that fit
 
     def schedule(self, scored: Tensor | None, alive: Tensor | None) -> Schedule:
-        """`alive` is given if more rows are scored than can have a gradient.
+        """The schedule of this call. `alive` is given if more rows are scored than can have a gradient.
 
         Raises:
             ValueError: single_pass was asked for and is not possible.
@@ -156,7 +156,7 @@ class Planner:
         return Schedule(single, self.dtype, *plan)
 
     def _workspace(self, *, whole_rows: bool) -> int:
-        """What the caller gave, else the default for tiles of whole rows, or of slices of the vocabulary."""
+        """The caller's workspace, else the default for tiles of whole rows or of vocabulary slices."""
         if self.plan.workspace_bytes is not None:
             return self.plan.workspace_bytes
         default, rows = default_workspace_bytes(self.weight.device, whole_rows=whole_rows), self.hidden.shape[0]
@@ -187,7 +187,7 @@ class Planner:
             if not fits:
                 raise ValueError(self._too_long())
             return True
-        half = torch.float16 in (self.dtype, self.hidden.dtype, self.weight.dtype)  # a loss scale comes before rounding
+        half = torch.float16 in (self.dtype, self.hidden.dtype, self.weight.dtype)  # two passes scale before rounding
         if not any(self.needs) or not fits or half:
             return False
         if torch.compiler.is_compiling() or capturing():
@@ -195,7 +195,7 @@ class Planner:
         rows = self.layout.rows if scored is None or alive is None else int(scored.sum())
         active = rows if alive is None else int(alive.sum())
         if active == rows <= self.limit:
-            return True  # a single chunk: there is nothing that a second pass could save
+            return True  # one chunk, all active: two passes could save nothing
         slices, rates = self._workspace(whole_rows=False), rates_of(self.hidden.device, self.dtype)
         return cheapest(self._problem(rows, active), self.room, rates, slice_bytes=slices).schedule == "single_pass"
 
@@ -218,7 +218,7 @@ class Planner:
             return (
                 f"workspace_bytes must hold one row of logits for schedule='single_pass', {row} bytes, got {workspace}"
             )
-        if capturing():  # nobody may ask where rollouts end
+        if capturing():  # asking where rollouts end would sync
             needs, which, longest = "all rows in one chunk in a CUDA graph", "the batch has", self.layout.rows
         else:
             needs, which, longest = "each rollout in one chunk", "the longest rollout has", self.layout.longest()
@@ -230,7 +230,7 @@ class Planner:
         )
 
     def _bytes_to_keep(self, workspace: int) -> int:
-        """How much of the workspace holds logits from scoring until backward, which need not be computed again."""
+        """Bytes of the workspace that keep logits from scoring until backward, which then does not recompute them."""
         if not any(self.needs) or torch.compiler.is_compiling():
             return 0
         rows = self.hidden.shape[0]
@@ -242,7 +242,7 @@ class Planner:
 
 
 def rows_of(which: Tensor | None) -> Tensor | None:
-    """The indices of the true rows, None if all are. One host sync; none in a capture, where it is always all."""
+    """The indices of the true rows; None means all. One host sync, except in a capture, where it is always all."""
     if which is None or capturing():
         return None
     rows = which.nonzero()[:, 0]
@@ -250,12 +250,12 @@ def rows_of(which: Tensor | None) -> Tensor | None:
 
 
 def chosen(values: Tensor, rows: Tensor | None) -> Tensor:
-    """Those rows of values (R, ...), None meaning all."""
+    """Select rows of values (R, ...); None means all."""
     return values if rows is None else values[rows]
 
 
 def spread(values: Tensor | None, rows: Tensor | None, like: Tensor) -> Tensor:
-    """Values (n, ...) at their rows of (R, ...), R as in `like`; an empty tensor for None."""
+    """Scatter values (n, ...) to their rows of zeros (R, ...), R as in `like`; an empty tensor for None."""
     if values is None:
         return like.new_empty(0)
     if rows is None:
@@ -266,7 +266,7 @@ def spread(values: Tensor | None, rows: Tensor | None, like: Tensor) -> Tensor:
 
 
 def no_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
-    """The dtypes of products are chosen here and not by autocast."""
+    """Turn autocast off: the head chooses the dtypes of its products."""
     device = tensor.device.type
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
@@ -277,13 +277,13 @@ def or_empty(values: Tensor | None, like: Tensor) -> Tensor:
 
 
 def save(ctx: Any, *tensors: Tensor | None) -> None:
-    """Save tensors for backward, those made in inference mode too, whose versions nobody counts."""
+    """Save tensors for backward. Inference tensors, which autograd cannot save, go on `ctx` instead."""
     ctx.set_materialize_grads(False)
     ctx.kept_aside = [x if x is not None and x.is_inference() else None for x in tensors]
     ctx.save_for_backward(*[x if x is not None and not x.is_inference() else None for x in tensors])
 
 
 def refuse_a_second_derivative() -> None:
-    """These gradients are constants: a derivative of theirs would be wrong in silence."""
+    """Raise in a double backward: these gradients are constants, so their derivative would be silently wrong."""
     if torch.is_grad_enabled():
         raise RuntimeError("the losses can be differentiated once: create_graph=True is not supported")

@@ -20,7 +20,7 @@ def pull_back(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, call: Call, lse: Tensor, coef: Tensor, entropy: Tensor,
     entropy_coef: Tensor | None, kept: Tensor,
 ) -> Gradients:  # fmt: skip
-    """Pull coef = dL/dlogp (R,) and entropy_coef = dL/dH (R,) back through the rows in which one of them is not 0."""
+    """Pull coef = dL/dlogp (R,) and entropy_coef = dL/dH (R,) back, through the rows where either is not 0."""
     with no_autocast(hidden):
         alive = coef != 0 if entropy_coef is None else (coef != 0) | (entropy_coef != 0)
         scored, dtype = call.scored, call.schedule.dtype
@@ -39,7 +39,7 @@ def pull_back(
 
 
 def _kept_rows(kept: Tensor, scored: Tensor | None, index: Tensor | None, total: int, vocabulary: int) -> Kept | None:
-    """The kept logits of the rows `index` (n,) among `total`; None for all of them."""
+    """The kept logits of the rows `index` (n,) of `total` (None: all), or None if none were kept."""
     if not kept.numel():
         return None
     scored_rows = rows_of(scored)
@@ -67,25 +67,25 @@ def _(hidden, weight, bias, tensors, numbers, text, lse, coef, entropy, entropy_
 def like_inputs(hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: tuple[bool, bool, bool]) -> Gradients:
     """Uninitialised gradients, for tracing."""
     shapes = (hidden, weight, bias)
-    made = (
+    d_hidden, d_weight, d_bias = (
         x.new_empty(x.shape) if need and x is not None else hidden.new_empty(0)
         for x, need in zip(shapes, needs, strict=True)
     )
-    return tuple(made)  # type: ignore[return-value]
+    return d_hidden, d_weight, d_bias
 
 
 def saved(ctx: Any) -> list[Any]:
-    """What `save` saved."""
+    """The tensors that `plan.save` saved."""
     return [x if aside is None else aside for x, aside in zip(ctx.saved_tensors, ctx.kept_aside, strict=True)]
 
 
 def wanted(gradients: tuple[Tensor, ...], needs: tuple[bool, ...]) -> list[Tensor | None]:
-    """None for the gradients that nobody needs."""
+    """Replace gradients that are not needed with None."""
     return [gradient if need else None for gradient, need in zip(gradients, needs, strict=True)]
 
 
 def check_side(captured: bool, kept: Tensor, scored: Tensor | None) -> None:
-    """Raise where backward would look for kept logits among other rows than scoring did."""
+    """Raise if backward would index the kept logits by other rows than scoring did."""
     if kept.numel() and scored is not None and captured != capturing():
         raise RuntimeError(
             "forward and backward of a step belong on the same side of cuda_graph_warmup(), or of a capture"

@@ -1,4 +1,4 @@
-"""token_logps: log-probabilities of given tokens from hidden states, and what else the same pass over the logits knows."""
+"""token_logps: log-probabilities of given tokens from hidden states, and other statistics of the same pass."""
 
 import math
 from dataclasses import dataclass
@@ -22,8 +22,8 @@ from rlvr_ops.rollouts import make_layout
 class TokenScores(NamedTuple):
     """Per token, shaped like completion_ids and 0 where masked; None where not asked for.
 
-    logps, entropy and self_certainty are in nats; top1 is bool, whether no token was likelier; sum_p_squared is the sum over the
-    vocabulary of squared probabilities, which `squared_gradient_norms` reads.
+    logps, entropy and self_certainty are in nats. top1 is bool: whether no token was likelier. sum_p_squared is the sum of
+    squared probabilities over the vocabulary, which `squared_gradient_norms` reads.
     """
 
     logps: Tensor
@@ -35,7 +35,7 @@ class TokenScores(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class ScoreCall:
-    """A pass through the head, and what to say of every row besides its log-probability."""
+    """A pass through the head, and the statistics wanted besides log-probabilities."""
 
     call: Call
     entropy: bool
@@ -64,10 +64,10 @@ def token_logps(
 ) -> TokenScores:
     """Log-probabilities of `completion_ids` (B, T) or (N,) under hidden states (B, T, H) or (N, H), in float32.
 
-    Float64 inputs give float64. Differentiable in `logps` and `entropy`; the backward pass computes the logits again and skips
-    rows without a gradient. Self-certainty is the mean over the vocabulary of -log(V p_j) (arXiv 2502.18581).
-    The keywords are those of `ace_loss`. On an accelerator, without a gradient and with nothing but logps asked for, the logits
-    never leave the registers, and there is no workspace.
+    Float64 inputs give float64. Differentiable in `logps` and `entropy`; the backward pass recomputes the logits and skips rows
+    without a gradient. Self-certainty is the mean over the vocabulary of -log(V p_j) (arXiv 2502.18581).
+    `ace_loss` explains the keywords. On an accelerator, 16-bit log-probabilities alone, without a gradient, take no workspace:
+    their logits never leave the registers.
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what is wanted.
@@ -138,7 +138,7 @@ def _forward(hidden: Tensor, weight: Tensor, bias: Tensor | None, job: ScoreCall
 
 
 def _is_plain(job: ScoreCall) -> bool:
-    """Whether log-probabilities alone are asked for, without a gradient, of operands that tensor cores take."""
+    """Whether `linear_lse` can serve the call: log-probabilities alone, without a gradient, of 16-bit operands."""
     asked = job.entropy or job.mean or job.top1 or job.squares or any(job.call.needs)
     return not asked and job.call.schedule.shard is None and job.call.schedule.dtype.itemsize == 2
 
@@ -168,7 +168,7 @@ class _Scores(torch.autograd.Function):
 
 
 def _constants(output: tuple[Tensor, ...] | list[Tensor]) -> tuple[Tensor, ...]:
-    """What has no gradient: all but logp and entropy."""
+    """The outputs without a gradient: all but logp and entropy."""
     return (output[1], *output[3:])
 
 

@@ -1,4 +1,4 @@
-"""ACE: a clipped surrogate whose wrong rollouts are punished harder, the likelier the policy has made them."""
+"""ACE: a clipped surrogate that punishes a wrong rollout harder, the likelier the policy has made it."""
 
 from collections.abc import Callable
 
@@ -34,7 +34,7 @@ def ace_loss(
     max_completion_length: int | None = None, score_inactive: bool = False, with_entropy: bool = False,
     schedule: str = "auto", workspace_bytes: int | None = None, backend: str = "auto", validate: bool = False,
 ) -> LossOutput:  # fmt: skip
-    """ACE: wrong rollouts are punished harder, the likelier the policy has made them (arXiv 2602.21420).
+    """ACE: punish a wrong rollout harder, the likelier the policy has made it (arXiv 2602.21420).
 
     Per token, with rho = exp(logp - old) and A' = A (1 + alpha f(c)) where A < 0 and A elsewhere::
 
@@ -44,9 +44,9 @@ def ace_loss(
 
         -min(min(rho, delta) A', clip(rho, 1 - epsilon_low, 1 + epsilon_high) A')
 
-    c is the rollout's confidence shift, the mean (or sum) over its tokens of logp - ref, a constant to the gradient. Where all
-    rollouts of a group are wrong their advantage is 0, and ACE does nothing. ACE-GRPO is the default, ACE-DAPO is
-    loss_type="dapo" with epsilon_high=0.28. `policy_loss` names what to look out for.
+    c is the rollout's confidence shift, the mean (or sum) over its tokens of logp - ref, a constant to the gradient. If all
+    rollouts of a group are wrong, their advantage is 0 and ACE does nothing. The default is ACE-GRPO; ACE-DAPO is
+    loss_type="dapo" with epsilon_high=0.28. `policy_loss` lists the traps.
 
     Sources: GRPO 2402.03300, DAPO 2503.14476, Dr. GRPO 2503.20783, delta 2505.07291; docs/methods.md has the others.
 
@@ -57,9 +57,9 @@ def ace_loss(
         advantages: one per rollout (B,), or one per token. Packed with N = B means one per rollout.
         ref_per_token_logps: log-probabilities in nats under the frozen reference, like completion_ids. None only with alpha=0.
         old_per_token_logps: the same under the policy that sampled. None: on policy, rho = 1 with gradient.
-        sampling_per_token_logps: the same under the engine that sampled, NaN where it gave none: such a token's correction is 1.
+        sampling_per_token_logps: the same under the engine that sampled, NaN where it gave none: the correction is then 1.
         completion_mask: like completion_ids, nonzero where a token counts.
-        cu_seqlens: (B + 1,) int, where each rollout begins in the packed rows, and N.
+        cu_seqlens: (B + 1,) int: where each rollout begins in the packed rows, then N.
         surrogate: a name in `surrogates.SURROGATES`; a record with other numbers, such as `Sapo(tau_negative=1.1)`; or a function
             of (per_token_logps, rows) that gives each token's loss, over `SurrogateRows`.
         importance_sampling_level: "token"; "sequence": rho is its geometric mean over the rollout (GSPO); or
@@ -76,16 +76,16 @@ def ace_loss(
         use_bias_correction_kl: multiply the estimate by the token's rho; its gradient is then the reverse KL's,
             rho (logp - ref), whichever estimator gives the value (2512.02556).
         entropy_coef: weight of the entropy bonus, aggregated like the loss.
-        top_entropy_quantile: the share of tokens, those of the highest entropy in this call, that have a surrogate and an entropy
-            bonus at all (2506.01939); below 1 it needs schedule="two_pass".
-        off_policy_mask_threshold: a rollout whose mean of sampling (or old) - logp is above it has no surrogate where A < 0
+        top_entropy_quantile: the share of this call's tokens, by highest entropy, that get a surrogate and an entropy bonus
+            (2506.01939). Below 1 it needs schedule="two_pass".
+        off_policy_mask_threshold: drop the surrogate where A < 0 in rollouts whose mean of sampling (or old) - logp is above it
             (2512.02556).
         sampling_correction: multiply the surrogate by exp(old - sampling): "token_truncate", "token_mask", "sequence_truncate" or
             "sequence_mask"; sampling_clip_max and sampling_clip_min bound it, None is no bound.
         temperature: the sampling temperature: a number, or one per rollout or per token.
         lm_head_bias: (V,). softcap, logit_scale: z = softcap tanh(logit_scale (h W^T + b) / softcap) / temperature.
-        num_items_in_batch: the global batch's active tokens (dapo) or rollouts (grpo, dr_grpo, luspo). None: this batch's. 0 says
-            that nothing counts anywhere, and the loss is 0.
+        num_items_in_batch: the global batch's active tokens (dapo) or rollouts (grpo, dr_grpo, luspo). None: this batch's. 0 means
+            that no token counts anywhere: the loss is 0.
         max_completion_length: dr_grpo's constant; None means T.
         score_inactive, with_entropy, schedule, workspace_bytes, backend, validate: see `Plan`.
 
@@ -152,11 +152,11 @@ def ace_loss_from_logps(
 def resolve(
     surrogate: SurrogateLike, epsilon_low: float = 0.2, epsilon_high: float | None = None, delta: float | None = None
 ) -> Surrogate | Callable[..., Tensor]:
-    """What a loss's `surrogate`, epsilon_low, epsilon_high and delta mean together: a record, or the user's function.
+    """Turn `surrogate` and the numbers of PPO's clip into a record; return a user's function as it is.
 
     Raises:
-        TypeError: `surrogate` is no name, record or function.
-        ValueError: an unknown name, or a number of PPO's clip for another surrogate.
+        TypeError: `surrogate` is not a name, a record or a function.
+        ValueError: an unknown name, or a number of PPO's clip given with another surrogate.
     """
     if isinstance(surrogate, type):
         name = next((name for name, record in SURROGATES.items() if record is surrogate), surrogate.__name__)
@@ -234,6 +234,6 @@ class ACELoss(nn.Module):
         return policy_loss(hidden_states, head, rollouts, self.objective, self.plan)
 
     def extra_repr(self) -> str:
-        """The records, as torch prints them."""
+        """The hyper-parameters, for torch to print."""
         numbers = f"logit_scale={self.logit_scale}, softcap={self.softcap}, temperature={self.temperature}"
         return f"{self.objective}, {numbers}, {self.plan}"

@@ -1,7 +1,7 @@
-"""policy_loss: a policy's loss from hidden states and lm_head, without its logits. Every named loss calls it.
+"""policy_loss: the loss of a policy from hidden states and the lm_head, without its logits. Every named loss calls it.
 
-One autograd boundary serves both schedules and every objective. A single pass makes the gradients in its forward pass and
-multiplies them by the upstream one; two passes keep each token's coefficient and pull it back.
+One autograd function serves both schedules and every objective. A single pass computes the gradients in forward; backward
+multiplies them by the upstream gradient. Two passes keep each token's coefficient in forward; backward pulls it back.
 """
 
 from dataclasses import dataclass, replace
@@ -49,7 +49,7 @@ def policy_loss(
     Traps: `hidden_states[:, t]` must be the state that *predicts* `completion_ids[:, t]`. Reference and policy must be scored
     with the same dtype and temperature, or the confidence shift is not 0 where they agree. Under gradient accumulation or data
     parallelism give `Rollouts.num_items_in_batch`. A rollout whose advantages are all 0 is not scored, unless a KL term, an
-    entropy term or `Plan.score_inactive` asks for it: metrics then speak of the scored rows (`head/rows_scored`).
+    entropy term or `Plan.score_inactive` asks for it: metrics then cover the scored rows only (`head/rows_scored`).
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what is wanted.
@@ -85,7 +85,7 @@ def policy_loss(
     if call.schedule.with_entropy:
         heard = entropy if scored is None else entropy.masked_fill(~scored, 0)
         metrics["entropy"] = heard.sum() / sums[:, SUMS.index("tokens")].sum().clamp(min=1)
-    count = pulled_back.new_full((), float(layout.rows))  # new_tensor would wait for the device
+    count = pulled_back.new_full((), float(layout.rows))  # new_tensor would sync with the device
     metrics |= {
         "head/rows": count,
         "head/rows_scored": count if scored is None else scored.sum().to(count.dtype),
@@ -98,7 +98,7 @@ def policy_loss(
 
 
 def _check_values(hidden_states: Tensor, head: Head, rollouts: Rollouts, layout: Layout, plan: Plan) -> None:
-    """What can only be seen by reading: ids outside the vocabulary and, if asked for, NaN and inf."""
+    """Checks that read values on the host: ids outside the vocabulary and, if asked for, NaN and inf."""
     ids = rollouts.completion_ids
     if ids is not None and (plan.validate or (ids.device.type == "cpu" and not torch.compiler.is_compiling())):
         check_vocabulary(ids, layout, head.weight.shape[0])
@@ -110,7 +110,7 @@ def _check_values(hidden_states: Tensor, head: Head, rollouts: Rollouts, layout:
 
 @dataclass(frozen=True, eq=False)
 class LossCall:
-    """A pass through the head, and what is made of its log-probabilities."""
+    """A pass through the head, and the rows and objective that weigh its log-probabilities."""
 
     call: Call
     rows: Rows
@@ -132,7 +132,7 @@ def _run(hidden: Tensor, weight: Tensor, bias: Tensor | None, job: LossCall) -> 
 
 @torch.compiler.disable
 def _run_function(hidden: Tensor, weight: Tensor, bias: Tensor | None, job: LossCall) -> Outputs:
-    """A function of the user's cannot stand in an op's schema: here the compiler breaks the graph."""
+    """A user's function does not fit an op's schema, so the compiler breaks the graph here."""
     return _Loss.apply(hidden, weight, bias, job)
 
 
@@ -167,7 +167,7 @@ def _single_pass(hidden: Tensor, weight: Tensor, bias: Tensor | None, job: LossC
 
 
 def _scored_rows(job: LossCall, index: Tensor | None) -> Rows:
-    """The rows that a single pass scores: taken out of the batch, or, in a capture, all of them with the others masked."""
+    """The rows that a single pass scores: taken out of the batch or, in a capture, all rows with the others masked."""
     rows = job.rows
     if job.call.scored is not None and capturing():
         return replace(rows, mask=job.call.scored)
@@ -199,7 +199,7 @@ def _two_pass(hidden: Tensor, weight: Tensor, bias: Tensor | None, job: LossCall
 
 
 def _kept_logits(hidden: Tensor, weight: Tensor, dtype: torch.dtype, keep_bytes: int) -> Tensor:
-    """An uninitialised buffer for the logits to keep, whose size depends on no data."""
+    """An uninitialised buffer for kept logits. Its size does not depend on data."""
     dtype = logit_dtype(hidden.device, dtype)
     most = hidden.shape[0] * row_pitch(weight.shape[0], hidden.device)
     return hidden.new_empty(min(keep_bytes // dtype.itemsize, most), dtype=dtype)
@@ -240,8 +240,8 @@ def _for_backward(inputs: tuple[Any, ...], output: Outputs, call: Call) -> tuple
 
 
 def _scaled(gradient: Tensor, upstream: Tensor, backend: str) -> Tensor:
-    """gradient * upstream; in place if the graph goes away after this backward, so that no second d_weight exists."""
-    factor = upstream.reshape(1)  # 0-d, it would be rounded to the gradient's dtype: 65536 is inf in float16
+    """gradient * upstream, in place if this backward frees the graph, so that no second d_weight exists."""
+    factor = upstream.reshape(1)  # a 0-d factor would be rounded to the gradient's dtype: 65536 is inf in float16
     tracing = torch.compiler.is_compiling() or type(gradient) is not Tensor
     if tracing or torch._C._autograd._get_current_graph_task_keep_graph():
         return (gradient * factor).to(gradient.dtype)

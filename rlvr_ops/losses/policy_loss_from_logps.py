@@ -28,8 +28,8 @@ def policy_loss_from_logps(
 ) -> LossOutput:
     """`policy_loss` from log-probabilities (B, T), or packed (N,) with `cu_seqlens`; `rollouts.completion_ids` is not read.
 
-    Differentiable in `per_token_logps` and in `per_token_entropies`, nats and shaped like them, which an entropy term needs.
-    What a masked token holds, NaN included, never reaches the loss or a gradient.
+    Differentiable in `per_token_logps` and in `per_token_entropies` (nats, of the same shape), which an entropy term needs.
+    Masked values, NaN included, never reach the loss or a gradient.
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what is wanted.
@@ -65,7 +65,7 @@ def policy_loss_from_logps(
 
 
 def _entropies(values: Tensor | None, layout: Layout, objective: Objective, dtype: torch.dtype) -> Tensor | None:
-    """The entropies (R,), attached."""
+    """Check the entropies; return them as (R,), still attached to their graph."""
     if values is None:
         if objective.entropy.wanted:
             name = "entropy_coef" if objective.entropy.coef > 0 else "top_entropy_quantile"
@@ -79,7 +79,7 @@ def _entropies(values: Tensor | None, layout: Layout, objective: Objective, dtyp
 
 @dataclass(frozen=True, eq=False)
 class WeighCall:
-    """What log-probabilities are weighed with; `top` (R,) are the tokens with a surrogate, None means all."""
+    """What weighs log-probabilities. top (R,): which tokens have a surrogate; None means all."""
 
     rows: Rows
     top: Tensor | None
@@ -101,7 +101,7 @@ def _weigh(logp: Tensor, rows: Rows, top: Tensor | None, objective: Objective, b
 
 @torch.compiler.disable
 def _weigh_function(logp: Tensor, job: WeighCall) -> tuple[Tensor, Tensor, Tensor]:
-    """A function of the user's cannot stand in an op's schema: here the compiler breaks the graph."""
+    """A user's function does not fit an op's schema, so the compiler breaks the graph here."""
     return _Weigh.apply(logp, job)
 
 

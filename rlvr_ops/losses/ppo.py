@@ -133,7 +133,7 @@ def dr_grpo_loss(
     max_completion_length: int | None = None, score_inactive: bool = False, with_entropy: bool = False,
     schedule: str = "auto", workspace_bytes: int | None = None, backend: str = "auto", validate: bool = False,
 ) -> LossOutput:  # fmt: skip
-    """Dr. GRPO: the sum over tokens by a constant length, which removes GRPO's length bias (arXiv 2503.20783)."""
+    """Dr. GRPO: the sum over tokens, divided by a constant length, which removes GRPO's length bias (arXiv 2503.20783)."""
     objective = Objective(
         Clip(epsilon_low, epsilon_high, delta), kl=KL(kl_estimator, beta, use_bias_correction_kl),
         off_policy_mask_threshold=off_policy_mask_threshold, entropy=Entropy(entropy_coef, top_entropy_quantile),
@@ -192,7 +192,7 @@ def bnpo_loss(
 ) -> LossOutput:  # fmt: skip
     """BNPO's aggregation: the token mean over the batch at hand (arXiv 2506.02864).
 
-    Its advantages are `group_advantages(estimator='bnpo')`.
+    `group_advantages(estimator='bnpo')` gives its advantages.
     """
     objective = Objective(
         Clip(epsilon_low, epsilon_high, delta), kl=KL(kl_estimator, beta, use_bias_correction_kl),

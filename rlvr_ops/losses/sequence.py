@@ -1,4 +1,4 @@
-"""Losses with one ratio for a rollout: GSPO, LUSPO, GMPO, VESPO. The keywords are explained in `ace_loss`."""
+"""Losses with one ratio per rollout: GSPO, LUSPO, GMPO, VESPO. The keywords are explained in `ace_loss`."""
 
 from rlvr_kernels.objective import KL, Ace, Entropy
 from rlvr_kernels.surrogates import Clip, Gmpo, Vespo
@@ -27,7 +27,7 @@ def gspo_loss(
     max_completion_length: int | None = None, score_inactive: bool = False, with_entropy: bool = False,
     schedule: str = "auto", workspace_bytes: int | None = None, backend: str = "auto", validate: bool = False,
 ) -> LossOutput:  # fmt: skip
-    """GSPO: one importance ratio for the rollout, its tokens' geometric mean, clipped as a whole (arXiv 2507.18071).
+    """GSPO: one importance ratio per rollout, the geometric mean of its tokens', clipped as a whole (arXiv 2507.18071).
 
     importance_sampling_level="sequence_token" is its token form.
     """
@@ -92,7 +92,7 @@ def luspo_loss(
     with_entropy: bool = False, schedule: str = "auto", workspace_bytes: int | None = None, backend: str = "auto",
     validate: bool = False,
 ) -> LossOutput:  # fmt: skip
-    """LUSPO: GSPO's term times the rollout's length, so that long rollouts count for what they are (arXiv 2602.05261).
+    """LUSPO: GSPO with each rollout's term multiplied by its length (arXiv 2602.05261).
 
     The clip's defaults are GSPO's; the paper's own are not verified.
     """
@@ -154,7 +154,7 @@ def gmpo_loss(
     max_completion_length: int | None = None, score_inactive: bool = False, with_entropy: bool = False,
     schedule: str = "auto", workspace_bytes: int | None = None, backend: str = "auto", validate: bool = False,
 ) -> LossOutput:  # fmt: skip
-    """GMPO: the geometric mean over the rollout's tokens of their clipped ratios (arXiv 2507.20673); see `Gmpo`."""
+    """GMPO: the geometric mean of the clipped ratios of a rollout's tokens (arXiv 2507.20673); see `Gmpo`."""
     objective = Objective(
         Gmpo(), ace=Ace(alpha, confidence, confidence_reduction, shape),
         kl=KL(kl_estimator, beta, use_bias_correction_kl), off_policy_mask_threshold=off_policy_mask_threshold,
@@ -214,7 +214,7 @@ def vespo_loss(
     max_completion_length: int | None = None, score_inactive: bool = False, with_entropy: bool = False,
     schedule: str = "auto", workspace_bytes: int | None = None, backend: str = "auto", validate: bool = False,
 ) -> LossOutput:  # fmt: skip
-    """VESPO: W^k exp(lambda (1 - W)) times the log-probability, W the rollout's whole ratio (arXiv 2602.10693); see `Vespo`."""
+    """VESPO: W^k exp(lambda (1 - W)) times the log-probability, W the product of the ratios (arXiv 2602.10693); see `Vespo`."""
     objective = Objective(
         Vespo(), ace=Ace(alpha, confidence, confidence_reduction, shape),
         kl=KL(kl_estimator, beta, use_bias_correction_kl), off_policy_mask_threshold=off_policy_mask_threshold,

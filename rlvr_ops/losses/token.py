@@ -1,4 +1,4 @@
-"""Losses with a ratio of every token and no clip that drops it: CISPO, DISPO, SAPO, REINFORCE. Keywords: `ace_loss`."""
+"""Token losses whose clip drops no gradient: CISPO, DISPO, SAPO, REINFORCE. The keywords are explained in `ace_loss`."""
 
 from rlvr_kernels.objective import KL, Ace, Entropy
 from rlvr_kernels.surrogates import Cispo, Dispo, Reinforce, Sapo
@@ -26,8 +26,7 @@ def cispo_loss(
     max_completion_length: int | None = None, score_inactive: bool = False, with_entropy: bool = False,
     schedule: str = "auto", workspace_bytes: int | None = None, backend: str = "auto", validate: bool = False,
 ) -> LossOutput:  # fmt: skip
-    """CISPO: a clipped ratio, constant to the gradient, times the log-probability: no token loses its gradient
-    (arXiv 2506.13585).
+    """CISPO: a clipped, constant ratio times the log-probability, so no token loses its gradient (arXiv 2506.13585).
 
     TRL's convention: the ratio is at most 5. `CispoTwoSided` is verl's.
     """
@@ -91,7 +90,7 @@ def dispo_loss(
     max_completion_length: int | None = None, score_inactive: bool = False, with_entropy: bool = False,
     schedule: str = "auto", workspace_bytes: int | None = None, backend: str = "auto", validate: bool = False,
 ) -> LossOutput:  # fmt: skip
-    """DISPO: CISPO with bounds of their own for right and wrong tokens (arXiv 2602.00983); see `Dispo`."""
+    """DISPO: CISPO with separate bounds for right and wrong tokens (arXiv 2602.00983); see `Dispo`."""
     objective = Objective(
         Dispo(), ace=Ace(alpha, confidence, confidence_reduction, shape),
         kl=KL(kl_estimator, beta, use_bias_correction_kl), importance_sampling_level=importance_sampling_level,
@@ -152,7 +151,7 @@ def sapo_loss(
     max_completion_length: int | None = None, score_inactive: bool = False, with_entropy: bool = False,
     schedule: str = "auto", workspace_bytes: int | None = None, backend: str = "auto", validate: bool = False,
 ) -> LossOutput:  # fmt: skip
-    """SAPO: a soft gate in the place of the clip, sharper for wrong tokens (arXiv 2511.20347); see `Sapo`."""
+    """SAPO: a soft gate instead of the clip, sharper for wrong tokens (arXiv 2511.20347); see `Sapo`."""
     objective = Objective(
         Sapo(), ace=Ace(alpha, confidence, confidence_reduction, shape),
         kl=KL(kl_estimator, beta, use_bias_correction_kl), importance_sampling_level=importance_sampling_level,

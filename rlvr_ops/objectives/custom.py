@@ -1,11 +1,12 @@
-"""A surrogate of the user's own: any differentiable function of the log-probabilities, over the same head and schedules."""
+"""User-defined surrogates: any differentiable function of the log-probabilities, over the same head and schedules."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
+from rlvr_kernels.logits import sum_dtype
 from rlvr_kernels.surrogates import Clip
-from rlvr_kernels.weigh import SUMS, Rows, Weighed, rollout_sums, sum_dtype, weigh
+from rlvr_kernels.weigh import SUMS, Rows, Weighed, rollout_sums, weigh
 from torch import Tensor
 
 from rlvr_ops.objectives.objective import Objective
@@ -13,15 +14,15 @@ from rlvr_ops.objectives.objective import Objective
 
 @dataclass(frozen=True, eq=False)
 class SurrogateRows:
-    """What a surrogate function knows of the n tokens whose loss it gives: rollout after rollout, masked ones left out.
+    """What a surrogate function sees of n tokens, rollout after rollout, without masked ones.
 
-    The function is called with whole rollouts, but not always with all of them: a token's loss must depend on nothing
-    outside of its rollout. It is differentiated by the log-probabilities alone: whatever else it reads is a constant.
+    The function is called on whole rollouts, but not always on all of them: a token's loss must depend on nothing outside of
+    its rollout. Only the log-probabilities are differentiated; everything here is a constant.
 
-    advantages (n,): after ACE, the sampling correction and the masks, so that what those leave out has an advantage of 0.
-    old_per_token_logps (n,): on policy the log-probabilities themselves, detached, so that a ratio is 1 and has a gradient.
-    ref_per_token_logps and sampling_per_token_logps (n,), or None if they were not given.
-    rollout (n,): the number of each token's rollout in the batch, of which there are `rollouts`.
+    advantages (n,): after ACE, the sampling correction and the masks, which set the advantage of what they drop to 0.
+    old_per_token_logps (n,): on policy, the log-probabilities detached, so that a ratio is 1 and has a gradient.
+    ref_per_token_logps, sampling_per_token_logps (n,): None if they were not given.
+    rollout (n,): the index of each token's rollout in the batch of `rollouts`.
     """
 
     advantages: Tensor
@@ -32,13 +33,13 @@ class SurrogateRows:
     rollouts: int
 
     def rollout_sum(self, values: Tensor) -> Tensor:
-        """The sum (n,) of values (n,) over each token's rollout, added up in float64. Differentiable."""
+        """The sum (n,) of values (n,) over each token's rollout, in float64. Differentiable."""
         if values.shape != self.rollout.shape:
             wanted = tuple(self.rollout.shape)
             raise ValueError(f"values must have one number per token, (n,) = {wanted}, got {tuple(values.shape)}")
         ends = torch.bincount(self.rollout, minlength=self.rollouts).cumsum(0)
         bounds = torch.cat([ends.new_zeros(1), ends])
-        wide = values.to(sum_dtype(values))  # until after the gather, whose backward is a sum over the rollout as well
+        wide = values.to(sum_dtype(values))  # also in the gather, whose backward sums over the rollout
         return rollout_sums(wide, bounds)[self.rollout].to(values.dtype)
 
     def rollout_mean(self, values: Tensor) -> Tensor:
@@ -51,7 +52,7 @@ SurrogateFunction = Callable[[Tensor, SurrogateRows], Tensor]
 
 
 def weigh_any(logp: Tensor, rows: Rows, objective: Objective, backend: str = "auto") -> Weighed:
-    """`rlvr_kernels.weigh.weigh`, and the same for an objective whose surrogate is a function, by autograd."""
+    """`rlvr_kernels.weigh.weigh`, extended to surrogate functions by autograd."""
     if objective.function is None:
         return weigh(logp, rows, objective, backend)
     if rows.mask is None:
@@ -63,18 +64,18 @@ def weigh_any(logp: Tensor, rows: Rows, objective: Objective, backend: str = "au
 
 
 def weigh_chosen(logp: Tensor, rows: Rows, top: Tensor | None, objective: Objective, backend: str = "auto") -> Weighed:
-    """Weigh log-probabilities (R,), the surrogate for the tokens `top` (R,) alone; None means all."""
+    """Weigh log-probabilities (R,), with a surrogate for the tokens `top` (R,) only; None means all."""
     if top is None:
         return weigh_any(logp, rows, objective, backend)
     chosen_rows = replace(rows, advantages=rows.advantages.masked_fill(~top, 0))
     losses, coef, sums = weigh_any(logp, chosen_rows, objective, backend)
-    columns = list(sums.unbind(1))  # rollouts are wrong by the advantages that they had before some tokens lost theirs
+    columns = list(sums.unbind(1))  # what is wrong depends on the advantages before `top` cleared some
     columns[SUMS.index("wrong")] = rows.sums((rows.advantages < 0).to(sums.dtype))
     return Weighed(losses, coef, torch.stack(columns, 1))
 
 
 def _weigh_by_function(logp: Tensor, rows: Rows, objective: Objective, backend: str) -> Weighed:
-    """Weigh n rows that all count. What the kernel says of ACE, the off-policy mask and the KL term holds here too."""
+    """Weigh n unmasked rows. ACE, the off-policy mask and the KL term come from the kernel."""
     assert objective.function is not None
     # Without advantages and around a plain surrogate, the kernel gives the KL term and what ACE and the mask say.
     around = weigh(
@@ -96,7 +97,7 @@ def _weigh_by_function(logp: Tensor, rows: Rows, objective: Objective, backend: 
 def _value_and_slope(
     function: SurrogateFunction, logp: Tensor, rows: SurrogateRows, scale: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Each token's aggregated loss (n,), and its sum's derivative by each log-probability (n,)."""
+    """Each token's aggregated loss (n,), and the derivative of their sum by each log-probability (n,)."""
     if not logp.shape[0]:
         return torch.zeros_like(logp), torch.zeros_like(logp)
     differentiable = not torch.is_inference_mode_enabled()

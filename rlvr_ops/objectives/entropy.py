@@ -1,4 +1,4 @@
-"""What a loss reads of entropies: the sum that a bonus pays for, and the most uncertain tokens."""
+"""What a loss makes of entropies: the sum in its bonus, and the tokens of highest entropy."""
 
 import torch
 from torch import Tensor
@@ -23,5 +23,5 @@ def top_tokens(entropy: Tensor, active: Tensor | None, share: float) -> Tensor |
 
 
 def weighted_sum(entropy: Tensor, row_weights: Tensor) -> Tensor:
-    """Entropies (R,) aggregated by row_weights (R,); what stands where the weight is 0 does not matter."""
+    """Sum entropies (R,) times row_weights (R,). Entries of weight 0 are ignored, NaN included."""
     return torch.where(row_weights == 0, 0, entropy * row_weights).sum()

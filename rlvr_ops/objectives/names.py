@@ -1,4 +1,4 @@
-"""What TRL, verl and the papers call what has another name here, for error messages: a wrong guess is worse than none."""
+"""What TRL, verl and the papers call things that have another name here, for error messages. A wrong hint is worse than none."""
 
 import difflib
 import inspect
@@ -37,7 +37,7 @@ ELSEWHERE = {
 
 
 def unknown_surrogate(given: str, known: Iterable[str], loss_types: Iterable[str]) -> str:
-    """The message for a surrogate that there is none of that name."""
+    """The error message for an unknown surrogate."""
     if given in loss_types:
         hint = f": {given} is a loss_type, with surrogate 'ppo_clip'"
         hint += " and importance_sampling_level='sequence' (luspo_loss)" if given == "luspo" else ""
@@ -47,7 +47,7 @@ def unknown_surrogate(given: str, known: Iterable[str], loss_types: Iterable[str
 
 
 def unknown_loss_type(given: object, known: Iterable[str]) -> str:
-    """The message for a loss_type that there is none of that name."""
+    """The error message for an unknown loss_type."""
     if given in AGGREGATION:
         call = "" if given == "cispo_two_sided" else f"call {given}_loss, or "
         return (
@@ -65,6 +65,6 @@ def _hint(given: str, known: Iterable[str]) -> str:
 
 
 def numbers_of(name: str, make: Callable[..., Any]) -> str:
-    """How a surrogate's numbers are given: `surrogates.cispo(ratio_max=5.0)`."""
+    """Show how to set a surrogate's numbers: `surrogates.cispo(ratio_max=5.0)`."""
     defaults = (f"{p.name}={p.default!r}" for p in inspect.signature(make).parameters.values())
     return f"surrogates.{name}({', '.join(defaults)})"

@@ -1,4 +1,4 @@
-"""Objective: what a loss is, apart from the data and the model. From log-probabilities to a loss, and to its metrics.
+"""Objective: the definition of a loss, apart from data and model, from log-probabilities to the loss and its metrics.
 
 Per token, with A' = A (1 + alpha f(c)) where A < 0 (ACE) and A elsewhere:
 
@@ -8,11 +8,11 @@ Per token, with A' = A (1 + alpha f(c)) where A < 0 (ACE) and A elsewhere:
     grpo          seq-mean-token-mean      the mean over rollouts of token means        1 / (rollouts * T_i)
     dapo          token-mean               the mean over the global batch's tokens      1 / tokens
     bnpo                                   the mean over the tokens at hand             1 / tokens here
-    dr_grpo       seq-mean-token-sum-norm  token sums by a constant length              1 / (rollouts * max_completion_length)
+    dr_grpo       seq-mean-token-sum-norm  token sums over a constant length            1 / (rollouts * max_completion_length)
     luspo         seq-mean-token-sum       the mean over rollouts of token sums         1 / rollouts
 
-Either name does. Under gradient accumulation or data parallelism the count is the global one and is passed in: a mean of
-micro-batch means would weigh tokens by the micro-batch that they fell into.
+Either name is accepted. Under gradient accumulation or data parallelism pass the global count, `num_items_in_batch`: a mean
+of micro-batch means would weigh a token by the micro-batch it fell into.
 """
 
 import math
@@ -45,13 +45,13 @@ and gives no width, so this one is ours."""
 
 @dataclass(frozen=True)
 class Objective(TokenObjective):
-    """A surrogate and what is built around it; see the module's docstring for the formula.
+    """A surrogate and the terms around it; see the module's docstring for the formula.
 
     surrogate: a record such as `Clip(0.2, 0.28)`, or a function of (per_token_logps, rows) that gives each token's loss
         over `rlvr_ops.SurrogateRows`: any differentiable PyTorch.
     importance_sampling_level: "token"; "sequence", the rollout's geometric mean ratio (GSPO 2507.18071); or
         "sequence_token", that value with each token's own gradient (GSPO-token).
-    off_policy_mask_threshold: a rollout whose mean of sampling (or old) - logp is above it has no surrogate where A < 0
+    off_policy_mask_threshold: drop the surrogate where A < 0 in rollouts whose mean of sampling (or old) - logp is above it
         (2512.02556).
     max_completion_length: dr_grpo's constant; None means T.
 
@@ -89,7 +89,7 @@ class Objective(TokenObjective):
 
     @property
     def function(self) -> Callable[..., Tensor] | None:
-        """The surrogate if it is a function of the user's."""
+        """The surrogate, if it is a user's function."""
         return None if isinstance(self.surrogate, Surrogate) else self.surrogate
 
     @property
@@ -98,7 +98,7 @@ class Objective(TokenObjective):
         return self.ace.alpha > 0 or self.kl.beta > 0
 
     def is_token_local(self, has_old: bool) -> bool:
-        """Whether a token's coefficient needs no other token's log-probability."""
+        """Whether each token's coefficient depends on its own log-probability alone."""
         return self.function is None and super().is_token_local(has_old)
 
     def _check_combination(self) -> None:
@@ -152,9 +152,10 @@ class Objective(TokenObjective):
     def rows(
         self, rollouts: Rollouts, layout: Layout, dtype: torch.dtype, like_name: str
     ) -> tuple[Rows, dict[str, Tensor]]:
-        """Check and flatten the constants (R,). What is known before the pass is multiplied into the advantages.
+        """Check the rollouts and flatten them to rows (R,); return them with the sampling correction's metrics.
 
-        That is the sampling correction, whose metrics come along, and ACE's weight if it is the sampler's confidence.
+        Weights that are known before the pass go into the advantages: the sampling correction, and ACE's with
+        confidence="old".
         """
         self._check_presence(rollouts)
         device = layout.cu_seqlens.device
@@ -171,7 +172,7 @@ class Objective(TokenObjective):
             else:
                 if form == "gmpo" and not self.sampling.per_rollout:
                     weights = geometric_mean(weights, layout)
-                advantages = torch.where(advantages == 0, 0, advantages * weights)  # 0 * inf is 0 here
+                advantages = torch.where(advantages == 0, 0, advantages * weights)  # 0 * inf must be 0
         if ref is not None and old is not None and self.ace.alpha > 0 and self.ace.confidence == "old":
             gap = old - ref if layout.mask is None else (old - ref).masked_fill(~layout.mask, 0)
             weight = self.ace.weight(self.ace.shift(layout.per_rollout(gap), layout.tokens()))
@@ -200,7 +201,7 @@ class Objective(TokenObjective):
             )
 
     def rollout_weights(self, layout: Layout, num_items: float | Tensor | None, dtype: torch.dtype) -> Tensor:
-        """w (B,), finite for a rollout without a token; 0 for all if num_items is 0."""
+        """Each rollout's weight w (B,): finite if the rollout has no tokens; all 0 if num_items is 0."""
         tokens = layout.tokens().to(dtype)
         count = _check_count(num_items, self.aggregation, layout)
         if self.aggregation in ("dapo", "bnpo"):
@@ -252,7 +253,7 @@ class Objective(TokenObjective):
 
 
 def correction(kind: str | None, clip_max: float | None, clip_min: float | None) -> SamplingCorrection | None:
-    """The correction that a loss's keywords mean.
+    """Build the sampling correction from a loss's keywords; None if `kind` is.
 
     Raises:
         ValueError: bounds without a correction, or anything that `SamplingCorrection` refuses.
@@ -279,10 +280,10 @@ class LossOutput(NamedTuple):
 
 
 def canonical(loss_type: str) -> str:
-    """The name in AGGREGATIONS, from it or from verl's.
+    """Return the name in AGGREGATIONS of a loss_type, translating verl's names.
 
     Raises:
-        ValueError: neither.
+        ValueError: an unknown name.
     """
     if loss_type not in (*AGGREGATIONS, *VERL_NAMES):
         raise ValueError(unknown_loss_type(loss_type, (*AGGREGATIONS, *VERL_NAMES)))
@@ -290,7 +291,7 @@ def canonical(loss_type: str) -> str:
 
 
 def _check_count(count: float | Tensor | None, aggregation: str, layout: Layout) -> float | Tensor | None:
-    """num_items_in_batch as a number or a 0-d tensor. 0 says that nothing counts anywhere, so it must be true here."""
+    """Check num_items_in_batch; return a number or a 0-d tensor. 0 is accepted only if no token counts here either."""
     if count is None:
         return None
     if aggregation == "bnpo":
@@ -303,7 +304,7 @@ def _check_count(count: float | Tensor | None, aggregation: str, layout: Layout)
         raise ValueError(f"num_items_in_batch must be one number, got a tensor of shape {tuple(count.shape)}")
     count = count.detach().reshape(()) if isinstance(count, Tensor) else count
     on_host = not isinstance(count, Tensor) or count.device.type == "cpu"
-    counts = layout.rows if layout.mask is None else layout.mask.any()  # not asked on an accelerator
+    counts = layout.rows if layout.mask is None else layout.mask.any()  # read only if the count is on the host
     if not torch.compiler.is_compiling() and on_host and not count > 0 and (count != 0 or counts):
         unit = "active tokens" if aggregation == "dapo" else "rollouts"
         raise ValueError(f"num_items_in_batch must be > 0, the {unit} of the global batch, got {float(count):g}")

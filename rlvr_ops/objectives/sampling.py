@@ -1,9 +1,9 @@
-"""Correcting for the sampler: the engine that sampled a rollout seldom agrees to the last bit with the one that trains.
+"""Sampling correction: the engine that samples a rollout seldom agrees to the last bit with the one that trains.
 
     w_t = exp(old_t - sampling_t), or the product of those over the rollout
 
-is a constant that multiplies the surrogate, not the KL term. Truncated, it is kept between clip_min and clip_max. Masked, it
-is 0 outside of them. Source: truncated importance sampling as in TRL and verl; masking as in IcePop 2510.18855.
+is a constant that multiplies the surrogate, not the KL term. Truncation clamps it to clip_min and clip_max. Masking sets it
+to 0 outside of them. Sources: truncated importance sampling as in TRL and verl; masking as in IcePop 2510.18855.
 """
 
 import math
@@ -16,15 +16,15 @@ from torch import Tensor
 from rlvr_ops.rollouts import Layout
 
 CORRECTIONS = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
-SMALLEST = 1e-10  # added to a weight before its logarithm, so that a geometric mean with a 0 in it exists
+SMALLEST = 1e-10  # added to a weight before its logarithm: a weight may be 0
 
 
 @dataclass(frozen=True)
 class SamplingCorrection:
-    """Which weights, and their bounds; None is no bound.
+    """Which weights to use, and their bounds; None means no bound.
 
     Raises:
-        ValueError: an unknown name, or bounds that hold nothing.
+        ValueError: an unknown name, or bounds that allow no weight.
     """
 
     kind: str
@@ -58,7 +58,7 @@ class SamplingCorrection:
         return self.kind.startswith("sequence")
 
     def weights(self, old: Tensor, sampling: Tensor, layout: Layout) -> Tensor:
-        """w (R,), from constants (R,). A token whose sampling log-probability is NaN counts as sampled by old."""
+        """w (R,), from constants (R,). Where sampling is NaN, the token counts as sampled by old."""
         gap = (old - sampling).nan_to_num(nan=0.0)
         gap = gap if layout.mask is None else gap.masked_fill(~layout.mask, 0)
         ratio = (layout.per_rollout(gap)[layout.rollout()] if self.per_rollout else gap).exp()
@@ -69,7 +69,7 @@ class SamplingCorrection:
 
 
 def geometric_mean(weights: Tensor, layout: Layout) -> Tensor:
-    """Each rollout's geometric mean of weights (R,), for a surrogate that is one of ratios (GMPO)."""
+    """The geometric mean (R,) of weights (R,) over each rollout, for GMPO, whose ratio is one as well."""
     logs = (weights + SMALLEST).log()
     logs = logs if layout.mask is None else logs.masked_fill(~layout.mask, 0)
     return (layout.per_rollout(logs) / layout.tokens().clamp(min=1))[layout.rollout()].exp()

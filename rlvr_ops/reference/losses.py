@@ -20,7 +20,6 @@ from rlvr_ops.reference.terms import (
     active_rows,
     aggregate,
     asymmetric,
-    kl_penalty,
     masked,
     per_row,
     sampling_weights,
@@ -66,7 +65,7 @@ def reference_token_logps(
     with_top1: bool = False,
     with_sum_p_squared: bool = False,
 ) -> ReferenceScores:
-    """Log-probability of every completion token under softmax(z), and on request what else the logits z tell.
+    """Log-probability of every completion token under softmax(z) and, on request, other statistics of the logits z.
 
     z = logit_scale (h W^T + b); then softcap tanh(z / softcap) if asked for; then z / temperature.
     `hidden_states` is (B, T, H) or packed (N, H); `temperature` a number, (B,), or shaped like `completion_ids`.
@@ -150,7 +149,7 @@ def reference_policy_loss_from_logps(
         raise ValueError("ref_per_token_logps is needed when alpha or beta is above 0, got None.")
     adv = spread(batch.advantages, rollouts).where(active, 0.0)
     adv = adv.to(torch.promote_types(adv.dtype, logp.dtype))
-    drifted = old  # what the surrogate's ratio is taken against
+    drifted = old  # the denominator of the surrogate's ratio
     if correction is not None:
         assert sampling is not None
         found = sampling_weights(correction, old, sampling, active, rollouts)
@@ -179,7 +178,7 @@ def reference_policy_loss_from_logps(
 
     per_token, low, high = surrogate_losses(objective, logp, drifted, adv, base, active, rollouts)
     if ref is not None:
-        kl = kl_penalty(logp, old, ref, kl_term)
+        kl = kl_term.penalty(logp, old, ref)
         per_token = per_token + kl_term.beta * kl if kl_term.beta > 0 else per_token
     if objective.entropy.coef > 0:
         assert per_token_entropies is not None

@@ -9,10 +9,9 @@ from __future__ import annotations
 import itertools
 
 import torch
-from rlvr_kernels.objective import KL, Ace
+from rlvr_kernels.objective import Ace
 from rlvr_kernels.surrogates import Surrogate
 from torch import Tensor
-from torch.nn.functional import softplus
 
 from rlvr_ops.objectives.objective import Objective
 from rlvr_ops.objectives.sampling import SamplingCorrection
@@ -29,14 +28,14 @@ def surrogate_losses(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The surrogate's loss of every row, and which rows' ratio is below and above its bounds.
 
-    The published formula is the surrogate's own `loss`; here it is given the log ratio that it is a function of. `signs` are
-    the advantages before a mask dropped some.
+    The surrogate's own `loss` is the published formula; this function computes the log ratio it takes. `signs` are the
+    advantages before a mask dropped some.
     """
     surrogate, level = objective.surrogate, objective.level
     assert isinstance(surrogate, Surrogate)
     log_ratio = (logp - old).where(adv != 0, 0.0) if level == "token" else logp - old
     a, b = surrogate.by_sign(signs)
-    outside = (log_ratio < a) & (adv != 0), (log_ratio > b) & (adv != 0)  # of gmpo, whose bounds are of log ratios
+    outside = (log_ratio < a) & (adv != 0), (log_ratio > b) & (adv != 0)  # for gmpo, whose bounds are on log ratios
     if level == "geometric":
         kept = torch.clamp(logp - old, a, b).where(signs != 0, 0.0)
         return surrogate.loss(_over_rollouts(kept, active, rollouts, mean=True), logp, adv), *outside
@@ -51,7 +50,7 @@ def surrogate_losses(
 
 
 def _over_rollouts(values: Tensor, active: Tensor, rollouts: list[slice], *, mean: bool) -> Tensor:
-    """Each row's rollout's sum or mean of the active values."""
+    """The sum or mean of the active values over each row's rollout."""
     pieces = []
     for rows in rollouts:
         total = values[rows][active[rows]].sum()
@@ -61,7 +60,7 @@ def _over_rollouts(values: Tensor, active: Tensor, rollouts: list[slice], *, mea
 
 
 def stale(logp: Tensor, behaviour: Tensor, threshold: float, active: Tensor, rollouts: list[slice]) -> Tensor:
-    """Which rollouts' mean of behaviour - logp is above the threshold; rows of unknown behaviour add nothing to it."""
+    """Which rollouts' mean of behaviour - logp is above the threshold; rows of unknown behaviour add nothing."""
     gap = (behaviour - logp.detach()).nan_to_num(nan=0.0)
     drift = [gap[rows][active[rows]].sum() / active[rows].sum().clamp(min=1) for rows in rollouts]
     return torch.stack(drift) > threshold if drift else active[:0]
@@ -89,31 +88,11 @@ def asymmetric(
     weights = adv.new_ones(len(rollouts))
     for i, rows in enumerate(rollouts):
         shift = shift_rows[rows][active[rows]].sum()
-        if ace.reduction == "mean":
-            shift = shift / active[rows].sum().clamp(min=1)
+        shift = ace.shift(shift, active[rows].sum())
         shifts[i] = shift
-        weights[i] = 1 + ace.alpha * (softplus(shift) if ace.shape == "softplus" else shift.relu())
+        weights[i] = ace.weight(shift)
         adv[rows] = torch.where(adv[rows] < 0, adv[rows] * weights[i], adv[rows])
     return adv, shifts, weights
-
-
-def kl_penalty(logp: Tensor, old: Tensor, ref: Tensor, kl: KL) -> Tensor:
-    """Estimate KL(policy || ref) per token (Schulman's k1, k2, k3).
-
-    With bias correction: the ratio's value times the estimate, and the derivative of the reverse KL, ratio (logp - ref).
-    """
-    log_ratio = logp - ref
-    if kl.estimator == "k1":
-        estimate = log_ratio
-    elif kl.estimator == "k2":
-        estimate = log_ratio**2 / 2
-    else:
-        estimate = torch.expm1(-log_ratio) + log_ratio
-    if not kl.bias_correction:
-        return estimate
-    ratio = torch.exp(logp - old)
-    slope = (ratio * log_ratio).detach()
-    return (ratio * estimate).detach() + slope * (logp - logp.detach())
 
 
 def aggregate(
@@ -177,14 +156,14 @@ def slices(layout: torch.Size, cu_seqlens: Tensor | None) -> list[slice]:
 
 
 def per_row(values: Tensor, layout: torch.Size) -> Tensor:
-    """(B,), (B, T) or (N,) values as one per row."""
+    """Expand values (B,), (B, T) or (N,) to one per row."""
     if values.shape == layout:
         return values.reshape(-1)
     return values[:, None].expand(layout).reshape(-1)
 
 
 def spread(values: Tensor, rollouts: list[slice]) -> Tensor:
-    """One value per row from one per rollout or one per row; where there are as many rows as rollouts, per rollout."""
+    """Expand values, one per rollout or per row, to one per row. If both counts agree, they are per rollout."""
     if values.shape != (len(rollouts),):
         return values.reshape(-1)
     pieces = [values[i].expand(rows.stop - rows.start) for i, rows in enumerate(rollouts)]

@@ -1,7 +1,7 @@
-"""The surrogates: from a log ratio x and an advantage A to a token's loss and its slope. One form a file.
+"""The surrogates: from a log ratio x and an advantage A to a token's loss and its slope. One form per file.
 
-Each is a frozen record of its numbers. Its `loss` is the published formula, differentiable, which the reference uses. Its
-`terms` are the PyTorch twin: the same loss with the slope written out. Beside it stands the Triton branch.
+Each is a frozen record of numbers. `loss` is the published formula, differentiable; the reference uses it. `terms` is the
+PyTorch twin: the same loss, with its slope written out. The Triton branch stands beside it.
 
     form     loss, with r = exp(x)                 slope by
     clip     -A clip(r, a, b)                      x           PPO, GRPO, DAPO; GSPO at the level of rollouts
@@ -11,7 +11,7 @@ Each is a frozen record of its numbers. Its `loss` is the published formula, dif
     dppo     -A sg[M min(r, b)] logp               logp        M = 0 outside of a trust region of a
     vespo    -A sg[r^a exp(b (1 - r))] logp        logp
 
-x is the token's own log ratio or its rollout's. (a, b) are two numbers for A > 0, and two for the rest.
+x is the log ratio of the token or of its rollout. (a, b) is one pair of numbers for A > 0 and another for the rest.
 """
 
 from rlvr_kernels._triton import jit, tl
@@ -42,7 +42,7 @@ __all__ = [
 
 @jit
 def surrogate_kernel(x, logp, advantage, a, b, FORM: tl.constexpr):
-    """(loss, slope, below, above) of a block of tokens; a and b are those of each advantage's sign."""
+    """(loss, slope, below, above) of a block of tokens; a and b are chosen by the sign of each advantage."""
     x = tl.where(advantage == 0, 0.0, x)  # 0 * inf would be NaN
     if FORM == "clip":
         return clip_kernel(x, logp, advantage, a, b)

@@ -53,7 +53,7 @@ class Clip(Surrogate):
         return -torch.min(ratio.clamp(max=self.delta or math.inf) * advantage, clipped * advantage)
 
     def terms(self, x: torch.Tensor, logp: torch.Tensor, advantage: torch.Tensor) -> SurrogateTerms:
-        """One clip whose bounds depend on the sign; no slope outside of them."""
+        """One clip, with bounds by the sign of A; the slope outside them is 0."""
         x = x.masked_fill(advantage == 0, 0)  # where exp overflows, 0 * inf must not be NaN
         (a, b), ratio = self.by_sign(advantage), x.exp()
         below, above = ratio < a, ratio > b

@@ -44,6 +44,6 @@ class Gmpo(Surrogate):
 
 @jit
 def gmpo_kernel(x, logp, advantage, a, b):
-    """(loss, slope by x, below, above) of a block of tokens; `weigh` has clipped what x is the mean of."""
+    """(loss, slope by x, below, above) of a block of tokens; x is the mean of log ratios clipped by `weigh`."""
     ratio = tl.exp(x)
     return -advantage * ratio, -advantage * ratio, ratio < 0, ratio < 0

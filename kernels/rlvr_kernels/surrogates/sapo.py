@@ -1,4 +1,4 @@
-"""SAPO: -A (4 / tau) sigmoid(tau (r - 1)), a soft gate in the place of the clip."""
+"""SAPO: -A (4 / tau) sigmoid(tau (r - 1)), a soft gate instead of the clip."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -12,7 +12,7 @@ from rlvr_kernels.surrogates.base import Bounds, Surrogate, SurrogateTerms, nowh
 
 @dataclass(frozen=True)
 class Sapo(Surrogate):
-    """-(4 / tau) sigmoid(tau (rho - 1)) A: a soft gate in the place of the clip, tau by the sign of A (SAPO 2511.20347)."""
+    """-(4 / tau) sigmoid(tau (rho - 1)) A: a soft gate instead of the clip, tau by the sign of A (SAPO 2511.20347)."""
 
     tau_positive: float = 1.0
     tau_negative: float = 1.05
@@ -24,7 +24,7 @@ class Sapo(Surrogate):
 
     @property
     def numbers(self) -> tuple[Bounds, Bounds]:
-        """tau, and nothing."""
+        """tau; the second number is not used."""
         return (self.tau_positive, 0.0), (self.tau_negative, 0.0)
 
     def loss(self, x: torch.Tensor, logp: torch.Tensor, advantage: torch.Tensor) -> torch.Tensor:
@@ -37,7 +37,7 @@ class Sapo(Surrogate):
         x = x.masked_fill(advantage == 0, 0)
         (tau, _), ratio = self.by_sign(advantage), x.exp()
         gate, closed = torch.sigmoid(tau * (ratio - 1)), torch.sigmoid(tau * (1 - ratio))
-        slope = -4 * advantage * gate * closed * x.clamp(max=20).exp()  # closed is 0 long before that
+        slope = -4 * advantage * gate * closed * x.clamp(max=20).exp()  # `closed` is 0 long before x = 20
         return SurrogateTerms(-4 * advantage * gate / tau, slope, *nowhere(x))
 
 

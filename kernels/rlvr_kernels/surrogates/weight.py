@@ -22,7 +22,7 @@ class Weighted(Surrogate):
         return -x.exp().clamp(*self.by_sign(advantage)).detach() * advantage * logp
 
     def terms(self, x: torch.Tensor, logp: torch.Tensor, advantage: torch.Tensor) -> SurrogateTerms:
-        """The slope is by logp."""
+        """The slope is the derivative by logp."""
         x = x.masked_fill(advantage == 0, 0)  # where exp overflows, 0 * inf must not be NaN
         clipped = x.exp().clamp(*self.by_sign(advantage))
         return slope_by_logp(-advantage * clipped, logp, *self.outside(x, logp, advantage))
@@ -79,7 +79,7 @@ class Dispo(Weighted):
 
     @property
     def numbers(self) -> tuple[Bounds, Bounds]:
-        """Bounds of their own for right and wrong tokens."""
+        """Separate bounds for right and wrong tokens."""
         return _around_one(self.positive), _around_one(self.negative)
 
 
@@ -104,7 +104,7 @@ def _around_one(bounds: Bounds) -> Bounds:
 def weight_kernel(x, logp, advantage, a, b):
     """(loss, slope by logp, below, above) of a block of tokens."""
     ratio = tl.exp(x)
-    below = (ratio < a) & (a < b)  # no ratio is outside of REINFORCE's (1, 1)
+    below = (ratio < a) & (a < b)  # no ratio is outside REINFORCE's (1, 1)
     above = (ratio > b) & (a < b)
     slope = -advantage * tl.minimum(tl.maximum(ratio, a), b)
     return tl.where(slope == 0, 0.0, slope * logp), slope, below, above
