@@ -22,11 +22,6 @@ def check_verdicts(name: str, values: Tensor) -> None:
         )
 
 
-def wide_dtype(device: torch.device) -> torch.dtype:
-    """The dtype to add up many numbers in: float64, or float32 on MPS, which has no float64."""
-    return torch.float32 if device.type == "mps" else torch.float64
-
-
 def active_values(name: str, values: Tensor, mask_name: str, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """Per-token values, detached, in float32 or wider and 0 where masked; and which count, bool. Both in their shape."""
     check_tensor(name, values)

@@ -99,9 +99,9 @@ def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def sum_dtype(values: torch.Tensor) -> torch.dtype:
-    """The dtype to add up many values in: float64 where the device has it."""
-    return values.dtype if values.device.type == "mps" else torch.float64
+def sum_dtype(device: torch.device) -> torch.dtype:
+    """The dtype to add up many values in: float64, or float32 on MPS, which has no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def row_blocks(rows: int, cols: int) -> Iterator[slice]:

@@ -89,7 +89,7 @@ def rollout_sums(values: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor
 
     A running sum in float32 is off by 4e-3 after a million tokens.
     """
-    return torch.segment_reduce(values.to(sum_dtype(values)), "sum", offsets=cu_seqlens, axis=0).to(values.dtype)
+    return torch.segment_reduce(values.to(sum_dtype(values.device)), "sum", offsets=cu_seqlens, axis=0).to(values.dtype)
 
 
 class Weighed(NamedTuple):
@@ -131,7 +131,7 @@ def _weigh_torch(logp: torch.Tensor, rows: Rows, objective: TokenObjective) -> W
     losses, coef = losses * scale, coef * scale
     counts = (advantages > 0) | (weighted < 0)
     columns = (losses, active, advantages < 0, gap, kl, outside[0] & counts, outside[1] & counts, 1 - kept[rollout])
-    table = logp.new_empty(len(rows), len(SUMS), dtype=sum_dtype(logp))
+    table = logp.new_empty(len(rows), len(SUMS), dtype=sum_dtype(logp.device))
     for i, column in enumerate(columns):
         table[:, i] = column
     return Weighed(losses, coef, rows.sums(table).to(logp.dtype))

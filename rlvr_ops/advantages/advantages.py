@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import torch
+from rlvr_kernels.logits import sum_dtype
 from torch import Tensor
 
 from rlvr_ops.advantages import inputs
 from rlvr_ops.advantages.estimators import ESTIMATORS as FORMULAS
 from rlvr_ops.advantages.groups import make_groups
-from rlvr_ops.checks import wide_dtype
 
 ESTIMATORS = tuple(FORMULAS)
 
@@ -91,7 +91,7 @@ def group_advantages(
     inputs.check_rewards(estimator, chosen, rewards)
     inputs.check_sizes(estimator, chosen, groups, group_size, group_ids)
     dtype = rewards.dtype if rewards.is_floating_point() else torch.float32
-    r = rewards.detach().to(wide_dtype(rewards.device))
+    r = rewards.detach().to(sum_dtype(rewards.device))
     used = {name: inputs.prepare(name, value, rewards, r.dtype) for name, value in given.items() if value is not None}
     if "pair_ids" in used:
         used["pairs"] = inputs.make_pairs(used.pop("pair_ids"), groups)

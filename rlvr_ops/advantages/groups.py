@@ -6,9 +6,8 @@ from dataclasses import dataclass
 
 import torch
 from rlvr_kernels.checks import check_tensor
+from rlvr_kernels.logits import sum_dtype
 from torch import Tensor
-
-from rlvr_ops.checks import wide_dtype
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -26,7 +25,7 @@ class Groups:
 
     def sum_each(self, values: Tensor) -> Tensor:
         """The sum of each group's values."""
-        wide = values.to(wide_dtype(values.device)) if values.is_floating_point() else values
+        wide = values.to(sum_dtype(values.device)) if values.is_floating_point() else values
         return wide.new_zeros(self.count).index_add_(0, self.index, wide).to(values.dtype)
 
     def max_each(self, values: Tensor) -> Tensor:

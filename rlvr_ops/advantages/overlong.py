@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 from rlvr_kernels.checks import check_tensor
+from rlvr_kernels.logits import sum_dtype
 from torch import Tensor
-
-from rlvr_ops.checks import wide_dtype
 
 
 def overlong_penalty(lengths: Tensor, *, max_length: int, cache: int) -> Tensor:
@@ -30,7 +29,7 @@ def overlong_penalty(lengths: Tensor, *, max_length: int, cache: int) -> Tensor:
     if bool((~(lengths >= 0)).any()):  # NaN too
         raise ValueError(f"lengths must not be negative, got {lengths.min().item()}")
     dtype = lengths.dtype if lengths.is_floating_point() else torch.float32
-    room = max_length - cache - lengths.to(wide_dtype(lengths.device))
+    room = max_length - cache - lengths.to(sum_dtype(lengths.device))
     if cache == 0:
         return torch.zeros_like(room, dtype=dtype).masked_fill(room < 0, -1.0)
     return (room / cache).clamp(-1.0, 0.0).to(dtype) + 0.0  # -0.0 + 0.0 is 0.0

@@ -9,9 +9,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from rlvr_kernels.logits import sum_dtype
 from torch import Tensor
 
-from rlvr_ops.checks import wide_dtype
 from rlvr_ops.rewards.judged import check_confidences, check_correct
 
 
@@ -106,5 +106,5 @@ def _check(confidences: Tensor, correct: Tensor) -> tuple[Tensor, Tensor, torch.
     q = check_confidences(confidences, may_be_nan=False)
     if not len(q):
         raise ValueError("confidences must hold at least one answer, got none")
-    wide = wide_dtype(q.device)
+    wide = sum_dtype(q.device)
     return q.to(wide), check_correct(correct, "confidences", q).to(wide), q.dtype

@@ -10,6 +10,7 @@ from rlvr_kernels.checks import choose
 from rlvr_kernels.cost import Problem, best_two_pass, cheapest, rates_of, single_pass_workspace
 from rlvr_kernels.logits import LogitMap
 from rlvr_kernels.objective import KL, Ace, Entropy
+from rlvr_kernels.pull_back import Needs
 from rlvr_kernels.shard import Shard
 from rlvr_kernels.tile import ALIGNED_COLUMNS, bytes_per_logit, default_workspace_bytes, row_pitch, whole_row_tile
 from rlvr_kernels.weigh import Rows
@@ -18,8 +19,6 @@ from torch import Tensor
 from rlvr_ops.rollouts import Layout
 
 SCHEDULES = ("auto", "single_pass", "two_pass")
-Needs = tuple[bool, bool, bool]
-"""Which of hidden states, weight and bias want a gradient."""
 
 
 class _Demands(Protocol):
@@ -95,7 +94,7 @@ class Call:
     scored: Tensor | None
     logit_map: LogitMap
     schedule: Schedule
-    needs: tuple[bool, bool, bool]
+    needs: Needs
 
     def inputs(self, hidden: Tensor, bias: Tensor | None, index: Tensor | None) -> tuple[Tensor, Tensor, LogitMap]:
         """(hidden (R, H), ids (n,), logit map (n,)) of the rows `index` (n,); None means all.

@@ -8,6 +8,7 @@ import torch
 from rlvr_kernels.backend import use_triton
 from rlvr_kernels.checks import check_no_tangent
 from rlvr_kernels.linear_lse import linear_lse
+from rlvr_kernels.pull_back import Needs
 from rlvr_kernels.score import score
 from rlvr_kernels.tile import default_workspace_bytes
 from torch import Tensor
@@ -94,9 +95,10 @@ def token_logps(
         default_workspace_bytes(hidden_states.device, whole_rows=False) if workspace_bytes is None else workspace_bytes
     )
     on = torch.is_grad_enabled()
-    needs = tuple(on and x is not None and x.requires_grad for x in (hidden_states, lm_head_weight, lm_head_bias))
+    leaves = (hidden_states, lm_head_weight, lm_head_bias)
+    needs = Needs(*[on and x is not None and x.requires_grad for x in leaves])
     schedule = Schedule(False, dtype, room, plan.backend, with_entropy)
-    call = Call(completion_ids.reshape(-1), layout.mask, head.logit_map(layout, dtype), schedule, needs)  # type: ignore[arg-type]
+    call = Call(completion_ids.reshape(-1), layout.mask, head.logit_map(layout, dtype), schedule, needs)
     job = ScoreCall(call, with_entropy, with_self_certainty, with_top1, with_sum_p_squared)
     hidden = hidden_states.reshape(-1, hidden_states.shape[-1])
     logp, lse, entropy, mean, top1, squares = _run(hidden, lm_head_weight, lm_head_bias, job)

@@ -75,10 +75,10 @@ def policy_loss(
 
     hidden = hidden_states.reshape(-1, hidden_states.shape[-1])
     on = torch.is_grad_enabled()
-    needs = tuple([on and x is not None and x.requires_grad for x in (hidden, head.weight, head.bias)])
+    needs = Needs(*[on and x is not None and x.requires_grad for x in (hidden, head.weight, head.bias)])
     scored, alive = rows_to_score(rows, layout, objective, plan)
-    planner = Planner(plan, hidden, head.weight, needs, dtype, objective, rows, layout)  # type: ignore[arg-type]
-    call = Call(ids.reshape(-1), scored, logit_map, planner.schedule(scored, alive), needs)  # type: ignore[arg-type]
+    planner = Planner(plan, hidden, head.weight, needs, dtype, objective, rows, layout)
+    call = Call(ids.reshape(-1), scored, logit_map, planner.schedule(scored, alive), needs)
     loss, logp, entropy, sums, pulled_back = _run(hidden, head.weight, head.bias, LossCall(call, rows, objective))
 
     metrics |= objective.metrics(sums, rows.ref is not None)

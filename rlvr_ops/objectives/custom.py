@@ -39,7 +39,7 @@ class SurrogateRows:
             raise ValueError(f"values must have one number per token, (n,) = {wanted}, got {tuple(values.shape)}")
         ends = torch.bincount(self.rollout, minlength=self.rollouts).cumsum(0)
         bounds = torch.cat([ends.new_zeros(1), ends])
-        wide = values.to(sum_dtype(values))  # also in the gather, whose backward sums over the rollout
+        wide = values.to(sum_dtype(values.device))  # also in the gather, whose backward sums over the rollout
         return rollout_sums(wide, bounds)[self.rollout].to(values.dtype)
 
     def rollout_mean(self, values: Tensor) -> Tensor:
