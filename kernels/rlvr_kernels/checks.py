@@ -100,9 +100,18 @@ def check_finite(name: str, values: torch.Tensor | None, mask: torch.Tensor | No
     """Raise if a value is NaN or infinite where `mask`, of the leading shape of `values`, is true. One host sync."""
     if values is None:
         return
+    values = values.detach()
     bad = ~torch.isfinite(values)
     if mask is not None:
         bad &= mask if bad.ndim == mask.ndim else mask[..., None]
     if bool(bad.any()):
         where = tuple(int(i) for i in bad.nonzero()[0])
         raise ValueError(f"{name} must be finite, got {float(values[where])} at {where}")
+
+
+def check_types(hint: str = "", **arguments: tuple[object, type]) -> None:
+    """Raise a TypeError unless every argument, given as (value, type), has its type."""
+    for name, (value, kind) in arguments.items():
+        if not isinstance(value, kind):
+            came = value.__name__ if isinstance(value, type) else type(value).__name__
+            raise TypeError(f"{name} must be of type {kind.__name__}, got {came}{hint}")

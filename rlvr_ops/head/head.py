@@ -39,7 +39,7 @@ class Head:
         """The head of an lm_head module: nn.Linear, or a LoRA adapter of peft around one.
 
         `numbers` are logit_scale, softcap and temperature. An adapter's weight is W + sum of scaling * B A, in the widest of
-        their dtypes, differentiable in A and B. It is computed once: make a new head after every optimiser step.
+        their dtypes, differentiable in A and B. It is computed here, as a tensor (V, H): make a new head for every backward.
 
         Raises:
             TypeError: the module computes more than h W^T + b; the message says what.
@@ -119,7 +119,7 @@ def check_ids(completion_ids: Tensor, hidden_states: Tensor) -> None:
         wanted = tuple(hidden_states.shape[:-1])
         raise ValueError(
             f"completion_ids must have shape {wanted} like hidden_states without H, got {shape_of(completion_ids)}: "
-            "row t predicts completion_ids[:, t]"
+            "row t predicts completion_ids[:, t], so after a prompt of P tokens pass hidden_states[:, P - 1 : -1]"
         )
 
 

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 import torch
 from rlvr_kernels.backend import BACKENDS, capturing
-from rlvr_kernels.checks import choose
+from rlvr_kernels.checks import check_types, choose
 from rlvr_kernels.cost import Problem, best_two_pass, cheapest, rates_of, single_pass_workspace
 from rlvr_kernels.logits import LogitMap
 from rlvr_kernels.objective import KL, Ace, Entropy
@@ -61,6 +61,12 @@ class Plan:
     def __post_init__(self) -> None:
         choose("schedule", self.schedule, SCHEDULES)
         choose("backend", self.backend, BACKENDS)
+        check_types(
+            workspace_bytes=(0 if self.workspace_bytes is None else self.workspace_bytes, int),
+            score_inactive=(self.score_inactive, bool),
+            with_entropy=(self.with_entropy, bool),
+            validate=(self.validate, bool),
+        )
 
 
 @dataclass(frozen=True)

@@ -159,8 +159,7 @@ def resolve(
         ValueError: an unknown name, or a number of PPO's clip given with another surrogate.
     """
     if isinstance(surrogate, type):
-        name = next((name for name, record in SURROGATES.items() if record is surrogate), surrogate.__name__)
-        raise TypeError(f"surrogate must be a name, or what its function gives: call surrogates.{name}()")
+        raise TypeError(f"surrogate must be a name, a record or a function, got the class: call {surrogate.__name__}()")
     if isinstance(surrogate, str) and surrogate == "ppo_clip":
         return Clip(epsilon_low, epsilon_high, delta)
     given = {"epsilon_low": (epsilon_low, 0.2), "epsilon_high": (epsilon_high, None), "delta": (delta, None)}

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from rlvr_kernels.backend import capturing
-from rlvr_kernels.checks import check_no_tangent
+from rlvr_kernels.checks import check_no_tangent, check_types
 from rlvr_kernels.pull_back import Needs
 from rlvr_kernels.scale import scale_
 from rlvr_kernels.score import score
@@ -63,6 +63,9 @@ def policy_loss(
     torch.Size([2, 3, 8])
     """
     plan = Plan() if plan is None else plan
+    hint = ": policy_loss takes Head, Rollouts, Objective and Plan; flat keywords are those of ace_loss"
+    given = {"head": (head, Head), "rollouts": (rollouts, Rollouts), "objective": (objective, Objective)}
+    check_types(hint, **given, plan=(plan, Plan))
     head.check(hidden_states)
     check_no_tangent(hidden_states=hidden_states, lm_head_weight=head.weight, lm_head_bias=head.bias)
     check_ids(rollouts.completion_ids, hidden_states)  # type: ignore[arg-type]

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from rlvr_kernels.checks import check_no_tangent, check_tensor
+from rlvr_kernels.checks import check_no_tangent, check_tensor, check_types
 from rlvr_kernels.logits import accumulator_dtype
 from rlvr_kernels.weigh import SUMS, Rows
 from torch import Tensor
@@ -41,6 +41,8 @@ def policy_loss_from_logps(
     tensor(0.)
     """
     check_tensor("per_token_logps", per_token_logps)
+    hint = ": policy_loss_from_logps takes Rollouts and Objective; flat keywords are those of ace_loss_from_logps"
+    check_types(hint, rollouts=(rollouts, Rollouts), objective=(objective, Objective))
     check_no_tangent(per_token_logps=per_token_logps, per_token_entropies=per_token_entropies)
     layout = make_layout("per_token_logps", per_token_logps, rollouts.completion_mask, rollouts.cu_seqlens)
     dtype = accumulator_dtype(per_token_logps.dtype)

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from rlvr_kernels.checks import check_types
 from rlvr_kernels.objective import KL, Ace, Entropy, TokenObjective
 from rlvr_kernels.surrogates import Surrogate
 from rlvr_kernels.weigh import SUMS, Rows
@@ -77,8 +78,9 @@ class Objective(TokenObjective):
         for name, record in (("ace", Ace), ("kl", KL), ("entropy", Entropy)):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, Ace(alpha=0.0) if name == "ace" else record())
-            elif not isinstance(getattr(self, name), record):
-                raise TypeError(f"{name} must be a {record.__name__} or None, got {getattr(self, name)!r}")
+        check_types(ace=(self.ace, Ace), kl=(self.kl, KL), entropy=(self.entropy, Entropy))
+        if self.sampling is not None:
+            check_types(sampling=(self.sampling, SamplingCorrection))
         if not (isinstance(self.surrogate, Surrogate) or callable(self.surrogate)) or isinstance(self.surrogate, type):
             raise TypeError(f"surrogate must be a record such as Clip(), or a function, got {self.surrogate!r}")
         object.__setattr__(self, "aggregation", canonical(self.aggregation))
@@ -298,7 +300,7 @@ def _check_count(count: float | Tensor | None, aggregation: str, layout: Layout)
         raise ValueError(
             "num_items_in_batch does not go with loss_type='bnpo', which divides by the tokens at hand: use loss_type='dapo'"
         )
-    if not isinstance(count, Tensor | int | float):
+    if not isinstance(count, Tensor | int | float) or isinstance(count, bool):
         raise TypeError(f"num_items_in_batch must be a number or a tensor, got {count!r}")
     if isinstance(count, Tensor) and count.numel() != 1:
         raise ValueError(f"num_items_in_batch must be one number, got a tensor of shape {tuple(count.shape)}")

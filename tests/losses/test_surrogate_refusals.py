@@ -34,7 +34,7 @@ def call(**kwargs):
         ({"loss_type": "vespo"}, "call vespo_loss, or pass surrogate='vespo' with loss_type='dapo'"),
         (
             {"surrogate": surrogates.sapo},
-            r"surrogate must be a name, or what its function gives: call surrogates.sapo\(\)",
+            r"surrogate must be a name, a record or a function, got the class: call Sapo\(\)",
         ),
         ({"surrogate": "reinforce", "importance_sampling_level": "sequence"}, "weight is 1 whatever the ratio"),
         (
@@ -138,7 +138,7 @@ def test_what_makes_no_sense_is_refused(kwargs, message):
         (lambda: surrogates.dispo(positive=(0.2, math.nan)), r"positive must be \(low, high\), both >= 0 and finite"),
         (lambda: rlvr_ops.Objective("clip"), r"surrogate must be a record such as Clip\(\), or a function, got 'clip'"),
         (lambda: rlvr_ops.Objective(rlvr_ops.Clip), "surrogate must be a record such as Clip"),
-        (lambda: rlvr_ops.Objective(rlvr_ops.Clip(), ace=1.0), "ace must be a Ace or None, got 1.0"),
+        (lambda: rlvr_ops.Objective(rlvr_ops.Clip(), ace=1.0), "ace must be of type Ace, got float"),
     ],
 )
 def test_a_surrogates_numbers_are_checked(make, message):
@@ -170,3 +170,36 @@ def test_a_named_loss_takes_the_keywords_that_it_reads_and_no_others(name, keywo
 def test_the_aggregation_that_is_named_with_a_surrogate_is_its_presets(name):
     preset = getattr(rlvr_ops, f"{name.removesuffix('_two_sided')}_loss")
     assert inspect.signature(preset).parameters["loss_type"].default == AGGREGATION[name]
+
+
+def test_the_verb_refuses_what_is_no_record_by_name():
+    hidden, weight, ids, advantages = torch.zeros(2, 3, 4), torch.zeros(5, 4), torch.zeros(2, 3).long(), torch.ones(2)
+    head, rollouts, objective = (
+        rlvr_ops.Head(weight),
+        rlvr_ops.Rollouts(ids, advantages),
+        rlvr_ops.Objective(rlvr_ops.Clip()),
+    )
+    for arguments, message in (
+        (
+            (weight, rollouts, objective),
+            "head must be of type Head, got Tensor: .* flat keywords are those of ace_loss",
+        ),
+        ((head, ids, objective), "rollouts must be of type Rollouts, got Tensor"),
+        ((head, rollouts, "grpo"), "objective must be of type Objective, got str"),
+        ((head, rollouts, rlvr_ops.Objective), "objective must be of type Objective, got Objective"),
+        ((head, rollouts, objective, {}), "plan must be of type Plan, got dict"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            rlvr_ops.policy_loss(hidden, *arguments)
+    for make, message in (
+        (lambda: rlvr_ops.Plan(workspace_bytes=1e9), "workspace_bytes must be of type int, got float"),
+        (lambda: rlvr_ops.Plan(with_entropy="no"), "with_entropy must be of type bool, got str"),
+        (
+            lambda: rlvr_ops.Objective(rlvr_ops.Clip(), sampling="token_mask"),
+            "sampling must be of type SamplingCorrection",
+        ),
+    ):
+        with pytest.raises(TypeError, match=message):
+            make()
+    with pytest.raises(TypeError, match="rollouts must be of type Rollouts, got Tensor"):
+        rlvr_ops.policy_loss_from_logps(torch.zeros(2, 3), advantages, objective)
