@@ -18,7 +18,7 @@ demo: $(READY)
 	$(BIN)/rlvr-ops demo --model $(MODEL) --seed $(SEED) --out runs/demo-$(MODEL)-$(SEED)
 
 # Peers that need an NVIDIA GPU are installed one by one where there is one; the benchmark goes on without what cannot be had.
-GPU_PEERS := cut-cross-entropy nvidia-cutlass-dsl quack-kernels
+GPU_PEERS := cut-cross-entropy nvidia-cutlass-dsl
 bench: $(READY)
 	@if nvidia-smi >/dev/null 2>&1; then for peer in $(GPU_PEERS); do \
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $$peer || echo "without $$peer: it could not be installed"; \

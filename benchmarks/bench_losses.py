@@ -1,9 +1,7 @@
 """Every system of every case as a test of its own; the systems of a case are measured together, in turns."""
 
-import itertools
 import shlex
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -11,109 +9,65 @@ import pytest
 import torch
 
 from benchmarks.cases import Case, cases
-from benchmarks.measure import Measured, measure, rounds, wrong
-from benchmarks.peers import systems
-from benchmarks.results import RESULTS, SCRATCH, Result, caption, commit, device_folder, missing, origin, save, table
+from benchmarks.measure import DeviceLostError, Measured, check, measure, rounds, wrong
+from benchmarks.results import RESULTS, SCRATCH, device_folder, markdown, save
+from benchmarks.systems import systems
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CASES = {case.name: case for quick in (False, True) for case in cases(DEVICE.type, quick=quick)}
+LOST = r"LOST (\S+): "  # what a session says of the system or the case after which nothing runs on the device any more
+TICKS: deque[float] = deque()
 
 
-class Replay:
-    """pytest-benchmark's timer, which it reads before and after every round, of times that were measured before.
+def interleaved() -> float:
+    """pytest-benchmark's timer, read before and after every round: of times that were measured before, in turns."""
+    return TICKS.popleft()
 
-    pytest-benchmark measures one system after the other. Here they take turns, so a case is measured as a whole.
+
+def record(case: Case, keys: set[str], command: str, *, quick: bool, results: Path | None) -> Measured:
+    """Measure a case and store it in `results`, or else in benchmarks/results if it is whole; quick runs and some of
+    the systems go to a scratch folder. AssertionError if a system of ours is wrong, which only `results` keeps.
     """
-
-    __name__ = "interleaved"
-
-    def __call__(self) -> float:
-        return next(self._ticks)
-
-    def into(self, benchmark: Any, seconds: Sequence[float], extra_info: dict[str, Any]) -> None:
-        """Let the fixture `benchmark`, whose timer this is, see these durations as its rounds."""
-        self._ticks = itertools.chain.from_iterable((0.0, one) for one in seconds)
-        benchmark.extra_info.update(extra_info)
-        benchmark.pedantic(lambda: None, rounds=len(seconds))
-
-
-REPLAY = Replay()
+    try:
+        found = measure(case, DEVICE, keys, **rounds(DEVICE, quick=quick))
+    except Exception as error:
+        if why := check(DEVICE):
+            pytest.exit(f"LOST {error if isinstance(error, DeviceLostError) else case.name}: {why}", 1)
+        raise
+    said, whole = wrong(found), not quick and keys == {system.key for system in systems(case)}
+    if results or not said:
+        place = (results or (RESULTS if whole else SCRATCH)) / device_folder(DEVICE)
+        print(f"\n\n{markdown([save(case, found, DEVICE, command, place)])}\n\nstored in {place}")
+    assert not said, "; ".join(said)
+    return found
 
 
-class Recorder:
-    """Measures a case when its first test asks for it, keeps it for the others, and stores it at once.
-
-    That goes to `results`; without it to benchmarks/results if it is whole, which quick runs and some of the systems are
-    not: those go to a scratch folder.
-    """
-
-    def __init__(
-        self,
-        chosen: Iterable[tuple[Case, str]],
-        device: torch.device,
-        command: str,
-        *,
-        quick: bool,
-        results: Path | None,
-    ):
-        self._keys: dict[Case, set[str]] = defaultdict(set)
-        for case, key in chosen:
-            self._keys[case].add(key)
-        commit()  # as it is now, not when the first result is written
-        self._device, self._command, self._quick, self._place = device, command, quick, results
-        self._done: dict[Case, Measured | Exception] = {}
-        self.results: list[Result] = []
-
-    def of(self, case: Case) -> Measured:
-        """The case's measurement, made now if it was not yet; AssertionError for all its tests if a system of ours is wrong."""
-        if case not in self._done:
-            try:
-                found = measure(case, self._device, self._keys[case], **rounds(self._device, quick=self._quick))
-                if said := wrong(found.rows.values(), found.absent.values()):
-                    raise AssertionError("; ".join(said))
-                self.results.append(save(case, found, self._device, self._command, self.folder(case)))
-                self._done[case] = found
-            except Exception as error:
-                self._done[case] = error
-        if isinstance(done := self._done[case], Exception):
-            raise done
-        return done
-
-    def folder(self, case: Case) -> Path:
-        whole = not self._quick and self._keys[case] == {system.key for system in systems(case)}
-        return (self._place or (RESULTS if whole else SCRATCH)) / device_folder(self._device)
-
-    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
-        lines = [line for result in self.results for line in ("", caption(result), *table(result))]
-        lines += ["", *missing(self.results), "", origin(self.results)] if self.results else []
-        for line in [*lines, *sorted({f"stored in {self.folder(case)}" for case in self._done})]:
-            terminalreporter.write_line(line)
+@pytest.fixture(scope="module")
+def measured(request: pytest.FixtureRequest) -> Measured:
+    """A case with the systems that this session was asked for: measured once, for the tests of all."""
+    config = request.config
+    params = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
+    keys = {one["system"] for one in params if one.get("measured") == request.param}
+    command = shlex.join(["pytest", *(arg for arg in config.invocation_params.args if "::" not in arg)])
+    options: Any = {name: config.getoption(f"--benchmark-{name}") for name in ("quick", "results")}
+    capture: Any = config.pluginmanager.get_plugin("capturemanager")
+    with capture.global_and_fixture_disabled():
+        return record(CASES[request.param], keys, command, **options)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     items = []
     for case in cases(DEVICE.type, quick=metafunc.config.getoption("--benchmark-quick")):
-        mark = pytest.mark.benchmark(group=case.name, timer=REPLAY)
-        items += [pytest.param(case.name, system.key, marks=mark) for system in systems(case)]
-    metafunc.parametrize(("case", "system"), items)
-
-
-@pytest.fixture(scope="session")
-def recorder(request: pytest.FixtureRequest) -> Recorder:
-    """What this session has measured, of the tests that it was asked for."""
-    config = request.config
-    params = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
-    chosen = [(CASES[one["case"]], one["system"]) for one in params if {"case", "system"} <= one.keys()]
-    options: Any = {name: config.getoption(f"--benchmark-{name}") for name in ("quick", "results")}
-    found = Recorder(chosen, DEVICE, shlex.join(["pytest", *config.invocation_params.args]), **options)
-    config.pluginmanager.register(found)
-    return found
+        name, mark = case.name, pytest.mark.benchmark(group=case.name, timer=interleaved)
+        items += [pytest.param(name, system.key, marks=mark) for system in systems(case)]
+    metafunc.parametrize(("measured", "system"), items, indirect=["measured"], scope="module")
 
 
 @pytest.mark.timeout(3600)
-def bench_loss(case: str, system: str, recorder: Recorder, benchmark: Any) -> None:
+def bench_loss(measured: Measured, system: str, benchmark: Any) -> None:
     """A system's times as pytest-benchmark's rounds, and its row of the table as extra_info."""
-    found = recorder.of(CASES[case])
-    if system in found.absent:
-        pytest.skip(f"{found.absent[system]['name']}: {found.absent[system]['reason']}")
-    REPLAY.into(benchmark, [1e-3 * time for time in found.times[system]], found.rows[system])
+    if system in measured.absent:
+        pytest.skip(f"{measured.absent[system]['name']}: {measured.absent[system]['reason']}")
+    TICKS.extend(tick for ms in measured.times[system] for tick in (0.0, 1e-3 * ms))
+    benchmark.extra_info.update(measured.rows[system])
+    benchmark.pedantic(lambda: None, rounds=len(measured.times[system]))

@@ -18,10 +18,6 @@ class Batch(NamedTuple):
     old: Tensor
     ref: Tensor
 
-    @property
-    def active(self) -> Tensor:
-        return self.advantages != 0
-
 
 @dataclass(frozen=True)
 class Case:
@@ -54,10 +50,6 @@ class Case:
     @property
     def forward(self) -> bool:
         return self.loss == "logps"
-
-    @property
-    def all_rows(self) -> bool:
-        return self.active == 1 and not self.forward
 
     @property
     def active_rows(self) -> int:
@@ -117,7 +109,8 @@ def cases(device_type: str, *, quick: bool) -> list[Case]:
         main, *varied = variations(Case("ace", 8192, 4096, 151936, 16, "bfloat16"))
         shapes = [(8192, 4096, 131072), (4096, 4096, 128256), (16384, 2048, 151936), (8192, 896, 151936)]
         others = [replace(main, rows=rows, hidden=hidden, vocabulary=vocabulary) for rows, hidden, vocabulary in shapes]
-        return [main, *varied[:3], *others, Case("ace", 65536, 2048, 151936, 64, "bfloat16"), *varied[3:]]
+        few = [replace(main, rows=256, rollouts=4, hidden=hidden) for hidden in (4096, 896)]
+        return [main, *varied[:3], *others, Case("ace", 65536, 2048, 151936, 64, "bfloat16"), *varied[3:], *few]
     large, small = Case("ace", 1024, 896, 151936, 8), Case("ace", 256, 256, 32000, 16)
     first = [large, replace(large, active=0.5), replace(large, loss="grpo"), replace(large, dtype="bfloat16")]
     return [*first, *variations(small), replace(small, dtype="bfloat16"), Case("ace", 8192, 64, 8192, 16)]

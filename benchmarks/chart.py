@@ -1,151 +1,123 @@
-"""Write the results into docs/benchmarks.md and draw its plots, from the stored JSON and nothing else.
+"""Write the stored results into docs/benchmarks.md and docs/scaling.md and draw their plots, from the JSON alone.
 
 python -m benchmarks.chart
 """
 
 import hashlib
-import itertools
 import json
-from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from benchmarks.results import ERRORS, RESULTS, ROOT, Result, case_of, devices, load, markdown, origin
+from benchmarks import scaling
+from benchmarks.results import RESULTS, ROOT, Result, caption, case_of, devices, load, markdown, origin
 
-PAGE = ROOT / "docs" / "benchmarks.md"
-BEGIN, END = "<!-- results: written by python -m benchmarks.chart -->", "<!-- end of results -->"
+BEGIN, END = "<!-- {}: written by python -m benchmarks.chart -->", "<!-- end -->"
 COLOURS = {"ours": "#1b6ca8", "eager": "#9a9a9a", "peer": "#d9a441", "floor": "#dccfae", "products": "#3b3b3b"}
-SIZES = {"N": "rows", "H": "hidden", "V": "vocabulary", "ranks": "ranks"}
-TIME = {"milliseconds, median": ("median_ms", 1.0)}
-MEMORY = {"peak MB above the inputs, returned gradients included": ("peak_bytes", 1e6)}
-DISTANCE = {f"distance of {what} from float64": (what, 1.0) for what in ERRORS}
-Data = dict[str, Any]
-"""What a plot shows, so that a test can tell whether a file still shows it."""
+TIME, MEMORY = ("median_ms", 1.0, "median ms"), ("peak_bytes", 1e6, "peak MB above the inputs")
 
 
-def bars(results: list[Result], values: dict[str, tuple[str, float]]) -> Data:
-    """For each result and each value (its key and unit) a panel of the systems that have it, the smallest first."""
-    panels: Data = {}
-    for result, (what, (key, unit)) in itertools.product(results, values.items()):
-        case, rows = case_of(result), (row | row.get("errors", {}) for row in result["systems"])
-        title = "forward only" if case.forward else f"{case.loss}_loss, {case.active:.0%} of rollouts active"
-        shown = [[row["system"], row["kind"], row[key] / unit] for row in rows if key in row]
-        panels[f"{title}: {what}"] = sorted(shown, key=lambda row: row[2])
-    case, made = case_of(results[0]), _made(results[0])
-    return {"heading": f"N={case.rows} H={case.hidden} V={case.vocabulary} {case.dtype}\n{made}", "panels": panels}
+class Plot(NamedTuple):
+    """draw(figure, stored). The file holds a digest of what it shows, so that a stale one is noticed."""
+
+    draw: Callable[[Any, list[Result]], None]
+    stored: list[Result]
+
+    @property
+    def digest(self) -> str:
+        return "data " + hashlib.sha256(json.dumps(self.stored, sort_keys=True).encode()).hexdigest()[:24]
+
+    def is_in(self, path: Path) -> bool:
+        return path.exists() and self.digest.encode() in path.read_bytes()
+
+    def save(self, path: Path) -> None:
+        import matplotlib
+        from matplotlib.figure import Figure
+
+        with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "rlvr_ops", "font.size": 9}):
+            figure = Figure(layout="constrained")
+            figure.suptitle(f"{self.stored[0]['device']}, torch {self.stored[0]['versions']['torch']}", fontsize=10)
+            self.draw(figure, self.stored)
+            nothing = {"Date": None, "Creator": None} if path.suffix == ".svg" else {"Software": None}
+            path.parent.mkdir(parents=True, exist_ok=True)
+            figure.savefig(path, dpi=150, metadata={"Description": self.digest, **nothing})
 
 
-def curves(stored: Result) -> Data:
-    """Time and memory against each size that was varied, with the fitted exponents."""
-    found: Data = {}
-    for varied, points in itertools.groupby(stored["points"], lambda point: point["varied"]):
-        values = [[point[key] for key in (SIZES[varied], "median_ms", "peak_bytes")] for point in points]
-        found[varied] = {"exponents": stored["exponents"][varied], "points": values}
-    return {"heading": _made(stored), "curves": found}
-
-
-def _made(stored: Result) -> str:
-    return f"{stored['device']}, torch {stored['versions']['torch']}"
-
-
-def every_plot(results: Path) -> dict[str, Data]:
-    """All plots, by their place in docs/: of the plain cases of the largest shape that has several; the README's is the
-    first device's."""
-    found: dict[str, Data] = {}
-    for place in devices(results):
-        stored, scaling, name = load(place), place / "scaling.json", f"plots/{place.name}"
-        if stored:
-            counts = Counter(map(_shape, stored))  # the largest come first
-            main = next((shape for shape, count in counts.items() if count > 1), _shape(stored[0]))
-            shown = [result for result in stored if _shape(result) == main]
-            plain = [one for one in shown if case_of(one).active in (1, 0.5) and not case_of(one).kinds]
-            found |= {f"{name}-time.svg": bars(plain, TIME), f"{name}-memory.svg": bars(plain, MEMORY)}
-            found[f"{name}-error.svg"] = bars(shown[:1], DISTANCE)
-            found.setdefault("chart.png", bars(shown[:1], TIME | MEMORY))
-        if scaling.exists():
-            found[f"{name}-scaling.svg"] = curves(json.loads(scaling.read_text()))
-    return found
-
-
-def _shape(result: Result) -> tuple[object, ...]:
-    return tuple(result["case"][key] for key in ("rows", "hidden", "vocabulary", "dtype"))
-
-
-def draw(data: Data, path: Path) -> None:
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "rlvr_ops", "font.size": 9}):
-        figure = Figure(layout="constrained")
-        figure.suptitle(data["heading"], fontsize=10)
-        (_draw_bars if "panels" in data else _draw_curves)(figure, data)
-        nothing = {"Date": None, "Creator": None} if path.suffix == ".svg" else {"Software": None}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=150, metadata={"Description": digest(data), **nothing})
-
-
-def _draw_bars(figure: Any, data: Data) -> None:
-    heights = [2 + len(rows) for rows in data["panels"].values()]
+def bars(figure: Any, stored: list[Result]) -> None:
+    """For each case a panel of times and one of memory, the smallest first."""
+    panels = [(result, *measure) for measure in (TIME, MEMORY) for result in stored]
+    heights = [2 + len(result["systems"]) for result, *_ in panels]
     figure.set_size_inches(9, 0.9 + 0.21 * sum(heights))
-    grid = figure.subplots(len(heights), height_ratios=heights, squeeze=False).flat
-    for axes, (title, rows) in zip(grid, data["panels"].items(), strict=True):
-        names, kinds, values = zip(*rows, strict=True)
-        drawn = axes.barh(names, values, color=[COLOURS[kind] for kind in kinds])
-        axes.bar_label(drawn, [f"{value:.3g}" if value < 100 else f"{value:.0f}" for value in values], padding=2)
-        axes.set_title(title, fontsize=9, loc="left")
+    grid = figure.subplots(len(panels), height_ratios=heights, squeeze=False).flat
+    for axes, (result, key, unit, what) in zip(grid, panels, strict=True):
+        rows = sorted((row for row in result["systems"] if key in row), key=lambda row: row[key])
+        colours = [COLOURS[row["kind"]] for row in rows]
+        drawn = axes.barh([row["system"] for row in rows], [row[key] / unit for row in rows], color=colours)
+        axes.bar_label(drawn, fmt="{:,.1f}", padding=2)
+        axes.set_title(f"{caption(case_of(result))}: {what}", fontsize=9, loc="left")
         axes.invert_yaxis()
         axes.margins(x=0.12)
         axes.spines[["top", "right"]].set_visible(False)
 
 
-def _draw_curves(figure: Any, data: Data) -> None:
-    figure.set_size_inches(2.6 * len(data["curves"]) + 0.6, 5)
-    grid = figure.subplots(2, len(data["curves"]), squeeze=False)
-    for column, (varied, curve) in enumerate(data["curves"].items()):
-        sizes, ms, peaks = zip(*curve["points"], strict=True)
-        measured = {"time": ("ms", ms), "memory": ("MB above the inputs", [peak / 1e6 for peak in peaks])}
-        for axes, (what, (unit, values)) in zip(grid[:, column], measured.items(), strict=True):
-            axes.loglog(sizes, values, "o-", color=COLOURS["ours"])
-            axes.set_yticks(values, [f"{value:.3g}" for value in values])
-            axes.set_xticks(sizes, [str(size) for size in sizes], rotation=45)
-            axes.set_title(f"{what} ~ {varied}^{curve['exponents'][what]:.2f}", fontsize=9)
-            axes.set(xlabel=varied, ylabel=unit)
-            axes.minorticks_off()
+def curves(figure: Any, stored: list[Result]) -> None:
+    """Time and memory against each size that was varied, with the fitted exponents."""
+    exponents = {varied: stored[0]["exponents"][varied] for varied in scaling.SIZES if varied in stored[0]["exponents"]}
+    figure.set_size_inches(2.6 * len(exponents) + 0.6, 5)
+    grid = figure.subplots(2, len(exponents), squeeze=False)
+    for column, varied in enumerate(exponents):
+        points = [point for point in stored[0]["points"] if point["varied"] == varied]
+        for axes, kind, (key, unit, what) in zip(grid[:, column], ("time", "memory"), (TIME, MEMORY), strict=True):
+            sizes = [point[scaling.SIZES[varied]] for point in points]
+            axes.loglog(sizes, [point[key] / unit for point in points], "o-", color=COLOURS["ours"])
+            axes.set_title(f"{kind} ~ {varied}^{exponents[varied][kind]:.2f}", fontsize=9)
+            axes.set(xlabel=varied, ylabel=what)
             axes.grid(alpha=0.3)
 
 
-def digest(data: Data) -> str:
-    return "data " + hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:24]
-
-
-def shows(path: Path, data: Data) -> bool:
-    return path.exists() and digest(data).encode() in path.read_bytes()
+def every_plot(results: Path) -> dict[str, Plot]:
+    """All plots by their place in docs/: cases of the suite's first shape, and sweeps. The README has the first."""
+    found: dict[str, Plot] = {}
+    for place in devices(results):
+        if stored := load(place):
+            first = case_of(stored[0])
+            plain = [one for one in stored if replace(case_of(one), loss=first.loss, active=first.active) == first]
+            found[f"plots/{place.name}.svg"] = Plot(bars, plain)
+            found.setdefault("chart.png", Plot(bars, stored[:1]))
+        if (sweeps := place / "scaling.json").exists():
+            found[f"plots/{place.name}-scaling.svg"] = Plot(curves, [json.loads(sweeps.read_text())])
+    return found
 
 
 def generated(results: Path) -> str:
-    """What stands between the markers in docs/benchmarks.md."""
-    parts, drawn = [BEGIN], [name.rpartition("-") for name in every_plot(results)]
+    """Every device's cases as tables, below their plot."""
+    parts = []
     for place in devices(results):
-        stored = load(place)
-        plots = [f"![{what[:-4]} on {place.name}]({of}-{what})" for of, _, what in drawn if of == f"plots/{place.name}"]
-        parts += [f"### {place.name}", *([origin(stored)] if stored else []), *plots]
-        parts += [markdown(stored)] if stored else []
-    return "\n\n".join([*parts, END])
+        if stored := load(place):
+            plot = f"![time and memory on {place.name}](plots/{place.name}.svg)"
+            parts += [f"### {place.name}", origin(stored), plot, markdown(stored)]
+    return "\n\n".join(parts)
 
 
 def rewrite(page: str, results: Path) -> str:
-    before, rest = page.split(BEGIN)
-    return before + generated(results) + rest.split(END)[1]
+    """The page with what stands between its markers written anew."""
+    sections = {"results": generated(results), "predicted": scaling.predicted(), "measured": scaling.measured(results)}
+    for name, text in sections.items():
+        before, mark, rest = page.partition(BEGIN.format(name))
+        page = f"{before}{mark}\n\n{text}\n\n{END}{rest.partition(END)[2]}" if mark else page
+    return page
 
 
-def main(results: Path = RESULTS, page: Path = PAGE) -> None:
-    """Write the page and its plots, and remove the plots of what is no longer there."""
+def main(results: Path = RESULTS, docs: Path = ROOT / "docs") -> None:
+    """Write the pages and their plots, and remove the plots of what is no longer there."""
     drawn = every_plot(results)
-    for stale in {*page.parent.glob("plots/*.svg")} - {page.parent / name for name in drawn}:
+    for stale in {*docs.glob("plots/*.svg")} - {docs / name for name in drawn}:
         stale.unlink()
-    for name, data in drawn.items():
-        draw(data, page.parent / name)
-    page.write_text(rewrite(page.read_text(), results))
+    for name, plot in drawn.items():
+        plot.save(docs / name)
+    for page in (docs / "benchmarks.md", docs / "scaling.md"):
+        page.write_text(rewrite(page.read_text(), results))
 
 
 if __name__ == "__main__":

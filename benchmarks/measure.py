@@ -10,7 +10,7 @@ import itertools
 import math
 import statistics
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -19,15 +19,12 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.cases import Batch, Case
-from benchmarks.peers import systems
-from benchmarks.systems import NEEDED, Missing, Outputs, Run, compute, eager, reason
+from benchmarks.systems import NEEDED, Missing, Outputs, Run, compute, eager, reason, systems
 
 FLOAT32_NOISE = 1e-5  # below it two float32 results differ by the order of their operations alone
 ROUNDING = 2.0**-9  # of a number in bfloat16, relative
 TIE = 1.01  # two systems that round alike differ by less than this
 NOT_COMPARABLE = {"float32": 1e-3, "bfloat16": 0.25}  # beyond it a system computes something else
-SLOW = 10.0  # times the fastest: nothing that a target speaks of
-JUDGED = 5  # turns
 Step = Callable[[], object]
 Row = dict[str, Any]
 
@@ -41,15 +38,11 @@ class Measured(NamedTuple):
 
 
 class DeviceLostError(RuntimeError):
-    """A system, `key`, has left the device in a state in which nothing runs any more."""
-
-    def __init__(self, key: str, why: str):
-        super().__init__(f"{key} ended the device's context: {why}")
-        self.key = key
+    """What this names, a system or a case, has left the device in a state in which nothing runs any more."""
 
 
 def truth(case: Case, batch: Batch) -> Outputs:
-    """Eager in float64, a rollout at a time, so that the logits of all rows never exist together; entropy is the mean."""
+    """Eager in float64, a rollout at a time, so that the logits of all never exist together; entropy is the mean."""
     case, parts, d_weight = replace(case, entropy=True), [], None
     wide = Batch(*(x.double() if x.is_floating_point() else x for x in batch))
     for b in range(case.rollouts):
@@ -63,35 +56,25 @@ def truth(case: Case, batch: Batch) -> Outputs:
     return Outputs(torch.stack(loss).mean(), torch.cat(logps), torch.cat(entropy).mean(), *gradients)
 
 
-def errors(got: Outputs, want: Outputs, batch: Batch, case: Case, kind: str = "peer") -> dict[str, float]:
-    """How far from the truth.
-
-    logps: root mean square in nats, over the rows that have a gradient. Gradients: |got - want| / |want|, norms. loss,
-    entropy: absolute, because losses of right and wrong rollouts may cancel. A floor's loss is the mean negative
-    log-probability, and its gradients are of that: they are not compared.
+def errors(got: Outputs, want: Outputs, batch: Batch, case: Case) -> dict[str, float]:
+    """Distances from the truth. logps: root mean square in nats, over the rows that have a gradient. Gradients: norms,
+    |got - want| / |want|. loss, entropy: absolute, because losses of right and wrong rollouts may cancel.
     """
-    if kind == "floor":
-        return {"loss": float((got.loss.double() + want.logps.mean()).abs())}  # type: ignore[union-attr]
     found: dict[str, float] = {}
     for name, mine, true in zip(Outputs._fields, got, want, strict=True):
         if mine is not None and true is not None:
             off = (mine.double().mean() if name == "entropy" else mine.double()) - true
-            off = off[batch.active] if name == "logps" and not case.forward else off
+            off = off[batch.advantages != 0] if name == "logps" and not case.forward else off
             found[name] = float(off.norm() / (true.norm() if name.startswith("d_") else off.numel() ** 0.5))
     return found
-
-
-def is_comparable(found: dict[str, float], case: Case) -> bool:
-    """Whether these are errors of rounding, and not of another computation (NaN is another computation)."""
-    return all(error <= NOT_COMPARABLE[case.dtype] for error in found.values())
 
 
 def too_far(mine: dict[str, float], eager: list[dict[str, float]], *, wide: bool) -> str | None:
     """What of ours is further from the truth than the best eager form of the same dtype, in words; None if nothing is.
 
     Loss and entropy are single numbers, whose rounding may cancel by chance: they have eager's error in the
-    log-probabilities as a bound, too. Unless the products are `wide`, written in float32, what a gradient sums up of several
-    of them is rounded once more (bfloat16 on a CPU).
+    log-probabilities as a bound, too. Unless the products are `wide`, written in float32, what a gradient sums up of
+    several of them is rounded once more (bfloat16 on a CPU).
     """
     for name, error in mine.items():
         alike = (name, "logps") if name in ("loss", "entropy") else (name,)
@@ -102,6 +85,12 @@ def too_far(mine: dict[str, float], eager: list[dict[str, float]], *, wide: bool
         if not error <= bound:
             return f"{name} is {error:.2e} from the truth, the best eager form {bound:.2e}"
     return None
+
+
+def wrong(found: Measured) -> list[str]:
+    """Which systems of ours have failed or are too far off, and why."""
+    failed = [f"{one['name']}: {one['reason']}" for key, one in found.absent.items() if key.startswith("rlvr_ops")]
+    return failed + [row["wrong"] for row in found.rows.values() if "wrong" in row]
 
 
 def peak_bytes(step: Step, device: torch.device) -> int:
@@ -131,21 +120,12 @@ def milliseconds(step: Step, device: torch.device) -> float:
     return 1e3 * (time.perf_counter() - began)
 
 
-def interleave(
-    steps: Sequence[Step], device: torch.device, *, seconds: float, least: int, most: int, slow: float = math.inf
-) -> list[list[float]]:
-    """Milliseconds of each step, in rounds that begin with another step each time, until `seconds` are over.
-
-    A step that takes over `slow` times as long as the fastest sits out after JUDGED turns, so that it leaves the others more.
-    """
+def interleave(steps: list[Step], device: torch.device, *, seconds: float, least: int, most: int) -> list[list[float]]:
+    """Milliseconds of each step, in rounds that begin with another step each time, until `seconds` are over."""
     times: list[list[float]] = [[] for _ in steps]
-    began, playing = time.perf_counter(), list(range(len(steps)))
+    began = time.perf_counter()
     for turn in range(most):
-        if turn == min(least, JUDGED):
-            typical = [statistics.median(mine) for mine in times]
-            playing = [i for i in playing if typical[i] <= slow * min(typical)]
-        for i in range(len(playing)):
-            which = playing[(turn + i) % len(playing)]
+        for which in (i % len(steps) for i in range(turn, turn + len(steps))):
             times[which].append(milliseconds(steps[which], device))
         if turn + 1 >= least and time.perf_counter() - began > seconds:
             break
@@ -153,10 +133,10 @@ def interleave(
 
 
 def rounds(device: torch.device, *, quick: bool = False) -> dict[str, Any]:
-    """How often: seconds of turns at the least, the least and the most turns, and from when on a slow system has only a few."""
+    """How often: seconds of turns at the least, the least and the most turns."""
     if device.type == "cuda":
-        return {"seconds": 1 if quick else 5, "least": 20, "most": 100, "slow": SLOW}
-    return {"seconds": 1 if quick else 20, "least": 3 if quick else 5, "most": 40, "slow": SLOW}
+        return {"seconds": 1 if quick else 5, "least": 20, "most": 100}
+    return {"seconds": 1 if quick else 20, "least": 3 if quick else 5, "most": 40}
 
 
 def spread(times: list[float]) -> dict[str, float]:
@@ -166,34 +146,21 @@ def spread(times: list[float]) -> dict[str, float]:
     return found | {"runs": len(times)}
 
 
-def bare_matmuls(case: Case, batch: Batch) -> Callable[..., None]:
-    """The products that the case cannot do without, over the active rows, into memory that is there already: the floor.
-
-    Called with recompute=True it computes the logits twice: the floor of two passes.
-    """
+def bare_matmuls(case: Case, batch: Batch) -> Step:
+    """The products that a case cannot do without, of the active rows, into memory that is there already: the floor."""
     hidden, weight = batch.hidden.detach().flatten(0, 1)[: case.active_rows].contiguous(), batch.weight.detach()
     logits = hidden.new_empty(case.active_rows, case.vocabulary)
-    d_hidden, d_weight = torch.empty_like(hidden), torch.empty_like(weight)
-
-    def step(recompute: bool = False) -> None:
-        for _ in range(1 + recompute):
-            torch.mm(hidden, weight.T, out=logits)
-        if case.products >= 2:
-            torch.mm(logits, weight, out=d_hidden)
-        if case.products == 3:
-            torch.mm(logits.T, hidden, out=d_weight)
-
-    return step
+    products = [partial(torch.mm, hidden, weight.T, out=logits)]
+    products += [partial(torch.mm, logits, weight, out=torch.empty_like(hidden))] * (case.products >= 2)
+    products += [partial(torch.mm, logits.T, hidden, out=torch.empty_like(weight))] * (case.products == 3)
+    return lambda: [product() for product in products]
 
 
 def measure(case: Case, device: torch.device, keys: Collection[str] | None = None, **turns: Any) -> Measured:
-    """The systems among `keys` (None: all) and those that every case needs.
+    """The systems among `keys` (None: all) and those that every case needs; DeviceLostError if one breaks the device.
 
     A system of ours that is further from the truth than eager says so in its row, under "wrong". Who cannot take part,
     fails in the first call or computes something else is absent, and not timed.
-
-    Raises:
-        DeviceLostError: a system has broken the device for all.
     """
     batch = case.batch(device)
     bare, want = bare_matmuls(case, batch), truth(case, batch)  # who fits beside them also does so when timed
@@ -201,32 +168,24 @@ def measure(case: Case, device: torch.device, keys: Collection[str] | None = Non
     for system in systems(case):
         if keys is not None and system.key not in {*keys, *NEEDED}:
             continue
-        run: Run | None = None
-        row: Row = {"key": system.key, "system": system.title, "kind": system.kind}
         try:
             run = system.enter(case)
-            if system.kind != "products":
-                row |= _first_call(run, batch, case, device, want, system.kind)
+            numbers = {} if system.kind == "products" else _first_call(run, batch, case, want)
         except Exception as error:  # not installed, out of memory, or a kernel that does not know this GPU
-            row = {"key": system.key, "name": system.title, "reason": reason(error), "failed": run is not None}
-            found.absent[system.key] = row
-            if lost := check(device):
-                raise DeviceLostError(system.key, lost) from error
+            found.absent[system.key] = {"key": system.key, "name": system.title, "reason": reason(error)}
+            if check(device):
+                raise DeviceLostError(case.name if system.key in NEEDED else system.key) from error
             continue
-        if system.kind == "ours":
-            others = [other["errors"] for other in found.rows.values() if other["kind"] == "eager"]
-            off = too_far(row["errors"], others, wide=case.dtype == "float32" or device.type == "cuda")
-            row |= {"wrong": f"{system.name}: {off}"} if off else {}
-        products = partial(bare, recompute=system.key == "products-8NVH")
-        steps[system.key] = products if system.kind == "products" else partial(compute, run, batch, case)
-        found.rows[system.key] = row
+        others = [other["errors"] for other in found.rows.values() if other["kind"] == "eager"]
+        wide = case.dtype == "float32" or device.type == "cuda"
+        if system.kind == "ours" and (off := too_far(numbers["errors"], others, wide=wide)):
+            numbers["wrong"] = f"{system.name}: {off}"
+        found.rows[system.key] = {"key": system.key, "system": system.title, "kind": system.kind} | numbers
+        steps[system.key] = bare if system.kind == "products" else partial(compute, run, batch, case)
     release(device)
-    if device.type == "cuda":
-        interleave(list(steps.values()), device, seconds=0, least=2, most=2)  # warm up
-    times = interleave(list(steps.values()), device, **(turns or rounds(device)))
-    for key, row, mine in zip(found.rows, found.rows.values(), times, strict=True):
-        found.times[key] = mine
-        row |= spread(mine)
+    found.times.update(zip(steps, interleave([*steps.values()], device, **turns), strict=True))
+    for key, row in found.rows.items():
+        row |= spread(found.times[key])
     best = min((row["median_ms"] for row in found.rows.values() if row["kind"] == "eager"), default=None)
     for row in found.rows.values():
         row["tflops"] = 1e-9 * case.flops / row["median_ms"]
@@ -235,15 +194,16 @@ def measure(case: Case, device: torch.device, keys: Collection[str] | None = Non
     return found
 
 
-def _first_call(run: Run, batch: Batch, case: Case, device: torch.device, want: Outputs, kind: str) -> Row:
+def _first_call(run: Run, batch: Batch, case: Case, want: Outputs) -> Row:
     """Errors, and peak memory above the inputs and above the inputs and the returned gradients."""
     got: list[Outputs] = []
+    device = batch.hidden.device
     release(device)
     if device.type == "cuda":
         compute(run, batch, case)  # what a compiler or a tuner allocates once is not the system's
     peak = peak_bytes(lambda: got.append(compute(run, batch, case)), device)
-    found = errors(got[0], want, batch, case, kind)
-    if not is_comparable(found, case):
+    found = errors(got[0], want, batch, case)
+    if not all(error <= NOT_COMPARABLE[case.dtype] for error in found.values()):  # nor is NaN
         raise Missing(f"computes something else here: errors {found}")
     gradients = sum(x.nbytes for x in (got[0].d_hidden, got[0].d_weight) if x is not None)
     return {"peak_bytes": peak, "workspace_bytes": max(0, peak - gradients), "errors": found}
@@ -257,16 +217,10 @@ def release(device: torch.device) -> None:
 
 
 def check(device: torch.device) -> str | None:
-    """Why nothing runs on the device any more, if so: an illegal access, unlike a lack of memory, fails every later call."""
+    """Why nothing runs on the device any more, if so: an illegal access, unlike lack of memory, fails every call."""
     try:
         if device.type == "cuda":
             torch.cuda.synchronize()
     except Exception as error:
         return reason(error)
     return None
-
-
-def wrong(rows: Iterable[Row], absent: Iterable[Row]) -> list[str]:
-    """Which systems of ours have failed or are too far off, and why."""
-    failed = (one for one in absent if one["failed"] and one["key"].startswith("rlvr_ops"))
-    return [f"{one['name']}: {one['reason']}" for one in failed] + [row["wrong"] for row in rows if "wrong" in row]

@@ -1,43 +1,30 @@
-"""Results: a JSON file a case under benchmarks/results/<device>/, the same as tables, and beside the targets.
+"""Results: a JSON file a case under benchmarks/results/<device>/, and the same as tables."""
 
-The targets of targets.csv were set before anything was measured.
-"""
-
-import csv
 import functools
-import importlib.metadata
 import json
 import os
 import platform
 import re
-import statistics
 import subprocess
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, replace
+from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.cases import Case
+from benchmarks.cases import Case, cases
 from benchmarks.measure import Measured
+from benchmarks.systems import INSTALLED
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 SCRATCH = ROOT / ".benchmarks" / "results"  # quick and partial runs: git does not see it
-PACKAGES = ("rlvr-ops", "torch", "triton", "trl", "verl", "liger-kernel", "cut-cross-entropy", "quack-kernels",
-            "nvidia-cutlass-dsl", "pytest-benchmark")  # fmt: skip
-NVIDIA_SMI = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.draw,power.limit,temperature.gpu"
+PACKAGES = ("rlvr-ops", "torch", "triton", "trl", "verl", "liger-kernel", "cut-cross-entropy", "nvidia-cutlass-dsl",
+            "pytest-benchmark")  # fmt: skip
 CPUINFO = Path("/proc/cpuinfo")
 Result = dict[str, Any]
-HEADER = ["system", "median ms", "p20 .. p80 (runs)", "TFLOP/s", "products' share", "x eager", "peak MB", "workspace MB",
-          "error logp", "d_hidden", "d_weight"]  # fmt: skip
-ERRORS = ("logps", "d_hidden", "d_weight")
-TARGETS = list(csv.DictReader((ROOT / "benchmarks" / "targets.csv").read_text().splitlines()))
-"""In which cases a system's figure is to be at most `limit` times the same of another."""
-DTYPE = {"cuda": "bfloat16", "cpu": "float32"}  # of the targets
-SMALLEST = 100_000  # a language model's vocabulary: the targets are of such shapes
 
 
 def device_name(device: torch.device) -> str:
@@ -54,29 +41,20 @@ def device_folder(device: torch.device) -> str:
 
 
 def provenance(device: torch.device, command: str) -> Result:
-    """Device, clocks right after the work (nvidia-smi's own words, the mean MHz of a CPU), load, versions and commit."""
-    clocks, versions = {}, {"python": platform.python_version()}
-    if device.type == "cuda":
-        asked = (f"--id={torch.cuda.current_device()}", f"--query-gpu={NVIDIA_SMI}", "--format=csv,noheader")
-        clocks = dict(zip(NVIDIA_SMI.split(","), (_said("nvidia-smi", *asked) or "").split(", "), strict=False))
-        versions["cuda"] = str(torch.version.cuda)
-    elif mhz := re.findall(r"cpu MHz\s*: ([\d.]+)", CPUINFO.read_text() if CPUINFO.exists() else ""):
-        clocks["mean"] = f"{statistics.mean(map(float, mhz)):.0f} MHz"
-    there = {one.name.lower().replace("_", "-"): one.version for one in importlib.metadata.distributions()}
-    versions |= {name: there[name] for name in PACKAGES if name in there}
-    found: Result = {"device": device_name(device), "clocks": clocks, "load_average": os.getloadavg()[0]}
-    found |= {"versions": versions, "float32_matmul_precision": torch.get_float32_matmul_precision()}
+    """Device, a GPU's clock right after the work, load, versions and commit."""
+    versions = {"python": platform.python_version()} | {name: INSTALLED[name] for name in PACKAGES if name in INSTALLED}
+    versions |= {"cuda": str(torch.version.cuda)} if device.type == "cuda" else {}
+    clock = _said("nvidia-smi", "--query-gpu=clocks.sm", "--format=csv,noheader") if device.type == "cuda" else None
+    found: Result = {"device": device_name(device), "clocks": {"sm": clock} if clock else {}, "versions": versions}
+    found |= {"load_average": os.getloadavg()[0], "float32_matmul_precision": torch.get_float32_matmul_precision()}
     return found | {"commit": commit(), "command": command}
 
 
 @functools.cache
 def commit() -> Result:
-    """The commit that was checked out when the run began, and whether tracked files differed; results and pages aside.
-
-    A copy without its .git is told by the environment variable RLVR_OPS_COMMIT, if at all.
-    """
+    """The commit checked out when the run began, and whether tracked files differed, results and pages aside."""
     found = _said("git", "-C", str(ROOT), "rev-parse", "HEAD")
-    if found is None:
+    if found is None:  # a copy without its .git
         return {"id": os.environ.get("RLVR_OPS_COMMIT"), "dirty": None}
     aside = (":!benchmarks/results", ":!docs")
     changed = _said("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no", "--", ".", *aside)
@@ -91,8 +69,7 @@ def _said(*command: str) -> str | None:
 
 
 def save(case: Case, found: Measured, device: torch.device, command: str, place: Path) -> Result:
-    counted = {"active_rows": case.active_rows, "products": case.products}
-    result: Result = {"case": asdict(case) | counted} | provenance(device, command)
+    result: Result = {"case": asdict(case)} | provenance(device, command)
     result |= {"systems": list(found.rows.values()), "absent": list(found.absent.values())}
     write(place / f"{case.name}.json", result)
     return result
@@ -117,54 +94,50 @@ def case_of(result: Result) -> Case:
 
 
 def load(place: Path) -> list[Result]:
-    """The stored cases of one device: the largest shape first, and of one shape what everybody asks for first."""
-
-    def order(result: Result) -> tuple[Any, ...]:
-        case = case_of(result)
-        variation = case.peaked + 2 * case.entropy + 3 * case.frozen
-        size = case.rows * case.hidden * case.vocabulary
-        return -size, ("ace", "logps", "grpo").index(case.loss), variation, -case.active
-
-    results = [json.loads(path.read_text()) for path in sorted(place.glob("*.json"))]
-    return sorted((result for result in results if "case" in result), key=order)
+    """The stored cases of one device, in the order of the suite."""
+    suite = [case.name for case in cases(place.name.partition("-")[0], quick=False)]
+    paths = [path for path in sorted(place.glob("*.json")) if path.stem != "scaling"]
+    paths.sort(key=lambda path: suite.index(path.stem) if path.stem in suite else len(suite))
+    return [json.loads(path.read_text()) for path in paths]
 
 
-def caption(result: Result) -> str:
-    case, clocks = case_of(result), result["clocks"]
-    computed = "log-probabilities, forward only" if case.forward else f"{case.loss}_loss forward and backward"
-    words = [computed, f"(N, H, V) = ({case.rows}, {case.hidden}, {case.vocabulary})", case.dtype]
-    words += ["frozen weight"] * case.frozen + ["with entropy"] * case.entropy
-    words += ["peaked logits" if case.peaked else "random logits"]
-    words += [f"{case.active_rows} of {case.rows} rows in rollouts with an advantage"] * (not case.forward)
-    clock = clocks.get("mean") or clocks.get("clocks.sm")
-    return f"{', '.join(words)}; load average {result['load_average']:.1f}" + (f", clock {clock}" if clock else "")
+def caption(case: Case) -> str:
+    computed = "token_logps" if case.forward else f"{case.loss}_loss, {case.active:.0%} of rollouts active"
+    shape = f"(N, H, V) = ({case.rows}, {case.hidden}, {case.vocabulary})"
+    return ", ".join([computed, shape, case.dtype, *case.kinds])
 
 
-def table(result: Result) -> list[str]:
-    """One case as the lines of a Markdown table, the fastest first."""
-    lines = [f"| {' | '.join(HEADER)} |", "|---" + "|---:" * (len(HEADER) - 1) + "|"]
+def table(head: str, forms: str, rows: Iterable[Iterable[object]]) -> str:
+    """Markdown; forms: how the cells are written, "-" as they are, None as nothing."""
+    names = head.split(" | ")
+    written = [zip(row, forms.split(), strict=True) for row in rows]
+    cells = [["" if cell is None else format(cell, form.strip("-")) for cell, form in row] for row in written]
+    return "\n".join(f"| {' | '.join(line)} |" for line in (names, ["---:"] * len(names), *cells))
+
+
+def of_systems(result: Result) -> str:
+    """One case as a table of its systems, the fastest first."""
+    rows = []
     for row in sorted(result["systems"], key=lambda row: row["median_ms"]):
         name = {"ours": "**{}**", "floor": "{} (floor)"}.get(row["kind"], "{}").format(row["system"])
-        ms, low, high = (f"{row[key]:.{1 if row[key] >= 10 else 2}f}" for key in ("median_ms", "p20_ms", "p80_ms"))
-        sizes = [row[key] / 1e6 if key in row else None for key in ("peak_bytes", "workspace_bytes")]
-        figures = [(row["tflops"], ".3g"), (row["share_of_products"], ".0%"), (row["ratio_to_eager"], ".2f")]
-        figures += [(size, ".0f" if size and size >= 10 else ".1f") for size in sizes]
-        figures += [(row.get("errors", {}).get(what), ".1e") for what in ERRORS]
-        cells = ["" if figure is None else format(figure, form) for figure, form in figures]
-        lines.append("| " + " | ".join([name, ms, f"{low} .. {high} ({row['runs']})", *cells]) + " |")
-    return lines
-
-
-def missing(results: Iterable[Result]) -> list[str]:
-    """A paragraph on the systems that were absent, each with its reason and how often, or nothing."""
-    counts = Counter((one["name"], one["reason"]) for result in results for one in result["absent"])
-    lines = [f"- {name}: {why} ({count} of the cases)" for (name, why), count in sorted(counts.items())]
-    return ["\n".join(["Not measured on this device:", "", *lines])] if lines else []
+        times = (row[key] for key in ("median_ms", "p20_ms", "p80_ms", "runs", "tflops"))
+        sizes = (row[key] / 1e6 if key in row else None for key in ("peak_bytes", "workspace_bytes"))
+        errors = (row.get("errors", {}).get(what) for what in ("logps", "d_hidden", "d_weight"))
+        rows.append((name, *times, row["share_of_products"], row["ratio_to_eager"], *sizes, *errors))
+    head = "system | median ms | p20 | p80 | runs | TFLOP/s | products' share | x eager | peak MB | workspace MB"
+    return table(f"{head} | error logp | d_hidden | d_weight", "- .2f .2f .2f - .3g .0% .2f .1f .1f .1e .1e .1e", rows)
 
 
 def markdown(results: list[Result]) -> str:
-    """All cases, each with its caption, and who did not take part."""
-    return "\n\n".join([*("\n".join([f"**{caption(one)}**", "", *table(one)]) for one in results), *missing(results)])
+    """All cases, each with its caption, and who did not take part, why, and how often."""
+    parts = []
+    for result in results:
+        clock = "".join(f", clock {clock}" for clock in result["clocks"].values())
+        parts.append(f"**{caption(case_of(result))}**; load average {result['load_average']:.1f}{clock}")
+        parts.append(of_systems(result))
+    absent = Counter((one["name"], one["reason"]) for result in results for one in result["absent"])
+    lines = [f"- {name}: {why} ({count} of the cases)" for (name, why), count in sorted(absent.items())]
+    return "\n\n".join([*parts, *(["Not measured on this device:", "\n".join(lines)] if lines else [])])
 
 
 def origin(results: list[Result]) -> str:
@@ -174,29 +147,3 @@ def origin(results: list[Result]) -> str:
     commits = {(one["id"] or "unknown")[:12] + " with changes" * bool(one["dirty"]) for one in found}
     commands = {f"`{result['command']}`" for result in results}
     return "; ".join([device, packages, precision, f"commit {', '.join(sorted(commits))}", ", ".join(sorted(commands))])
-
-
-def compared(results: list[Result], device_type: str) -> Iterator[str]:
-    """Every target that the results have both sides of, with what was measured, in the dtype that the device's targets are for."""
-    found = {case_of(one): {row["key"]: row | row.get("errors", {}) for row in one["systems"]} for one in results}
-    for case, rows in found.items():
-        eager = [row for row in rows.values() if row["kind"] == "eager"]
-        fields = {"median_ms", "peak_bytes", *ERRORS}.intersection(*eager)
-        best = {field: min(row[field] for row in eager) for field in fields} if eager else {}
-        others = rows | {"eager": best, "MB": {"workspace_bytes": 1e6}}
-        others["eager's peak"] = {"workspace_bytes": best.get("peak_bytes")}
-        whole = found.get(replace(case, active=1.0), {})
-        if {"rlvr_ops", "products"} <= whole.keys() & rows.keys():
-            # In units of each run's own products, whose work halves: the two are minutes apart, and a clock may change.
-            slower = rows["products"]["median_ms"] / whole["products"]["median_ms"] / case.active
-            others["all rows"] = {"median_ms": whole["rlvr_ops"]["median_ms"] * slower}
-        plain, all_rows = case.vocabulary >= SMALLEST and not case.kinds, case.all_rows
-        cases = {"all": plain and all_rows and case.rows >= 1024, "few": plain and all_rows and case.rows < 1024}
-        cases |= {"half": plain and case.active == 0.5, "forward": plain and case.forward, "any": True}
-        for target in TARGETS:
-            system, field, limit = target["system"], target["field"], float(target["limit"])
-            mine, other = rows.get(system, {}).get(field), others.get(target["of"], {}).get(field)
-            applies = target["device"] == device_type and case.dtype == DTYPE[device_type] and cases[target["cases"]]
-            if applies and mine is not None and other:
-                verdict = "ok" if mine / other <= limit else "NOT MET"
-                yield f"{case.name}  {system}: {mine / other:.3g} {target['unit']} (target {limit:.3g}) {verdict}"

@@ -3,9 +3,9 @@ import json
 import pytest
 
 from benchmarks import chart
-from benchmarks.chart import shows
-from benchmarks.results import RESULTS, compared, devices, load, markdown
+from benchmarks.results import RESULTS, ROOT, devices, load, markdown
 
+DOCS = ROOT / "docs"
 CASE = {
     "loss": "ace", "rows": 1024, "hidden": 896, "vocabulary": 151936, "rollouts": 8, "dtype": "float32", "active": 1.0,
     "peaked": False, "entropy": False, "frozen": False, "active_rows": 1024, "products": 3,
@@ -32,61 +32,76 @@ def result(*rows, **case):
 @pytest.fixture
 def results(tmp_path):
     """Two devices; the first has the sizes varied, too."""
-    point = {"rows": 8, "hidden": 8, "vocabulary": 8, "median_ms": 1.0, "peak_bytes": 10}
+    point = {
+        "rows": 8, "hidden": 8, "vocabulary": 8, "median_ms": 1.0, "peak_bytes": 10, "products_ms": 1.0,
+        "predicted_ms": 1.0, "measured_over_predicted": 1.0, "predicted_peak_bytes": 10,
+    }  # fmt: skip
     points = [{**point, "varied": "N"}, {**point, "varied": "N", "rows": 16, "median_ms": 2.0, "peak_bytes": 20}]
     scaling = {
-        "device": "d",
-        "versions": {"torch": "1"},
-        "points": points,
-        "exponents": {"N": {"time": 1, "memory": 1}},
-    }
+        "device": "d", "versions": {"torch": "1"}, "points": points, "exponents": {"N": {"time": 1, "memory": 1}},
+        "rates": {"matmul_flops": 1e9, "bytes_per_second": 1e9}, "command": "python",
+    }  # fmt: skip
     for device in ("cpu-slow", "cuda-fast"):
         folder = tmp_path / "results" / device
         folder.mkdir(parents=True)
         stored = result(row("rlvr_ops", "ours", 5.0), row("torch-floor", "floor", 4.0))
         (folder / "ace.json").write_text(json.dumps(stored))
     (tmp_path / "results" / "cpu-slow" / "scaling.json").write_text(json.dumps(scaling))
-    (tmp_path / "benchmarks.md").write_text(f"before\n{chart.BEGIN}\nold\n{chart.END}\nafter\n")
+    sections = {"benchmarks.md": ["results"], "scaling.md": ["predicted", "measured"]}
+    for page, names in sections.items():
+        blocks = "between\n".join(f"{chart.BEGIN.format(name)}\nold\n{chart.END}\n" for name in names)
+        (tmp_path / page).write_text(f"before\n{blocks}after\n")
     return tmp_path / "results"
 
 
 def test_the_page_holds_the_stored_results_and_no_others():
-    assert chart.generated(RESULTS) in chart.PAGE.read_text(), "run python -m benchmarks.chart"
+    assert chart.generated(RESULTS) in (DOCS / "benchmarks.md").read_text(), "run python -m benchmarks.chart"
+
+
+@pytest.mark.parametrize("page", ["benchmarks.md", "scaling.md"])
+def test_a_page_is_what_the_command_writes(page):
+    text = (DOCS / page).read_text()
+    assert chart.rewrite(text, RESULTS) == text, "run python -m benchmarks.chart"
 
 
 def test_every_plot_shows_the_stored_results_and_there_is_no_other():
     drawn = chart.every_plot(RESULTS)
-    stale = [name for name, data in drawn.items() if not shows(chart.PAGE.parent / name, data)]
+    stale = [name for name, plot in drawn.items() if not plot.is_in(DOCS / name)]
     assert not stale, "run python -m benchmarks.chart"
-    there = {f"plots/{path.name}" for path in (chart.PAGE.parent / "plots").iterdir()}
+    there = {f"plots/{path.name}" for path in (DOCS / "plots").iterdir()}
     assert there == {name for name in drawn if name.startswith("plots/")}
 
 
-def test_one_command_writes_the_page_and_all_plots_and_removes_what_is_gone(results, tmp_path):
-    page = tmp_path / "benchmarks.md"
+def test_one_command_writes_the_pages_and_all_plots_and_removes_what_is_gone(results, tmp_path):
+    page, scaling = tmp_path / "benchmarks.md", tmp_path / "scaling.md"
     (tmp_path / "plots").mkdir()
     (tmp_path / "plots" / "of-a-device-that-is-gone.svg").write_text("")
-    chart.main(results, page)
+    chart.main(results, tmp_path)
     text = page.read_text()
     assert text.startswith("before\n")
     assert text.endswith("after\n")
     assert "old" not in text
     assert text.index("### cuda-fast") < text.index("### cpu-slow")
     assert {path.name for path in (tmp_path / "plots").iterdir()} == {
-        *(f"{device}-{plot}.svg" for device in ("cuda-fast", "cpu-slow") for plot in ("time", "memory", "error")),
-        "cpu-slow-scaling.svg",
-    }
+        "cuda-fast.svg", "cpu-slow.svg", "cpu-slow-scaling.svg",
+    }  # fmt: skip
     assert chart.rewrite(text, results) == text
+    text = scaling.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+    assert "old" not in text
+    assert "between" in text
+    assert "plots/cpu-slow-scaling.svg" in text
 
 
 def test_a_plot_or_a_page_that_was_made_from_other_results_is_noticed(results, tmp_path):
     page = tmp_path / "benchmarks.md"
-    chart.main(results, page)
+    chart.main(results, tmp_path)
     path = results / "cuda-fast" / "ace.json"
     path.write_text(path.read_text().replace("5.0", "5.5"))
     assert chart.rewrite(page.read_text(), results) != page.read_text()
-    noticed = {name for name, data in chart.every_plot(results).items() if not shows(tmp_path / name, data)}
-    assert noticed == {"chart.png", "plots/cuda-fast-time.svg"}
+    noticed = {name for name, plot in chart.every_plot(results).items() if not plot.is_in(tmp_path / name)}
+    assert noticed == {"chart.png", "plots/cuda-fast.svg"}
 
 
 def test_gpus_come_first_and_folders_without_results_not_at_all(results):
@@ -100,33 +115,3 @@ def test_a_floor_is_marked_and_an_absent_system_has_its_reason():
     assert "| torch-floor (floor) |" in text
     assert "| **rlvr_ops** |" in text
     assert "- QuACK: quack-kernels is not installed (1 of the cases)" in text
-
-
-def test_what_was_measured_stands_beside_its_target():
-    whole = result(
-        row("rlvr_ops", "ours", 11.5),
-        row("products", "products", 10.0),
-        row("trl", "peer", 10.0),
-        row("e", "eager", 20.0),
-    )
-    # A slower quarter of an hour: 7.5 / 7.5 of its products against 11.5 / 10, of half the work
-    half = result(row("rlvr_ops", "ours", 7.5), row("products", "products", 7.5), active=0.5, active_rows=512)
-    lines = list(compared([whole, half], "cpu"))
-    assert "ace-1024x896x151936-float32-100-active  rlvr_ops: 1.15 x products (target 1.1) NOT MET" in lines
-    assert "ace-1024x896x151936-float32-100-active  rlvr_ops: 0.575 x eager (target 0.85) ok" in lines
-    assert "ace-1024x896x151936-float32-100-active  rlvr_ops: 1.15 x trl (target 0.6) NOT MET" in lines
-    assert (
-        "ace-1024x896x151936-float32-100-active  rlvr_ops: 0.5 x eager's peak in workspace (target 0.143) NOT MET"
-        in lines
-    )
-    assert (
-        "ace-1024x896x151936-float32-50-active  rlvr_ops: 0.435 x our own time for all rows (target 0.55) ok" in lines
-    )
-    assert not [line for line in lines if "error" in line]
-    assert not list(compared([whole], "cuda")), "its targets are for bfloat16"
-    lines = list(compared([whole | {"case": whole["case"] | {"dtype": "bfloat16"}}], "cuda"))
-    assert "ace-1024x896x151936-bfloat16-100-active  rlvr_ops: 1.15 x products (target 1.15) ok" in lines
-    assert "ace-1024x896x151936-bfloat16-100-active  rlvr_ops: 1 x TRL's error of logps (target 1.01) ok" in lines
-    assert "ace-1024x896x151936-bfloat16-100-active  rlvr_ops: 1 x eager's error of d_weight (target 1.01) ok" in lines
-    toy = result(row("rlvr_ops", "ours", 5.0), row("products", "products", 1.0), vocabulary=50)
-    assert not list(compared([toy], "cpu"))

@@ -6,11 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import peers
+from benchmarks import systems
 from benchmarks.cases import Case
 from benchmarks.measure import errors, truth
-from benchmarks.peers import SYSTEMS
-from benchmarks.systems import Missing, compute, cuda
+from benchmarks.systems import SYSTEMS, Missing, compute, cuda
 
 CPU = torch.device("cpu")
 CASE = Case("grpo", 16, 16, 50, 4)
@@ -39,15 +38,15 @@ def test_pytorchs_chunks(case):
     if hasattr(torch.nn, "LinearCrossEntropyOptions"):
         assert is_exact("torch-chunked", case)
     else:
-        with pytest.raises(Missing, match="has no chunked"):
-            PEERS["torch-chunked"].enter(case)
+        with pytest.raises(AttributeError, match="LinearCrossEntropyOptions"):
+            is_exact("torch-chunked", case)
 
 
 @pytest.mark.parametrize("case", FORMS, ids=lambda case: case.name)
 def test_ligers_scaled_cross_entropy_by_what_it_does_on_a_cpu(case, monkeypatch):
     pytest.importorskip("liger_kernel")
-    found = peers.import_module
-    monkeypatch.setattr(peers, "import_module", lambda name: None if "sm90" in name else found(name))
+    found = systems.import_module
+    monkeypatch.setattr(systems, "import_module", lambda name: None if "sm90" in name else found(name))
     assert is_exact("liger-scaled_ce", case)
 
 
@@ -77,13 +76,13 @@ def test_verls_triton_kernels_by_the_same_in_pytorch(case, monkeypatch):
 def test_ligers_loss_leaves_the_precision_of_matmuls_as_it_was():
     pytest.importorskip("liger_kernel")
     before = torch.get_float32_matmul_precision()
-    assert is_exact("liger-grpo-tf32", CASE)
+    assert is_exact("liger-grpo", CASE)
     assert torch.get_float32_matmul_precision() == before
 
 
 def test_what_would_take_minutes_on_a_cpu_stays_out_of_the_large_cases(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for key in ("eager-compiled", "torch-chunked", "torch-floor"):
+    for key in ("eager-compiled", "torch-chunked"):
         with pytest.raises(Missing, match="slow on a CPU"):
             PEERS[key].enter(Case("ace", 1024, 896, 151936, 8))
 
@@ -94,21 +93,5 @@ def test_a_missing_gpu_or_another_one_is_said(monkeypatch):
         cuda(CASE)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
-    with pytest.raises(Missing, match=r"needs compute capability 9\.0, this GPU has 8\.0"):
+    with pytest.raises(Missing, match=r"needs a GPU of compute capability 9\.0"):
         PEERS["liger-scaled_ce"].needs(CASE)
-
-
-def test_one_module_of_a_package_that_cannot_be_imported_whole(tmp_path, monkeypatch):
-    inner = tmp_path / "unfit_package" / "deep"
-    inner.mkdir(parents=True)
-    (tmp_path / "unfit_package" / "__init__.py").write_text("import a_module_that_nobody_has")
-    (inner / "__init__.py").write_text("")
-    (inner / "leaf.py").write_text("from unfit_package.deep.twig import value")
-    (inner / "twig.py").write_text("value = 7")
-    (inner / "rotten.py").write_text("import another_module_that_nobody_has")
-    monkeypatch.syspath_prepend(tmp_path)
-    assert peers.import_alone("unfit_package.deep.leaf").value == 7
-    with pytest.raises(ImportError, match="another_module_that_nobody_has"):
-        peers.import_alone("unfit_package.deep.rotten")
-    with pytest.raises(ImportError, match="no_package"):
-        peers.import_alone("no_package.leaf")

@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,35 +13,38 @@ import pytest
 import torch
 
 from benchmarks import bench_losses, on_gpu
-from benchmarks.bench_losses import REPLAY, Recorder
-from benchmarks.cases import Case
-from benchmarks.measure import DeviceLostError, wrong
+from benchmarks.bench_losses import interleaved, record
+from benchmarks.cases import Case, cases
+from benchmarks.measure import DeviceLostError, Measured
 from benchmarks.on_gpu import Stage
-from benchmarks.peers import SYSTEMS, systems
-from benchmarks.results import ROOT, SCRATCH, device_folder
+from benchmarks.results import ROOT, device_folder, save
+from benchmarks.systems import systems
 
 CPU = torch.device("cpu")
 CASE, LOSS = Case("logps", 16, 8, 50, 4), Case("ace", 16, 8, 50, 4)
-WHOLE = [(CASE, system.key) for system in systems(CASE)]
+OFF = "import benchmarks.measure as measure\nmeasure.FLOAT32_NOISE = measure.TIE = 0.0\n"  # nothing of ours is near enough
+
+
+def bench(*arguments, plugins=ROOT):
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--benchmark", "--benchmark-quick"]
+    # A worker of pytest-xdist says so in its environment, and its own runs would take themselves for one.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    environment |= {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(plugins), os.environ.get("PYTHONPATH", "")]),
+    }
+    return subprocess.run(
+        [*command, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240
+    )
 
 
 def test_some_systems_of_some_cases_are_measured_with_what_their_ratios_need_and_stored_as_both_json(tmp_path):
     kept = tmp_path / "kept.json"
-    asked = (
-        "--benchmark",
-        "--benchmark-quick",
-        "-k",
-        "logps and (rlvr_ops or cce)",
-        "--benchmark-columns=median,rounds",
-    )
-    written = (f"--benchmark-json={kept}", f"--benchmark-results={tmp_path}")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *asked, *written]
-    # A worker of pytest-xdist says so in its environment, and its own runs would take themselves for one.
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    environment["OMP_NUM_THREADS"] = "1"
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+    asked = ("-k", "logps and (rlvr_ops or cce)", "--benchmark-columns=median,rounds")
+    done = bench(*asked, f"--benchmark-json={kept}", f"--benchmark-results={tmp_path}")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "cut-cross-entropy" in done.stdout or torch.cuda.is_available()
+    assert done.stdout.count(f"stored in {tmp_path}") == 1, "a case is measured once for all its tests"
     (stored,) = tmp_path.glob("*/*.json")
     result = json.loads(stored.read_text())
     rows = {row["key"]: row for row in result["systems"]}
@@ -52,6 +54,18 @@ def test_some_systems_of_some_cases_are_measured_with_what_their_ratios_need_and
     assert measured["rlvr_ops"]["stats"]["median"] == pytest.approx(1e-3 * rows["rlvr_ops"]["median_ms"])
     assert measured["rlvr_ops"]["stats"]["rounds"] == rows["rlvr_ops"]["runs"] >= 3
     assert measured["rlvr_ops"]["extra_info"]["errors"] == rows["rlvr_ops"]["errors"]
+
+
+def test_a_case_that_is_off_fails_all_its_tests_after_one_measurement(tmp_path):
+    (tmp_path / "off.py").write_text(OFF)
+    chosen = f"benchmarks/bench_losses.py::bench_loss[{cases('cpu', quick=True)[2].name}-"
+    done = bench(
+        "-p", "off", f"--benchmark-results={tmp_path}", f"{chosen}rlvr_ops]", f"{chosen}products]", plugins=tmp_path
+    )
+    assert done.returncode == 1
+    assert done.stdout.count(f"stored in {tmp_path}") == 1
+    assert "2 errors" in done.stdout
+    assert "rlvr_ops: logps is" in done.stdout
 
 
 @pytest.mark.parametrize("flag", ["--benchmark-quick", "--benchmark-results"])
@@ -70,54 +84,94 @@ def test_measured_times_are_replayed_as_the_rounds_of_the_benchmark():
 
         def pedantic(self, target, rounds):
             for _ in range(rounds):
-                start = REPLAY()
+                start = interleaved()
                 target()
-                self.seen.append(REPLAY() - start)
+                self.seen.append(interleaved() - start)
 
     benchmark = Benchmark()
-    REPLAY.into(benchmark, [0.1, 0.3, 0.2], {"kind": "ours"})
-    assert benchmark.seen == [0.1, 0.3, 0.2]
+    found = Measured({"rlvr_ops": {"kind": "ours"}}, {}, {"rlvr_ops": [100.0, 300.0, 200.0]})
+    bench_losses.bench_loss(found, "rlvr_ops", benchmark)
+    assert benchmark.seen == pytest.approx([0.1, 0.3, 0.2])
     assert benchmark.extra_info == {"kind": "ours"}
 
 
 @pytest.fixture
-def one_turn(monkeypatch):
+def one_turn(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_losses, "DEVICE", CPU)
     monkeypatch.setattr(bench_losses, "rounds", lambda *_, **__: {"seconds": 0, "least": 1, "most": 1})
+    monkeypatch.setattr(bench_losses, "RESULTS", tmp_path / "kept")
+    monkeypatch.setattr(bench_losses, "SCRATCH", tmp_path / "scratch")
 
 
-@pytest.mark.parametrize(("chosen", "quick"), [(WHOLE, True), ([(CASE, "rlvr_ops")], False)])
-def test_quick_and_partial_runs_never_overwrite_the_stored_results(chosen, quick):
-    assert SCRATCH in Recorder(chosen, CPU, "c", quick=quick, results=None).folder(CASE).parents
-    whole = Recorder(WHOLE, CPU, "c", quick=False, results=None).folder(CASE)
-    assert whole == ROOT / "benchmarks" / "results" / device_folder(CPU)
+@pytest.mark.parametrize(
+    ("some", "quick", "place"), [(False, True, "scratch"), (True, False, "scratch"), (False, False, "kept")]
+)
+def test_quick_and_partial_runs_never_overwrite_the_stored_results(some, quick, place, tmp_path, monkeypatch, one_turn):
+    found = Measured({}, {}, {})
+    monkeypatch.setattr(bench_losses, "measure", lambda *_, **__: found)
+    keys = {"rlvr_ops"} if some else {system.key for system in systems(CASE)}
+    assert record(CASE, keys, "c", quick=quick, results=None) is found
+    assert [path.relative_to(tmp_path) for path in tmp_path.glob("**/*.json")] == [
+        Path(place) / device_folder(CPU) / f"{CASE.name}.json"
+    ]
 
 
-def test_a_case_is_measured_once_for_all_its_tests_and_fails_for_all(tmp_path, monkeypatch, one_turn):
-    once = Recorder([(CASE, "rlvr_ops")], CPU, "c", quick=True, results=tmp_path)
-    assert once.of(CASE) is once.of(CASE)
-    assert len(once.results) == 1
+@pytest.mark.parametrize("kept", [True, False])
+def test_numbers_of_ours_that_are_off_fail_the_benchmark_and_are_stored_only_where_asked_for(
+    kept, tmp_path, monkeypatch, one_turn
+):
+    monkeypatch.setattr("benchmarks.measure.FLOAT32_NOISE", 0.0)
+    monkeypatch.setattr("benchmarks.measure.TIE", 0.0)
+    with pytest.raises(AssertionError, match="rlvr_ops: loss is"):
+        record(LOSS, {"rlvr_ops"}, "c", quick=True, results=tmp_path / "asked" if kept else None)
+    assert bool(list(tmp_path.iterdir())) == kept
+    if kept:
+        rows = {row["key"]: row for row in result_of(tmp_path / "asked")["systems"]}
+        assert rows["rlvr_ops"]["wrong"].startswith("rlvr_ops: loss is")
+        assert rows["rlvr_ops"]["median_ms"] > 0
 
-    def off(*_, **__):
-        raise AssertionError("further off than eager")
 
-    failing = Recorder([(CASE, "rlvr_ops")], CPU, "c", quick=True, results=tmp_path)
-    monkeypatch.setattr(bench_losses, "measure", off)
-    for _ in range(2):
-        with pytest.raises(AssertionError, match="further off than eager"):
-            failing.of(CASE)
+def test_a_system_of_ours_that_fails_leaves_the_others_their_results_and_is_tried_again(
+    tmp_path, monkeypatch, one_turn, clean_commit
+):
+    def fails(batch):
+        raise RuntimeError("a kernel that has never run")
+
+    found = [
+        SimpleNamespace(key=one.key, title=one.title, name=one.name, kind=one.kind, enter=lambda case: fails)
+        if one.key == "rlvr_ops-two_pass"
+        else one
+        for one in systems(LOSS)
+    ]
+    monkeypatch.setattr("benchmarks.measure.systems", lambda case: found)
+    keys = {"rlvr_ops", "rlvr_ops-two_pass"}
+    with pytest.raises(AssertionError, match="rlvr_ops, two_pass: RuntimeError: a kernel that has never run"):
+        record(LOSS, keys, "c", quick=True, results=tmp_path)
+    there = {row["key"] for row in result_of(tmp_path)["systems"]}
+    assert there >= {"rlvr_ops", "products", "eager-logsumexp"}
+    path = tmp_path / device_folder(CPU) / f"{LOSS.name}.json"
+    assert not on_gpu.is_there(path, keys)
+    assert on_gpu.is_there(path, {"rlvr_ops"})
 
 
-def test_every_stage_of_the_command_for_a_gpu_writes_what_it_finds(tmp_path, capsys):
-    for stage in ("suite", "launches", "tuning"):
-        assert not on_gpu.main(
-            ["--stage", stage, "--tiny", "--device", "cpu", "--minutes", "1", "--out", str(tmp_path)]
-        )
-        assert ("ace-16x8x50-float32-100-active" in capsys.readouterr().out) == (stage != "tuning")
-    assert {path.stem for path in (tmp_path / device_folder(CPU)).glob("*.json")} == {
-        "ace-16x8x50-float32-100-active",
-        "grpo-16x8x50-float32-50-active",
-        "logps-16x8x50-float32-100-active",
-    }
+def result_of(place):
+    return json.loads((place / device_folder(CPU) / f"{LOSS.name}.json").read_text())
+
+
+@pytest.fixture
+def clean_commit(monkeypatch):
+    monkeypatch.setattr(on_gpu, "commit", lambda: {"id": "abc", "dirty": False})
+    monkeypatch.setattr("benchmarks.results.commit", on_gpu.commit)
+
+
+@pytest.fixture
+def tiny_stage(tmp_path, clean_commit):
+    return Stage("suite", tmp_path, CPU, time.monotonic() + 60, tiny=True)
+
+
+def test_the_stages_that_run_in_a_process_of_their_own_write_what_they_find(tmp_path):
+    tiny = ["--tiny", "--device", "cpu", "--minutes", "1", "--out", str(tmp_path)]
+    assert not on_gpu.main(["--stage", "tuning", *tiny])
     rows = json.loads((tmp_path / "tuning.json").read_text())
     assert {row["what"] for row in rows} == {"linear_lse as chosen"}, "the others are for a GPU"
     assert not [row for row in rows if isinstance(row["ms"], str)]
@@ -126,126 +180,98 @@ def test_every_stage_of_the_command_for_a_gpu_writes_what_it_finds(tmp_path, cap
 
 def test_a_stage_runs_in_a_process_of_its_own_and_is_ended_when_its_time_is_up(tmp_path, capsys):
     tiny = ["--tiny", "--device", "cpu", "--out", str(tmp_path)]
-    assert on_gpu.main([*tiny, "--minutes", "10", "--only", "products", "scaling"]) == 0
-    assert "products: exit 0" in capsys.readouterr().out
+    assert on_gpu.main([*tiny, "--minutes", "10", "--only", "products", "launches"]) == 0
+    said = capsys.readouterr().out
+    assert "products: exit 0" in said
+    assert "launches: exit 0" in said
+    assert "| **rlvr_ops** |" in said
     forms = {row["form"] for row in json.loads((tmp_path / "products.json").read_text())}
     assert forms >= {"logits", "d_weight += fp32"}
-    on_gpu.main([*tiny, "--minutes", "0.005", "--only", "suite"])
-    assert "suite: out of time" in capsys.readouterr().out
+    suite = {path.stem for path in tmp_path.glob("cpu-*/*.json")}
+    assert suite == {case.name for case in cases("cpu", quick=True)[:2]}
+    on_gpu.main([*tiny, "--minutes", "0.005", "--only", "scaling"])
+    assert "scaling: out of time" in capsys.readouterr().out
 
 
-@pytest.fixture
-def tiny_stage(tmp_path, monkeypatch):
-    monkeypatch.setattr(on_gpu, "commit", lambda: {"id": "abc", "dirty": False})
-    monkeypatch.setattr("benchmarks.results.commit", on_gpu.commit)
-    return Stage("suite", tmp_path, CPU, time.monotonic() + 60, tiny=True)
-
-
-def result_of(here):
-    return json.loads((here.out / device_folder(CPU) / f"{LOSS.name}.json").read_text())
-
-
-def broken(key):
-    """The systems, of which one fails whenever it runs."""
-
-    def load(case):
-        def run(batch):
-            raise RuntimeError("a kernel that has never run")
-
-        return run
-
-    return [replace(system, load=load) if system.key == key else system for system in SYSTEMS]
-
-
-def test_the_suite_goes_on_where_an_earlier_run_has_stopped(tiny_stage, monkeypatch, capsys):
-    every = {system.key for system in systems(LOSS)}
-    some, path = every & {*on_gpu.FEW}, tiny_stage.out / device_folder(CPU) / f"{LOSS.name}.json"
-    assert not on_gpu.is_there(path, some)
-    assert on_gpu.run_case(LOSS, some, tiny_stage)
-    assert on_gpu.is_there(path, some)
-    assert not on_gpu.is_there(path, every), "most were not asked for"
-    monkeypatch.delattr(on_gpu, "measure")
-    assert on_gpu.run_case(LOSS, some, tiny_stage)
-    assert f"{LOSS.name} is there from an earlier run" in capsys.readouterr().out
+def test_the_suite_goes_on_where_an_earlier_run_has_stopped(tiny_stage, monkeypatch):
+    case, folder = cases("cpu", quick=True)[0], tiny_stage.out / device_folder(CPU)
+    every = on_gpu.remaining(tiny_stage, few=True, lost=())
+    rows = {key: {"key": key} for key in on_gpu.FEW if key != "trl"}
+    absent = {"trl": {"key": "trl", "name": "TRL", "reason": "trl is not installed"}}
+    path = folder / f"{case.name}.json"
+    assert not on_gpu.is_there(path, on_gpu.FEW)
+    save(case, Measured(rows, absent, {}), CPU, "c", folder)
+    assert on_gpu.is_there(path, on_gpu.FEW)
+    assert not on_gpu.is_there(path, {system.key for system in systems(case)}), "most were not asked for"
+    left = on_gpu.remaining(tiny_stage, few=True, lost=())
+    assert {one for one in every if one not in left} == {
+        f"benchmarks/bench_losses.py::bench_loss[{case.name}-{key}]" for key in on_gpu.FEW
+    }
     for other in ({"id": "another", "dirty": False}, {"id": "abc", "dirty": True}, {"id": None, "dirty": None}):
         monkeypatch.setattr(on_gpu, "commit", lambda other=other: other)
-        assert not on_gpu.is_there(path, some)
+        assert not on_gpu.is_there(path, on_gpu.FEW)
 
 
-def test_a_system_of_ours_that_fails_leaves_the_others_their_results_and_is_tried_again(
-    tiny_stage, monkeypatch, capsys
-):
-    monkeypatch.setattr("benchmarks.peers.SYSTEMS", broken("rlvr_ops-two_pass"))
-    keys, path = {"rlvr_ops", "rlvr_ops-two_pass"}, tiny_stage.out / device_folder(CPU) / f"{LOSS.name}.json"
-    assert not on_gpu.run_case(LOSS, keys, tiny_stage)
-    assert "WRONG rlvr_ops, two_pass: RuntimeError: a kernel that has never run" in capsys.readouterr().out
-    there = {row["key"] for row in result_of(tiny_stage)["systems"]}
-    assert there >= {"rlvr_ops", "products", "eager-logsumexp"}
-    assert not on_gpu.is_there(path, keys)
-    assert on_gpu.is_there(path, {"rlvr_ops"})
-
-
-def test_numbers_of_ours_that_are_off_are_timed_and_said(tiny_stage, monkeypatch, capsys):
-    monkeypatch.setattr("benchmarks.measure.FLOAT32_NOISE", 0.0)
-    monkeypatch.setattr("benchmarks.measure.TIE", 0.0)
-    assert not on_gpu.run_case(LOSS, {"rlvr_ops"}, tiny_stage)
-    assert "WRONG rlvr_ops: loss is" in capsys.readouterr().out
-    stored = result_of(tiny_stage)
-    rows = {row["key"]: row for row in stored["systems"]}
-    assert rows["rlvr_ops"]["wrong"].startswith("rlvr_ops: loss is")
-    assert wrong(stored["systems"], stored["absent"]), "nor is it when the run goes on"
-    assert rows["rlvr_ops"]["median_ms"] > 0
-
-
-def test_numbers_of_ours_that_are_off_fail_the_benchmark_and_are_not_stored(tmp_path, monkeypatch, one_turn):
-    monkeypatch.setattr("benchmarks.measure.FLOAT32_NOISE", 0.0)
-    monkeypatch.setattr("benchmarks.measure.TIE", 0.0)
-    with pytest.raises(AssertionError, match="rlvr_ops: loss is"):
-        Recorder([(LOSS, "rlvr_ops")], CPU, "c", quick=True, results=tmp_path).of(LOSS)
-    assert not list(tmp_path.iterdir())
+def test_the_first_cases_come_with_few_systems_first_and_then_with_all(tiny_stage, monkeypatch):
+    asked = []
+    monkeypatch.setattr(on_gpu, "run", lambda here, *command: asked.append([x for x in command if "::" in x]) or 0)
+    tiny_stage.log.touch()
+    assert on_gpu.measure(tiny_stage._replace(tiny=False)) == 0
+    few, everything = asked
+    suite = cases("cpu", quick=False)
+    assert len(few) < 4 * len(on_gpu.FEW) + 1
+    assert len(everything) == sum(len(systems(case)) for case in suite)
 
 
 @pytest.mark.parametrize(
-    ("key", "before", "systems_after", "cases_after"),
-    [
-        ("trl", ["cce-exact"], ["cce-exact", "trl"], []),
-        ("eager-logsumexp", [], [], [LOSS.name]),
-        ("trl", ["trl"], ["trl"], [LOSS.name]),
-    ],
-    ids=["a peer", "one that every case needs", "again"],
+    ("error", "name"),
+    [(DeviceLostError("trl"), "trl"), (RuntimeError("while it was timed"), LOSS.name)],
+    ids=["a peer", "nobody knows which"],
 )
-def test_what_breaks_the_device_is_left_out_of_the_next_process(
-    key, before, systems_after, cases_after, tiny_stage, monkeypatch
-):
+def test_what_breaks_the_device_ends_the_session_and_is_named(error, name, monkeypatch, one_turn):
     def lost(*_, **__):
-        raise DeviceLostError(key, "an illegal memory access was encountered")
+        raise error
 
-    path = tiny_stage.out / "lost.json"
-    path.write_text(json.dumps({"systems": before, "cases": []}))
-    with monkeypatch.context() as patch:
-        patch.setattr(on_gpu, "measure", lost)
-        assert on_gpu.suite(tiny_stage, [(LOSS, ["rlvr_ops"])]) == on_gpu.AGAIN
-    assert json.loads(path.read_text()) == {"systems": systems_after, "cases": cases_after}
-    assert on_gpu.suite(tiny_stage, [(LOSS, ["rlvr_ops"])]) == bool(cases_after)
+    monkeypatch.setattr(bench_losses, "measure", lost)
+    monkeypatch.setattr(bench_losses, "check", lambda device: "an illegal memory access was encountered")
+    with pytest.raises(pytest.exit.Exception, match=f"LOST {name}: an illegal"):
+        record(LOSS, {"rlvr_ops"}, "c", quick=True, results=None)
 
 
-def test_a_stage_that_has_lost_the_device_begins_again(tmp_path, monkeypatch):
-    codes = [on_gpu.AGAIN, on_gpu.AGAIN, 0]
-    monkeypatch.setattr(on_gpu, "run", lambda stage: codes.pop(0))
-    assert on_gpu.main(["--device", "cpu", "--out", str(tmp_path), "--only", "suite"]) == 0
-    assert not codes
+def test_a_system_that_every_case_needs_and_that_breaks_the_device_names_the_case(monkeypatch):
+    def broken(case):
+        raise RuntimeError("an illegal memory access was encountered")
+
+    found = [SimpleNamespace(key="eager-logsumexp", title="eager", name="eager", kind="eager", enter=broken)]
+    monkeypatch.setattr("benchmarks.measure.systems", lambda case: found)
+    monkeypatch.setattr("benchmarks.measure.check", lambda device: "lost")
+    with pytest.raises(DeviceLostError, match=LOSS.name):
+        bench_losses.measure(LOSS, CPU, {"rlvr_ops"}, seconds=0, least=1, most=1)
 
 
-def test_a_system_that_was_left_out_has_its_reason(tiny_stage):
-    on_gpu.run_case(LOSS, {"rlvr_ops", "trl"}, tiny_stage, without=["trl"])
-    absent = [(one["key"], one["reason"]) for one in result_of(tiny_stage)["absent"]]
-    assert absent == [("trl", "has broken the device for all")]
+def test_a_session_that_has_lost_the_device_begins_again_without_what_broke_it(tiny_stage, monkeypatch):
+    suite = cases("cpu", quick=True)
+    lost, asked = ["trl", suite[1].name], []
+
+    def run(here, *command):
+        asked.append([one for one in command if "::" in one])
+        with here.log.open("a") as log:
+            log.write(
+                f"!!! _pytest.outcomes.Exit: LOST {lost.pop(0)}: an illegal access !!!\n" if lost else "3 passed\n"
+            )
+        return 1 if len(asked) < 3 else 0
+
+    monkeypatch.setattr(on_gpu, "run", run)
+    on_gpu.measure(tiny_stage)
+    first, second, third = asked
+    assert [one for one in first if one not in second] == [one for one in first if one.endswith("-trl]")] != []
+    assert [one for one in second if one not in third] == [one for one in second if f"[{suite[1].name}-" in one] != []
 
 
 def test_the_last_stage_may_take_all_that_is_left(tmp_path, monkeypatch):
     given = {}
     left = lambda here: here.end - time.monotonic()  # noqa: E731
-    monkeypatch.setattr(on_gpu, "run", lambda here: given.setdefault(here.name, left(here)) and 0)
+    monkeypatch.setattr(on_gpu, "perform", lambda here: given.setdefault(here.name, left(here)) and 0)
     on_gpu.main(["--device", "cpu", "--minutes", "10", "--out", str(tmp_path), "--only", "tests", "suite"])
     assert given["tests"] == pytest.approx(180, abs=5)
     assert given["suite"] == pytest.approx(600, abs=5)

@@ -1,4 +1,4 @@
-"""The cost model beside what runs, and its page; a head on several ranks, simulated in one process, beside the whole."""
+"""The cost model beside what runs; and a head on several ranks, simulated in one process, beside the whole."""
 
 import json
 import math
@@ -12,18 +12,7 @@ from rlvr_kernels.cost import H100_BF16, Problem, Rates, forward_only, single_pa
 from benchmarks import scaling
 from benchmarks.cases import Case
 from benchmarks.measure import peak_bytes
-from benchmarks.scaling import (
-    INFINIBAND,
-    NVLINK,
-    PAGE,
-    bandwidth,
-    layout,
-    layouts,
-    rewrite,
-    rows_dominate,
-    weights_dominate,
-)
-from benchmarks.systems import compute, ours
+from benchmarks.systems import Outputs, compute, ours
 from rlvr_ops import token_logps
 
 CPU = torch.device("cpu")
@@ -136,13 +125,14 @@ def test_the_model_counts_the_products_that_run():
     case = Case("ace", 32, 16, 101, 4)
     problem = Problem(32, 16, 101, 32, 32, 4, 4, 4)
     batch = case.batch(CPU)
-    assert (
-        ran(partial(compute, ours(case, "single_pass"), batch, case))
-        == single_pass(problem, H100_BF16, chunk_rows=32).flops
-    )
-    assert (
-        ran(partial(compute, scaling.one_rank, batch, case)) == two_pass(problem, H100_BF16, tile_bytes=1 << 20).flops
-    )
+    once = ran(partial(compute, ours(case, schedule="single_pass"), batch, case))
+    assert once == single_pass(problem, H100_BF16, chunk_rows=32).flops
+
+    def score(batch):
+        return Outputs(token_logps(batch.hidden, batch.weight, batch.ids, workspace_bytes=1 << 20).logps.sum())
+
+    twice = ran(partial(compute, score, batch, case))
+    assert twice == two_pass(problem, H100_BF16, tile_bytes=1 << 20).flops
     scored = ran(lambda: token_logps(batch.hidden, batch.weight, batch.ids, workspace_bytes=1 << 20))
     assert scored == forward_only(problem, H100_BF16, tile_bytes=1 << 20).flops
 
@@ -151,7 +141,7 @@ def test_rows_without_a_gradient_are_scored_and_in_no_other_product():
     case = Case("ace", 32, 16, 101, 4, active=0.5)
     batch = case.batch(CPU)
     problem = Problem(32, 16, 101, 32, 16, 4, 4, 4)
-    step = partial(compute, ours(case, "single_pass", score_inactive=True), batch, case)
+    step = partial(compute, ours(case, schedule="single_pass", score_inactive=True), batch, case)
     assert ran(step) == single_pass(problem, H100_BF16, chunk_rows=32).flops
 
 
@@ -162,7 +152,7 @@ def test_the_model_foresees_the_peak_of_memory_but_for_a_block_of_the_twins():
     said = single_pass(problem, H100_BF16, chunk_rows=64).peak_bytes
     assert (
         said
-        <= peak_bytes(partial(compute, ours(case, "single_pass"), batch, case), CPU)
+        <= peak_bytes(partial(compute, ours(case, schedule="single_pass"), batch, case), CPU)
         <= 1.01 * said + TWIN_BLOCK_BYTES
     )
 
@@ -191,62 +181,30 @@ def test_a_sweep_varies_one_size_alone():
         assert {case.rows * case.hidden * case.vocabulary for case in found} == {
             round(base.rows * base.hidden * base.vocabulary * factor) for factor in scaling.FACTORS
         }
-    assert [case.vocabulary for case in scaling.cases(base, "ranks")] == [400, 200, 100, 50]
 
 
-def test_one_command_measures_and_keeps_what_the_page_needs(tmp_path, capsys, monkeypatch):
+def test_one_command_measures_and_keeps_what_the_page_needs(tmp_path, monkeypatch):
     monkeypatch.setattr(scaling, "COPIED_BYTES", {"cpu": 1 << 16})
-    scaling.main(["--device", "cpu", "--tiny", "--out", str(tmp_path / "here")])
+    scaling.measure(CPU, tmp_path / "here", tiny=True)
     stored = json.loads((tmp_path / "here" / "scaling.json").read_text())
     assert {"device", "versions", "command", "points", "exponents", "rates"} <= set(stored)
-    assert stored["command"] == "python -m benchmarks.scaling --tiny"
-    assert set(stored["exponents"]) == {"N", "V", "H", "ranks"}
-    assert [point["varied"] for point in stored["points"]] == ["N"] * 5 + ["V"] * 5 + ["H"] * 5 + ["ranks"] * 4
+    assert stored["command"] == "python -m benchmarks.on_gpu --only scaling"
+    assert set(stored["exponents"]) == {"N", "V", "H"}
+    assert [point["varied"] for point in stored["points"]] == ["N"] * 5 + ["V"] * 5 + ["H"] * 5
     for point in stored["points"]:
         assert min(point[key] for key in ("median_ms", "products_ms", "predicted_ms", "predicted_peak_bytes")) > 0
         assert point["measured_over_predicted"] == pytest.approx(point["median_ms"] / point["predicted_ms"])
-    assert "ranks" in capsys.readouterr().out
-    monkeypatch.setattr(scaling, "RESULTS", tmp_path)
-    shown = scaling.measured()
+    shown = scaling.measured(tmp_path)
     assert stored["device"] in shown
-    assert len([line for line in shown.splitlines() if line.startswith("| ranks |")]) == 1 + 4
+    assert "![scaling on here](plots/here-scaling.svg)" in shown
+    assert len([line for line in shown.splitlines() if line.startswith("| H |")]) == 5
 
 
-def test_the_page_is_what_the_command_writes():
-    page = PAGE.read_text()
-    assert rewrite(page) == page
-
-
-def test_sharding_the_vocabulary_divides_the_weight_and_leaves_the_arithmetic():
-    found = layouts(1 << 16, 4096, 131072, 8)
-    assert list(found) == [1, 2, 4, 8]
-    assert found[1].rows_exchanged == found[8].weight_reduced == 0
-    # 7/8 of 65536 rows, each 4096 * 2 bytes gathered, 4096 * 4 scattered and 2 * 12 for its log-sum-exp, at 450 GB/s
-    assert 1e3 * found[8].rows_exchanged == pytest.approx(3.14, abs=0.01)
-    # 2 * 7/8 of 131072 * 4096 * 4 bytes at 450 GB/s
-    assert 1e3 * found[1].weight_reduced == pytest.approx(8.35, abs=0.01)
-    floor = 6 * 65536 * 4096 * 131072 / 8 / H100_BF16.matmul_flops
-    assert all(floor < each.compute < 1.4 * floor for each in found.values())
-
-
-def test_a_ring_is_as_fast_as_its_links():
-    assert bandwidth(8) == bandwidth(4, 2) == NVLINK
-    assert bandwidth(64) == 8 * INFINIBAND  # all eight adapters of a node carry it
-    assert bandwidth(8, 8) == bandwidth(4, 16) == INFINIBAND  # one GPU of each node
-
-
-def test_the_thresholds_are_where_communication_takes_as_long_as_the_products():
-    floor = 6 * 131072 * 4096 / H100_BF16.matmul_flops  # seconds a row of the whole vocabulary
-    shards = rows_dominate(131072, NVLINK)
-    assert (shards - 1) / shards * 6 * 4096 / NVLINK == pytest.approx(floor / shards)
-    tokens = weights_dominate(NVLINK)
-    assert pytest.approx(tokens * floor) == 2 * 131072 * 4096 * 4 / NVLINK
-
-
-def test_more_shards_than_pay_off_take_longer_again():
-    job = (1 << 20, 4096, 262144, 64)
-    times = [each.seconds for each in layouts(*job).values()]
-    best = times.index(min(times))
-    assert 0 < best < len(times) - 1
-    assert layout(*job, 64).memory_bytes > layout(*job, 8).memory_bytes
-    assert math.isclose(layout(*job, 8).seconds, times[3])
+def test_the_prediction_names_both_schedules_and_the_one_that_is_chosen():
+    rows = scaling.predicted().splitlines()[2:]
+    assert len(rows) == len(scaling.H100_SHAPES)
+    for line, (n, h, v) in zip(rows, scaling.H100_SHAPES, strict=True):
+        *shape, floor, single, _, double, _, chosen = line.strip("| ").split(" | ")
+        assert shape == [str(n), str(h), str(v)]
+        assert float(floor) < min(float(single), float(double))
+        assert chosen in ("single_pass", "two_pass")
