@@ -3,6 +3,7 @@
 from rlvr_kernels.backend import cuda_graph_warmup, explain_backend
 from rlvr_kernels.objective import KL, Ace, Entropy
 
+from rlvr_ops import surrogates
 from rlvr_ops.advantages import (
     ace_advantages,
     arm_advantages,
@@ -63,11 +64,9 @@ from rlvr_ops.losses.token import (
     sapo_loss,
     sapo_loss_from_logps,
 )
-from rlvr_ops.objectives import surrogates
 from rlvr_ops.objectives.custom import SurrogateRows
 from rlvr_ops.objectives.objective import LossOutput, Objective
 from rlvr_ops.objectives.sampling import SamplingCorrection
-from rlvr_ops.objectives.surrogates import Cispo, CispoTwoSided, Clip, Dispo, Dppo, Gmpo, Reinforce, Sapo, Vespo
 from rlvr_ops.rewards import (
     PPOCRewards,
     crew_reward,
@@ -81,6 +80,7 @@ from rlvr_ops.rewards import (
     trust_grpo_reward,
 )
 from rlvr_ops.rollouts import Rollouts
+from rlvr_ops.surrogates import Cispo, CispoTwoSided, Clip, Dispo, Dppo, Gmpo, Reinforce, Sapo, Vespo
 
 __version__ = "0.1.0"
 

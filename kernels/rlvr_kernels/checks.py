@@ -62,16 +62,19 @@ def check_tensor(
         return
     if type(values) is not torch.Tensor:
         _check_subclass(name, values)
-    if values.is_meta:
-        _check_data(name)
+    if values.is_meta or values.layout != torch.strided or values.is_nested:
+        _check_data(name, values)
     if values.is_complex():
         raise TypeError(f"{name} must hold real numbers, got {values.dtype}")
     if not grad and values.requires_grad:
         raise ValueError(f"{name} must not require a gradient, which it would not get: pass {name}.detach()")
 
 
-def _check_data(name: str) -> None:
-    raise TypeError(f"{name} must hold numbers, got a meta tensor")
+def _check_data(name: str, values: torch.Tensor) -> None:
+    if values.is_meta:
+        raise TypeError(f"{name} must hold numbers, got a meta tensor")
+    kind = "nested tensor" if values.is_nested else f"tensor of layout {values.layout}"
+    raise TypeError(f"{name} must be an ordinary strided tensor, got a {kind}")
 
 
 def _check_subclass(name: str, values: torch.Tensor) -> None:
@@ -85,12 +88,12 @@ def _check_subclass(name: str, values: torch.Tensor) -> None:
         raise TypeError(f"{name} must be a whole tensor, got a {kind} DTensor: pass {way}{hint}")
 
 
-def check_no_tangent(**tensors: torch.Tensor | None) -> None:
+def check_no_tangent(**values: object) -> None:
     """Raise if a tensor carries a forward-mode tangent (torch.func.jvp, jacfwd, dual numbers), which would become 0."""
     if torch.compiler.is_compiling():
         return
-    for name, values in tensors.items():
-        if values is not None and torch.autograd.forward_ad.unpack_dual(values).tangent is not None:
+    for name, value in values.items():
+        if isinstance(value, torch.Tensor) and torch.autograd.forward_ad.unpack_dual(value).tangent is not None:
             raise NotImplementedError(
                 f"{name} has a forward-mode tangent: only reverse mode (backward, grad) is supported"
             )

@@ -83,6 +83,8 @@ class KL:
     def __post_init__(self) -> None:
         check_number("beta", self.beta, zero=True)
         choose("kl_estimator", self.estimator, ESTIMATORS)
+        if not isinstance(self.bias_correction, bool):
+            raise TypeError(f"use_bias_correction_kl must be a bool, got {self.bias_correction!r}")
 
     def penalty(self, logp: torch.Tensor, old: torch.Tensor, ref: torch.Tensor) -> torch.Tensor:
         """The published formula (n,), to be differentiated by autograd; the reference uses it."""

@@ -13,7 +13,7 @@ import torch
 from rlvr_kernels.backend import capturing, use_triton
 from rlvr_kernels.cost import moving_pays, rates_of
 from rlvr_kernels.dlogits import dlogits
-from rlvr_kernels.logits import LogitMap, accumulator_dtype
+from rlvr_kernels.logits import LogitMap, accumulator_dtype, sum_dtype
 from rlvr_kernels.lse_fold import RowState, lse_fold
 from rlvr_kernels.pull_back import Gradients, Needs
 from rlvr_kernels.shard import Shard
@@ -74,7 +74,8 @@ def single_pass(
     tile = Tile(TileShape(largest, weight.shape[0]), weight.dtype, weight.device)
     logp = torch.empty_like(logit_map.inv_temperature)
     entropy = torch.empty_like(logp) if with_entropy else None
-    sums, active = logp.new_zeros(rows.weights.shape[0], len(SUMS)), logp.new_zeros(())
+    active = logp.new_zeros(())
+    sums = logp.new_zeros(rows.weights.shape[0], len(SUMS), dtype=sum_dtype(logp.device))
     d_hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if needs.hidden else None
     d_weight = _weight_accumulator(weight, weight_dtype, len(plan)) if needs.weight else None
     d_bias = logp.new_zeros(weight.shape[0]) if needs.bias else None
@@ -92,7 +93,7 @@ def single_pass(
         entropy_coefs = -entropy_coef * mine.row_weights() if entropy_coef else None
         gradient, scale = scored.gradient(weighed.coef, entropy_coefs)
         keep = None if entropy_coef or capturing() else _rows_to_keep(weighed.coef, weight, needs.hidden + needs.weight)
-        del weighed  # what is n long makes room for what is n by H
+        del weighed  # free (n,) tensors before the (n, H) product
         if keep is not None:
             gradient, keep = compact_(gradient, keep)
             states, scale = states[keep], None if scale is None else scale[keep]
@@ -112,7 +113,7 @@ def single_pass(
     if d_weight is not None and not plan:
         d_weight.zero_()
     gradients = Gradients(d_hidden, None if d_weight is None else d_weight.to(weight_dtype), d_bias)
-    return SinglePass(logp, entropy, sums, active, gradients)
+    return SinglePass(logp, entropy, sums.to(logp.dtype), active, gradients)
 
 
 class _Scored:

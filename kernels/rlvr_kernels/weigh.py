@@ -129,6 +129,8 @@ def _weigh_torch(logp: torch.Tensor, rows: Rows, objective: TokenObjective) -> W
             losses, coef = losses + objective.kl.beta * kl, coef + objective.kl.beta * by_kl
     scale = rows.weights[rollout] if rows.mask is None else rows.row_weights()
     losses, coef = losses * scale, coef * scale
+    if rows.mask is not None:  # a rollout that is NaN must not reach masked rows
+        losses, coef = losses.masked_fill(~rows.mask, 0), coef.masked_fill(~rows.mask, 0)
     counts = (advantages > 0) | (weighted < 0)
     columns = (losses, active, advantages < 0, gap, kl, outside[0] & counts, outside[1] & counts, 1 - kept[rollout])
     table = logp.new_empty(len(rows), len(SUMS), dtype=sum_dtype(logp.device))
@@ -143,7 +145,7 @@ def _near_enough(logp, rows, objective, tokens):
     if behaviour is None or objective.off_policy_mask_threshold is None:
         return torch.ones_like(tokens)
     drift = rows.sums(torch.where(behaviour.isnan(), 0, behaviour - logp)) / tokens.clamp(min=1)
-    return (drift <= objective.off_policy_mask_threshold).to(logp.dtype)
+    return (~(drift > objective.off_policy_mask_threshold)).to(logp.dtype)
 
 
 def _token_terms(logp, old, weighted, advantages, rows, objective, tokens, rollout):
@@ -156,9 +158,10 @@ def _token_terms(logp, old, weighted, advantages, rows, objective, tokens, rollo
     elif level != "token":
         if level == "geometric":
             a, b = (bound.masked_fill(advantages == 0, 0) for bound in surrogate.by_sign(advantages))  # A = 0: ratio 1
-            inside, x = (log_ratio >= a) & (log_ratio <= b), log_ratio.clamp(a, b)
+            inside = ~((log_ratio < a) | (log_ratio > b)) & (advantages != 0)
+            x = log_ratio.clamp(a, b)
         x = (rows.sums(x) / tokens.clamp(min=1))[rollout]
-    terms, clipped = surrogate.terms(x, logp, weighted), inside is not None and old is not None
+    terms, clipped = surrogate.terms(x, logp, weighted), inside is not None
     slope = terms.slope
     if objective.spreads:
         slope = (rows.sums(slope) / tokens.clamp(min=1))[rollout]
@@ -291,10 +294,13 @@ def weigh_kernel(
         for start in range(first, last, BLOCK):
             rows, active = active_rows(start, last, mask_ptr, HAS_MASK, BLOCK)
             share = slope + tl.zeros([BLOCK], tl.float32)
-            if LEVEL == "geometric" and HAS_OLD:
-                a, b = bounds(advantage_ptr, rows, active, positive_a, positive_b, negative_a, negative_b)
-                x = log_ratio_of(logp_ptr, old_ptr, rows, active)
-                share = tl.where((x < a) | (x > b), 0.0, share)
+            if LEVEL == "geometric":
+                advantage = tl.load(advantage_ptr + rows, mask=active, other=0.0)
+                share = tl.where(advantage == 0, 0.0, share)
+                if HAS_OLD:
+                    a, b = bounds(advantage_ptr, rows, active, positive_a, positive_b, negative_a, negative_b)
+                    x = log_ratio_of(logp_ptr, old_ptr, rows, active)
+                    share = tl.where((x < a) | (x > b), 0.0, share)
             tl.store(coef_ptr + rows, tl.load(coef_ptr + rows, mask=active, other=0.0) + share, mask=active)
 
     out = sums_ptr + rollout * 8

@@ -61,7 +61,19 @@ def _linear(module: Any) -> tuple[Tensor, Tensor | None]:
             f"lm_head.weight must have shape ({module.out_features}, {module.in_features}), got {tuple(weight.shape)}: "
             "gather it first (FSDP, ZeRO-3), or pass an unquantised head"
         )
+    _check_unhooked(module)
     return weight, module.bias
+
+
+def _check_unhooked(module: Any) -> None:
+    """Raise if a hook or a replaced forward may change what the module computes."""
+    name = type(module).__name__
+    if "forward" in vars(module):
+        raise TypeError(f"lm_head must compute h W^T + b, got {name} whose forward was replaced")
+    if module._forward_hooks or module._forward_pre_hooks:
+        raise TypeError(
+            f"lm_head must compute h W^T + b, got {name} with forward hooks: pass its weight if they change nothing"
+        )
 
 
 def _lora(module: Any) -> tuple[Tensor, Tensor | None]:
@@ -76,6 +88,7 @@ def _lora(module: Any) -> tuple[Tensor, Tensor | None]:
             f"lm_head must be an nn.Linear or peft's LoRA around one, got the adapter {name}: merge it first"
         )
     weight, bias = _linear(module.base_layer)
+    _check_unhooked(module)
     merged = bool(getattr(module, "merged", False))
     if getattr(module, "disable_adapters", False):
         if merged:

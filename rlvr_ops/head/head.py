@@ -33,6 +33,11 @@ class Head:
 
     def __post_init__(self) -> None:
         check_logits(self.logit_scale, self.softcap)
+        temperature = self.temperature
+        if not isinstance(temperature, Tensor | int | float):
+            raise TypeError(f"temperature must be a number or a tensor, got {temperature!r}")
+        if not isinstance(temperature, Tensor) and not 0 < temperature < float("inf"):
+            raise ValueError(f"temperature must be > 0 and finite, got {temperature}")
 
     @classmethod
     def of(cls, module: nn.Module, **numbers: float | Tensor | None) -> "Head":
@@ -100,13 +105,12 @@ class Head:
             check_tensor("temperature", temperature, device, grad=False)
             temperature = temperature.expand(layout.rollouts) if temperature.ndim == 0 else temperature
             spread = per_rollout_or_token("temperature", temperature, layout, device, dtype)
-            if device.type == "cpu" and not torch.compiler.is_compiling() and bool((spread <= 0).any()):
-                raise ValueError(f"temperature must be > 0, got {float(spread.min())}")
+            if device.type == "cpu" and not torch.compiler.is_compiling():
+                wrong = ~(spread > 0) | spread.isinf()
+                wrong = wrong if layout.mask is None else wrong & layout.mask
+                if bool(wrong.any()):
+                    raise ValueError(f"temperature must be > 0 and finite, got {float(spread[wrong][0])}")
             return 1 / spread
-        if not isinstance(temperature, int | float):
-            raise TypeError(f"temperature must be a number or a tensor, got {temperature!r}")
-        if not 0 < temperature < float("inf"):
-            raise ValueError(f"temperature must be > 0 and finite, got {temperature}")
         return torch.ones(layout.rows, device=device, dtype=dtype) / temperature  # torch.full would burn it in
 
 

@@ -32,6 +32,10 @@ class _Demands(Protocol):
     def entropy(self) -> Entropy: ...
     @property
     def function(self) -> Any: ...
+    @property
+    def level(self) -> str: ...
+    @property
+    def off_policy_mask_threshold(self) -> float | None: ...
     def is_token_local(self, has_old: bool) -> bool: ...
 
 
@@ -227,8 +231,11 @@ class Planner:
             needs, which, longest = "all rows in one chunk in a CUDA graph", "the batch has", self.layout.rows
         else:
             needs, which, longest = "each rollout in one chunk", "the longest rollout has", self.layout.longest()
-        known = replace(self.objective, ace=replace(self.objective.ace, confidence="old"))  # type: ignore[type-var]
-        local = "confidence='old', " if known.is_token_local(has_old=True) else ""
+        known = self.objective
+        needs_rollouts = (
+            known.function is not None or known.level != "token" or known.off_policy_mask_threshold is not None
+        )
+        local = "" if needs_rollouts else "confidence='old', "
         return (
             f"schedule='single_pass' needs {needs}, and workspace_bytes={workspace} holds {limit} rows "
             f"but {which} {longest}: give workspace_bytes >= {longest * row}, {local}or schedule='two_pass'"
@@ -291,4 +298,6 @@ def save(ctx: Any, *tensors: Tensor | None) -> None:
 def refuse_a_second_derivative() -> None:
     """Raise in a double backward: these gradients are constants, so their derivative would be silently wrong."""
     if torch.is_grad_enabled():
-        raise RuntimeError("the losses can be differentiated once: create_graph=True is not supported")
+        raise RuntimeError(
+            "the losses can be differentiated once: create_graph=True is not supported, nor by token_logps"
+        )

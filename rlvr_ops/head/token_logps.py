@@ -15,7 +15,17 @@ from torch import Tensor
 
 from rlvr_ops.head.compiled import decode, encode
 from rlvr_ops.head.head import Head, check_ids, check_vocabulary
-from rlvr_ops.head.plan import Call, Plan, Schedule, chosen, no_autocast, rows_of, save, spread
+from rlvr_ops.head.plan import (
+    Call,
+    Plan,
+    Schedule,
+    chosen,
+    no_autocast,
+    refuse_a_second_derivative,
+    rows_of,
+    save,
+    spread,
+)
 from rlvr_ops.head.pull_back import pull_back, pull_back_op, saved, wanted
 from rlvr_ops.rollouts import make_layout
 
@@ -81,7 +91,9 @@ def token_logps(
     head = Head(lm_head_weight, lm_head_bias, logit_scale, softcap, temperature)
     plan = Plan(workspace_bytes=workspace_bytes, backend=backend)
     head.check(hidden_states)
-    check_no_tangent(hidden_states=hidden_states, lm_head_weight=head.weight, lm_head_bias=head.bias)
+    check_no_tangent(
+        hidden_states=hidden_states, lm_head_weight=lm_head_weight, lm_head_bias=lm_head_bias, temperature=temperature
+    )
     check_ids(completion_ids, hidden_states)
     one = torch.arange(2, device=completion_ids.device) * completion_ids.shape[0] if completion_ids.ndim == 1 else None
     layout = make_layout("completion_ids", completion_ids, completion_mask, one)
@@ -152,13 +164,15 @@ class _Scores(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, job: ScoreCall) -> tuple[Tensor, ...]:
         output, ctx.job = _forward(hidden, weight, bias, job), job
         ctx.mark_non_differentiable(*_constants(output))
-        save(ctx, hidden, weight, bias, output[1], output[2])
+        save(
+            ctx, hidden, weight, bias, output[1], output[2], job.call.ids
+        )  # ids: autograd then refuses an edit in place
         return output
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_logp: Tensor | None, _lse: Any, d_entropy: Tensor | None, *_others: Any) -> Any:
-        hidden, weight, bias, lse, entropy = saved(ctx)
+        refuse_a_second_derivative()
+        hidden, weight, bias, lse, entropy, _ids = saved(ctx)
         job, none = ctx.job, hidden.new_empty(0)
         d_entropy = d_entropy if job.entropy else None
         if d_logp is None and d_entropy is None:
@@ -203,7 +217,9 @@ def _save_op(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
 
 def _backward_op(ctx: Any, gradients: list[Tensor | None]) -> Any:
     d_logp, _lse, d_entropy, *_ = gradients
-    tensors, (numbers, hidden, weight, bias, lse, entropy) = saved(ctx)[: ctx.tensors], saved(ctx)[ctx.tensors :]
+    refuse_a_second_derivative()
+    values = saved(ctx)
+    tensors, (numbers, hidden, weight, bias, lse, entropy) = values[: ctx.tensors], values[ctx.tensors :]
     d_entropy = d_entropy if ctx.entropy else None
     found: Any = [None] * 3
     if d_logp is not None or d_entropy is not None:

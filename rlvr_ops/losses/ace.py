@@ -12,8 +12,8 @@ from rlvr_ops.losses.policy_loss import policy_loss
 from rlvr_ops.losses.policy_loss_from_logps import policy_loss_from_logps
 from rlvr_ops.objectives.names import numbers_of, unknown_surrogate
 from rlvr_ops.objectives.objective import AGGREGATIONS, LossOutput, Objective, correction
-from rlvr_ops.objectives.surrogates import SURROGATES, Clip, Surrogate
 from rlvr_ops.rollouts import Rollouts
+from rlvr_ops.surrogates import SURROGATES, Clip, Surrogate
 
 SurrogateLike = str | Surrogate | Callable[..., Tensor]
 

@@ -67,7 +67,11 @@ def policy_loss(
     given = {"head": (head, Head), "rollouts": (rollouts, Rollouts), "objective": (objective, Objective)}
     check_types(hint, **given, plan=(plan, Plan))
     head.check(hidden_states)
-    check_no_tangent(hidden_states=hidden_states, lm_head_weight=head.weight, lm_head_bias=head.bias)
+    check_no_tangent(
+        hidden_states=hidden_states, lm_head_weight=head.weight, lm_head_bias=head.bias, temperature=head.temperature,
+        advantages=rollouts.advantages, old_per_token_logps=rollouts.old_per_token_logps,
+        ref_per_token_logps=rollouts.ref_per_token_logps, sampling_per_token_logps=rollouts.sampling_per_token_logps,
+    )  # fmt: skip
     check_ids(rollouts.completion_ids, hidden_states)  # type: ignore[arg-type]
     ids: Tensor = rollouts.completion_ids  # type: ignore[assignment]
     layout = make_layout("completion_ids", ids, rollouts.completion_mask, rollouts.cu_seqlens)
@@ -217,7 +221,8 @@ class _Loss(torch.autograd.Function):
         schedule = job.call.schedule
         ctx.call, ctx.captured, ctx.backend = None if schedule.single_pass else job.call, capturing(), schedule.backend
         ctx.mark_non_differentiable(*output[1:5])
-        save(ctx, *_for_backward((hidden, weight, bias), output, job.call))
+        ids = () if schedule.single_pass else (job.call.ids,)  # saved, so that autograd refuses an edit in place
+        save(ctx, *_for_backward((hidden, weight, bias), output, job.call), *ids)
         return output[:5]
 
     @staticmethod
@@ -229,7 +234,7 @@ class _Loss(torch.autograd.Function):
         if call is None:
             gradients = tuple(_scaled(x, d_loss, ctx.backend) for x in saved(ctx))
         else:
-            hidden, weight, bias, lse, coef, entropy, entropy_coef, kept = saved(ctx)
+            hidden, weight, bias, lse, coef, entropy, entropy_coef, kept, _ids = saved(ctx)
             check_side(ctx.captured, kept, call.scored)
             by_entropy = entropy_coef * d_loss if entropy_coef.numel() else None
             gradients = pull_back(hidden, weight, bias, call, lse, coef * d_loss, entropy, by_entropy, kept)

@@ -43,7 +43,11 @@ def policy_loss_from_logps(
     check_tensor("per_token_logps", per_token_logps)
     hint = ": policy_loss_from_logps takes Rollouts and Objective; flat keywords are those of ace_loss_from_logps"
     check_types(hint, rollouts=(rollouts, Rollouts), objective=(objective, Objective))
-    check_no_tangent(per_token_logps=per_token_logps, per_token_entropies=per_token_entropies)
+    check_no_tangent(
+        per_token_logps=per_token_logps, per_token_entropies=per_token_entropies, advantages=rollouts.advantages,
+        old_per_token_logps=rollouts.old_per_token_logps, ref_per_token_logps=rollouts.ref_per_token_logps,
+        sampling_per_token_logps=rollouts.sampling_per_token_logps,
+    )  # fmt: skip
     layout = make_layout("per_token_logps", per_token_logps, rollouts.completion_mask, rollouts.cu_seqlens)
     dtype = accumulator_dtype(per_token_logps.dtype)
     rows, metrics = objective.rows(rollouts, layout, dtype, "per_token_logps")

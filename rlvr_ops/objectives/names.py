@@ -48,7 +48,7 @@ def unknown_surrogate(given: str, known: Iterable[str], loss_types: Iterable[str
 
 def unknown_loss_type(given: object, known: Iterable[str]) -> str:
     """The error message for an unknown loss_type."""
-    if given in AGGREGATION:
+    if isinstance(given, str) and given in AGGREGATION:
         call = "" if given == "cispo_two_sided" else f"call {given}_loss, or "
         return (
             f"loss_type says how tokens are averaged, and {given!r} is a surrogate: {call}pass surrogate={given!r} with "

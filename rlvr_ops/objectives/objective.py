@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from rlvr_kernels.checks import check_types
+from rlvr_kernels.checks import check_tensor, check_types
 from rlvr_kernels.objective import KL, Ace, Entropy, TokenObjective
 from rlvr_kernels.surrogates import Surrogate
 from rlvr_kernels.weigh import SUMS, Rows
@@ -57,7 +57,8 @@ class Objective(TokenObjective):
     max_completion_length: dr_grpo's constant; None means T.
 
     Raises:
-        TypeError, ValueError: naming the argument, what came and what is wanted.
+        TypeError, ValueError: naming the argument, what came and what is wanted. Arguments go by their names in `ace_loss`:
+            loss_type for aggregation, kl_estimator for `KL.estimator`, sampling_correction for `SamplingCorrection.kind`.
 
     >>> from rlvr_ops import Clip
     >>> Objective(Clip(0.2, 0.28), ace=Ace(alpha=1.0), kl=KL("k3", 0.001), aggregation="dapo").level
@@ -84,8 +85,11 @@ class Objective(TokenObjective):
         if not (isinstance(self.surrogate, Surrogate) or callable(self.surrogate)) or isinstance(self.surrogate, type):
             raise TypeError(f"surrogate must be a record such as Clip(), or a function, got {self.surrogate!r}")
         object.__setattr__(self, "aggregation", canonical(self.aggregation))
-        if self.max_completion_length is not None and not self.max_completion_length > 0:
-            raise ValueError(f"max_completion_length must be > 0, got {self.max_completion_length}")
+        if self.max_completion_length is not None:
+            if not isinstance(self.max_completion_length, int | float):
+                raise TypeError(f"max_completion_length must be a number, got {self.max_completion_length!r}")
+            if not 0 < self.max_completion_length < math.inf:
+                raise ValueError(f"max_completion_length must be > 0, got {self.max_completion_length}")
         super().__post_init__()
         self._check_combination()
 
@@ -263,7 +267,7 @@ def correction(kind: str | None, clip_max: float | None, clip_min: float | None)
     if kind is not None:
         return SamplingCorrection(kind, clip_max, clip_min)
     if clip_max != SamplingCorrection.clip_max or clip_min is not None:
-        raise ValueError("sampling_clip_max and sampling_clip_min are bounds of a sampling_correction, got none of it")
+        raise ValueError("sampling_clip_max and sampling_clip_min are bounds of a sampling_correction, got none")
     return None
 
 
@@ -285,9 +289,9 @@ def canonical(loss_type: str) -> str:
     """Return the name in AGGREGATIONS of a loss_type, translating verl's names.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: an unknown name, or no name.
     """
-    if loss_type not in (*AGGREGATIONS, *VERL_NAMES):
+    if not isinstance(loss_type, str) or loss_type not in (*AGGREGATIONS, *VERL_NAMES):
         raise ValueError(unknown_loss_type(loss_type, (*AGGREGATIONS, *VERL_NAMES)))
     return VERL_NAMES.get(loss_type, loss_type)
 
@@ -304,10 +308,12 @@ def _check_count(count: float | Tensor | None, aggregation: str, layout: Layout)
         raise TypeError(f"num_items_in_batch must be a number or a tensor, got {count!r}")
     if isinstance(count, Tensor) and count.numel() != 1:
         raise ValueError(f"num_items_in_batch must be one number, got a tensor of shape {tuple(count.shape)}")
-    count = count.detach().reshape(()) if isinstance(count, Tensor) else count
+    if isinstance(count, Tensor):
+        check_tensor("num_items_in_batch", count, floating=False)
+        count = count.detach().reshape(())
     on_host = not isinstance(count, Tensor) or count.device.type == "cpu"
     counts = layout.rows if layout.mask is None else layout.mask.any()  # read only if the count is on the host
-    if not torch.compiler.is_compiling() and on_host and not count > 0 and (count != 0 or counts):
+    if not torch.compiler.is_compiling() and on_host and not 0 < count < math.inf and (count != 0 or counts):
         unit = "active tokens" if aggregation == "dapo" else "rollouts"
         raise ValueError(f"num_items_in_batch must be > 0, the {unit} of the global batch, got {float(count):g}")
     return count

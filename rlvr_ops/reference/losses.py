@@ -111,7 +111,7 @@ def reference_policy_loss(
     ids = rollouts.completion_ids
     assert ids is not None
     temperature = head.temperature
-    if isinstance(temperature, Tensor):
+    if isinstance(temperature, Tensor) and temperature.ndim:
         temperature = spread(temperature, slices(ids.shape, rollouts.cu_seqlens)).reshape(ids.shape)
     scores = reference_token_logps(
         hidden_states,
@@ -160,7 +160,7 @@ def reference_policy_loss_from_logps(
                 adv[rows] = adv[rows] * torch.exp((found[rows][active[rows]] + 1e-10).log().mean())
         else:
             adv = torch.where(adv == 0, 0.0, adv * found)
-    base = adv
+    base = adv.clone()
     if ref is not None:
         believed = logp.detach() if ace.confidence == "current" else old
         weighted, shifts, weights = asymmetric(adv, believed - ref, active, rollouts, ace)

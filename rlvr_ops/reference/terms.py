@@ -156,10 +156,10 @@ def slices(layout: torch.Size, cu_seqlens: Tensor | None) -> list[slice]:
 
 
 def per_row(values: Tensor, layout: torch.Size) -> Tensor:
-    """Expand values (B,), (B, T) or (N,) to one per row."""
+    """Expand values (), (B,), (B, T) or (N,) to one per row."""
     if values.shape == layout:
         return values.reshape(-1)
-    return values[:, None].expand(layout).reshape(-1)
+    return (values[:, None] if values.ndim else values).expand(layout).reshape(-1)
 
 
 def spread(values: Tensor, rollouts: list[slice]) -> Tensor:

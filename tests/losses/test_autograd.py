@@ -96,6 +96,38 @@ def test_a_second_derivative_is_refused_rather_than_wrong(schedule):
         torch.autograd.grad(out.loss, hidden, create_graph=True)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_second_derivative_of_token_logps_is_refused_rather_than_0(compiled):
+    batch = make_batch([4, 4], 17, 5, holes=0, poison=False)
+    score = torch.compile(rlvr_ops.token_logps, backend="aot_eager") if compiled else rlvr_ops.token_logps
+    hidden = batch.hidden.detach().requires_grad_()
+    scores = score(hidden, batch.weight, batch.ids, with_entropy=True)
+    with pytest.raises(RuntimeError, match=r"differentiated once|double backward"):
+        torch.autograd.grad((scores.logps.sum() + scores.entropy.sum(),), hidden, create_graph=True)[0].sum().backward()
+
+
+@pytest.mark.parametrize("what", ["loss", "token_logps"])
+def test_ids_edited_before_backward_are_refused_and_an_edited_mask_changes_nothing(what):
+    batch = make_batch([4, 4], 17, 5, holes=0, poison=False)
+
+    def gradient(edit):
+        hidden, weight, _ = batch.leaves()
+        ids, mask = batch.ids.clone(), torch.ones_like(batch.ids, dtype=torch.bool)
+        mask[:, -1] = False
+        if what == "loss":
+            loss = rlvr_ops.grpo_loss(
+                hidden, weight, ids, batch.advantages, completion_mask=mask, schedule="two_pass"
+            ).loss
+        else:
+            loss = rlvr_ops.token_logps(hidden, weight, ids, completion_mask=mask).logps.sum()
+        edit(ids, mask)
+        return torch.autograd.grad(loss, hidden)[0]
+
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        gradient(lambda ids, mask: ids.fill_(1))
+    assert torch.equal(gradient(lambda ids, mask: mask.fill_(True)), gradient(lambda ids, mask: None))
+
+
 @both
 @pytest.mark.parametrize("wanted", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 0, 1), (0, 1, 1), (0, 0, 0)])
 def test_only_the_gradients_that_are_wanted_are_computed_and_they_are_the_same(schedule, wanted):

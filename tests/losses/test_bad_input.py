@@ -238,7 +238,7 @@ def test_a_bad_hyper_parameter_is_named(changes, message):
     ("changes", "message"),
     [
         ({"temperature": 0.0}, r"temperature must be > 0 and finite, got 0\.0"),
-        ({"temperature": torch.tensor([1.0, 1.0, 0.0, 1.0])}, r"temperature must be > 0, got 0\.0"),
+        ({"temperature": torch.tensor([1.0, 1.0, 0.0, 1.0])}, r"temperature must be > 0 and finite, got 0\.0"),
         ({"softcap": 0.0}, r"softcap must be > 0 and finite, or None, got 0\.0"),
         ({"softcap": float("inf")}, "softcap must be > 0 and finite, or None, got inf"),
         ({"logit_scale": 0.0}, r"logit_scale must be a finite number other than 0, got 0\.0"),

@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import rlvr_ops
 from rlvr_ops import KL, Ace, Clip, Head, Objective, Plan, Rollouts
+from rlvr_ops.reference import reference_policy_loss
 
 B, T, H, V = 4, 6, 8, 50
 SCHEDULES = ("single_pass", "two_pass")
@@ -37,6 +38,14 @@ def forward_modes():
         "token_logps by weight": (lambda w: rlvr_ops.token_logps(hidden, w, ids).logps, weight),
         "ace_loss": (lambda x: rlvr_ops.ace_loss(x, *head[1:], advantages, ref_per_token_logps=ref).loss, hidden),
         "grpo_loss by bias": (lambda b: rlvr_ops.grpo_loss(*head, advantages, lm_head_bias=b).loss, torch.zeros(V)),
+        "temperature": (lambda t: rlvr_ops.token_logps(*head, temperature=t).logps, torch.ones(B)),
+        "temperature of a loss": (lambda t: rlvr_ops.grpo_loss(*head, advantages, temperature=t).loss, torch.ones(B)),
+        "advantages": (lambda a: rlvr_ops.grpo_loss(*head, a).loss, advantages),
+        "advantages of log-probabilities": (lambda a: rlvr_ops.grpo_loss_from_logps(ref, a).loss, advantages),
+        "old log-probabilities": (
+            lambda old: rlvr_ops.grpo_loss_from_logps(ref, advantages, old_per_token_logps=old).loss,
+            ref,
+        ),
         "a function": (
             lambda x: rlvr_ops.ace_loss(x, *head[1:], advantages, alpha=0.0, surrogate=lambda logp, rows: -logp).loss,
             hidden,
@@ -130,6 +139,51 @@ def test_an_advantage_of_zero_contributes_zero_however_large_its_weight(kind, su
     assert out.loss.item() == pytest.approx(-0.5, rel=1e-5)
     assert bool(grad.isfinite().all())
     assert not bool(grad[1].any())
+
+
+def test_chunks_of_one_long_rollout_add_up_in_float64():
+    g = torch.Generator().manual_seed(0)
+    tokens, vocabulary = 40_000, 16
+    hidden, weight = torch.randn(1, tokens, 4, generator=g), torch.randn(vocabulary, 4, generator=g)
+    ids, advantages = torch.randint(vocabulary, (1, tokens), generator=g), torch.tensor([1.0])
+
+    def loss(dtype, **options):
+        old = torch.full((1, tokens), -2.0, dtype=dtype)
+        given = hidden.to(dtype), weight.to(dtype).requires_grad_(), ids, advantages.to(dtype)
+        return rlvr_ops.ace_loss(*given, alpha=0.0, old_per_token_logps=old, **options).loss.double()
+
+    found = loss(torch.float32, schedule="single_pass", workspace_bytes=vocabulary * 4 * 4)
+    torch.testing.assert_close(found, loss(torch.float64), rtol=2e-7, atol=0)
+
+
+@pytest.mark.parametrize("old", ["none", "equal", "near"])
+@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=pytest.mark.interpret)])
+def test_a_token_of_advantage_zero_has_no_gradient_in_gmpo(old, backend):
+    logp = torch.full((1, 2), -1.0, requires_grad=True)
+    given = {} if old == "none" else {"old_per_token_logps": logp.detach() + (1e-6 if old == "near" else 0)}
+    out = rlvr_ops.gmpo_loss_from_logps(logp, torch.tensor([[1.0, 0.0]]), backend=backend, **given)
+    out.loss.backward()
+    torch.testing.assert_close(logp.grad, torch.tensor([[-0.25, 0.0]]))
+
+
+@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=pytest.mark.interpret)])
+def test_a_drift_that_is_no_number_keeps_its_rollout(backend):
+    inf = float("inf")
+    logp = torch.tensor([[-1.0, -inf, -1.0], [-1.0, -1.0, -1.0]])
+    old = torch.tensor([[-inf, -1.0, -1.0], [-1.0, -1.0, -1.0]])
+    out = policy_loss_from_logps(
+        logp, torch.tensor([-1.0, -1.0]), old_per_token_logps=old, off_policy_mask_threshold=0.1, backend=backend
+    )
+    assert out.metrics["off_policy/frac_dropped"].item() == 0
+
+
+def test_a_rollout_that_is_nan_leaves_masked_rows_at_zero():
+    logp = torch.tensor([[float("nan"), -1.0, -1.0]], requires_grad=True)
+    mask = torch.tensor([[1, 1, 0]])
+    rlvr_ops.gmpo_loss_from_logps(
+        logp, torch.tensor([1.0]), old_per_token_logps=torch.full((1, 3), -1.0), completion_mask=mask
+    ).loss.backward()
+    assert logp.grad[0, 2].item() == 0
 
 
 EXTREMES = [
@@ -363,6 +417,17 @@ def test_a_dtype_that_nothing_here_multiplies_is_refused_by_name(name, dtype):
         rlvr_ops.ace_loss(**given)
 
 
+@pytest.mark.parametrize("name", ["lm_head_weight", "hidden_states"])
+def test_a_sparse_tensor_is_refused_by_name(name):
+    hidden, weight, ids, advantages, _ = batch()
+    given = {"hidden_states": hidden, "lm_head_weight": weight}
+    given[name] = given[name].to_sparse()
+    with pytest.raises(
+        TypeError, match=f"{name} must be an ordinary strided tensor, got a tensor of layout torch.sparse"
+    ):
+        rlvr_ops.grpo_loss(**given, completion_ids=ids, advantages=advantages)
+
+
 def test_meta_and_fake_tensors_are_refused_by_name():
     given = {name: value.to("meta") for name, value in arguments().items()}
     with pytest.raises(TypeError, match=r"^hidden_states must hold numbers, got a meta tensor"):
@@ -399,6 +464,8 @@ def test_a_global_count_of_zero_is_a_loss_of_zero_attached_if_nothing_counts(los
         ({"logit_scale": torch.tensor(1.0, requires_grad=True)}, "logit_scale must be a number, got tensor", TypeError),
         ({"softcap": torch.tensor(3.0)}, "softcap must be a number, got tensor", TypeError),
         ({"temperature": None}, "temperature must be a number or a tensor, got None", TypeError),
+        ({"temperature": torch.full((B,), float("nan"))}, "temperature must be > 0 and finite, got nan", ValueError),
+        ({"temperature": torch.full((B,), float("inf"))}, "temperature must be > 0 and finite, got inf", ValueError),
         (
             {"temperature": torch.ones(B, requires_grad=True)},
             r"temperature must not require a gradient, which it would not get: pass temperature\.detach\(\)",
@@ -412,6 +479,38 @@ def test_a_number_that_would_lose_its_gradient_or_is_none_is_refused_by_name(cha
         rlvr_ops.ace_loss(hidden, weight, ids, advantages, ref_per_token_logps=ref, **changes)
     with pytest.raises(error, match=message):
         rlvr_ops.token_logps(hidden, weight, ids, **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message", "error"),
+    [
+        ({"num_items_in_batch": float("inf")}, "num_items_in_batch must be > 0, .*got inf", ValueError),
+        ({"num_items_in_batch": torch.ones((), device="meta")}, "num_items_in_batch must hold numbers", TypeError),
+        ({"num_items_in_batch": torch.ones((), dtype=torch.cfloat)}, "num_items_in_batch must hold real", TypeError),
+        ({"loss_type": "dr_grpo", "max_completion_length": "8"}, "max_completion_length must be a number", TypeError),
+        ({"loss_type": []}, r"loss_type must be one of .*, got \[\]", ValueError),
+        ({"use_bias_correction_kl": "yes"}, "use_bias_correction_kl must be a bool, got 'yes'", TypeError),
+    ],
+)
+def test_a_setting_of_a_loss_that_is_no_setting_is_refused_by_name(changes, message, error):
+    hidden, weight, ids, advantages, ref = batch()
+    with pytest.raises(error, match=message):
+        rlvr_ops.ace_loss(hidden, weight, ids, advantages, ref_per_token_logps=ref, **changes)
+
+
+def test_the_reference_leaves_the_advantages_alone_and_takes_a_temperature_of_no_dimension():
+    hidden, weight, ids, advantages, ref = batch()
+    head = Head(weight, temperature=torch.tensor(1.5))
+    rollouts = Rollouts(ids, advantages, ref, ref + 0.5)
+    objective = Objective(Clip(), ace=Ace(alpha=0.0), off_policy_mask_threshold=0.01)
+    found, truth = (
+        rlvr_ops.policy_loss(hidden, head, rollouts, objective),
+        reference_policy_loss(hidden, head, rollouts, objective),
+    )
+    torch.testing.assert_close(found.loss, truth.loss)
+    for name in ("ace/weight/mean", "ace/shift/mean"):
+        torch.testing.assert_close(found.metrics[name], truth.metrics[name])
+    assert truth.metrics["ace/weight/mean"].item() == 1
 
 
 def test_two_dtypes_on_an_accelerator_are_said_once_with_the_way_out(monkeypatch):

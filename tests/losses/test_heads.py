@@ -134,6 +134,24 @@ def quantised():
     return module
 
 
+def hooked():
+    module = nn.Linear(H, V)
+    module.register_forward_hook(lambda _module, _inputs, output: 2 * output)
+    return module
+
+
+def replaced():
+    module = nn.Linear(H, V)
+    module.forward = lambda x: 2 * x
+    return module
+
+
+def hooked_adapter():
+    module = adapted()
+    module.register_forward_pre_hook(lambda _module, inputs: (2 * inputs[0],))
+    return module
+
+
 def gathered_elsewhere():
     module = nn.Linear(H, V)
     module.weight = nn.Parameter(torch.zeros(0))
@@ -150,6 +168,9 @@ def gathered_elsewhere():
         (lambda: adapted(lora_bias=True, bias=True), "has a bias"),
         (dropping, "drops inputs at random"),
         (quantised, "lm_head.weight must have a floating dtype, got torch.uint8"),
+        (hooked, "got Linear with forward hooks"),
+        (replaced, "got Linear whose forward was replaced"),
+        (hooked_adapter, "got Linear with forward hooks"),
         (gathered_elsewhere, "must have shape \\(40, 8\\), got \\(0,\\): gather it first"),
         (lambda: peft.get_peft_model(Model(), peft.IA3Config(target_modules=["lm_head"], feedforward_modules=[]))
          .base_model.model.lm_head, "got the adapter Linear: merge it first"),

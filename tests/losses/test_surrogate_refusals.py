@@ -203,3 +203,32 @@ def test_the_verb_refuses_what_is_no_record_by_name():
             make()
     with pytest.raises(TypeError, match="rollouts must be of type Rollouts, got Tensor"):
         rlvr_ops.policy_loss_from_logps(torch.zeros(2, 3), advantages, objective)
+
+
+def test_a_rollout_that_is_too_long_is_what_the_error_is_about():
+    hidden, weight = torch.randn(2, 8, 4), torch.randn(16, 4).requires_grad_()
+    rollouts = rlvr_ops.Rollouts(
+        torch.zeros(2, 8, dtype=torch.int64), torch.tensor([1.0, -1.0]), old_per_token_logps=torch.full((2, 8), -3.0),
+        sampling_per_token_logps=torch.full((2, 8), -3.0),
+    )  # fmt: skip
+    objective = rlvr_ops.Objective(rlvr_ops.Vespo(), sampling=rlvr_ops.SamplingCorrection("token_mask"))
+    plan = rlvr_ops.Plan("single_pass", workspace_bytes=16 * 4 * 4)
+    with pytest.raises(ValueError, match="needs each rollout in one chunk"):
+        rlvr_ops.policy_loss(hidden, rlvr_ops.Head(weight), rollouts, objective, plan)
+
+
+@pytest.mark.parametrize("bounds", [("a", 2), (0.1,), (0.1, float("inf"))])
+def test_bounds_that_are_no_pair_of_numbers_are_named(bounds):
+    with pytest.raises(ValueError, match=r"positive must be \(low, high\)"):
+        rlvr_ops.Dispo(bounds)
+
+
+def test_a_temperature_is_checked_when_the_head_is_made():
+    with pytest.raises(ValueError, match="temperature must be > 0 and finite, got -1"):
+        rlvr_ops.Head(torch.zeros(4, 2), temperature=-1)
+
+
+def test_the_surrogates_can_be_imported_as_a_module():
+    from rlvr_ops.surrogates import sapo
+
+    assert sapo is rlvr_ops.Sapo

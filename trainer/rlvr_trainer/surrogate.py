@@ -11,7 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from rlvr_ops.objectives.surrogates import SURROGATES, Surrogate
+from rlvr_ops.surrogates import SURROGATES, Surrogate
 
 
 def load_surrogate(name: str, parameters: dict[str, Any]) -> str | Surrogate | Callable[..., Any]:

@@ -73,7 +73,8 @@ class Dispo(Weighted):
 
     def __post_init__(self) -> None:
         for name, bounds in (("positive", self.positive), ("negative", self.negative)):
-            if not isinstance(bounds, tuple | list) or len(bounds) != 2 or not all(0 <= e < math.inf for e in bounds):
+            pair = isinstance(bounds, tuple | list) and len(bounds) == 2
+            if not pair or not all(isinstance(e, int | float) and 0 <= e < math.inf for e in bounds):
                 raise ValueError(f"{name} must be (low, high), both >= 0 and finite, got {bounds}")
             object.__setattr__(self, name, (bounds[0], bounds[1]))
 
