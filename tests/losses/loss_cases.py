@@ -330,3 +330,11 @@ def assert_all_same(got, truth, dtype, label, scale=0.0):
         assert got_value.item() == pytest.approx(value.item(), rel=10 * tolerance, abs=10 * tolerance), (
             f"{label} {name}"
         )
+
+
+def dense_batch(dtype=torch.float32):
+    """hidden (4, 6, 8), weight (50, 8), ids, advantages and reference of a batch in which every token counts."""
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(4, 6, 8, generator=g, dtype=dtype), torch.randn(50, 8, generator=g, dtype=dtype)
+    ids = torch.randint(50, (4, 6), generator=g)
+    return hidden, weight, ids, torch.tensor([1.0, -1.0, 0.5, -0.5]), -3 - torch.rand(4, 6, generator=g)
