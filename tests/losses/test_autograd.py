@@ -96,14 +96,12 @@ def test_a_second_derivative_is_refused_rather_than_wrong(schedule):
         torch.autograd.grad(out.loss, hidden, create_graph=True)
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_a_second_derivative_of_token_logps_is_refused_rather_than_0(compiled):
+def test_a_second_derivative_of_token_logps_is_refused_rather_than_0():
     batch = make_batch([4, 4], 17, 5, holes=0, poison=False)
-    score = torch.compile(rlvr_ops.token_logps, backend="aot_eager") if compiled else rlvr_ops.token_logps
     hidden = batch.hidden.detach().requires_grad_()
-    scores = score(hidden, batch.weight, batch.ids, with_entropy=True)
-    with pytest.raises(RuntimeError, match=r"differentiated once|double backward"):
-        torch.autograd.grad((scores.logps.sum() + scores.entropy.sum(),), hidden, create_graph=True)[0].sum().backward()
+    scores = rlvr_ops.token_logps(hidden, batch.weight, batch.ids, with_entropy=True)
+    with pytest.raises(RuntimeError, match="differentiated once"):
+        torch.autograd.grad(scores.logps.sum() + scores.entropy.sum(), hidden, create_graph=True)
 
 
 @pytest.mark.parametrize("what", ["loss", "token_logps"])
