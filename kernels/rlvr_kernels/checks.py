@@ -62,19 +62,19 @@ def check_tensor(
         return
     if type(values) is not torch.Tensor:
         _check_subclass(name, values)
-    if values.is_meta or values.layout != torch.strided or values.is_nested:
-        _check_data(name, values)
+    if values.is_meta:
+        _check_data(name)
+    if values.layout != torch.strided or values.is_nested:
+        kind = "nested tensor" if values.is_nested else f"tensor of layout {values.layout}"
+        raise TypeError(f"{name} must be an ordinary strided tensor, got a {kind}")
     if values.is_complex():
         raise TypeError(f"{name} must hold real numbers, got {values.dtype}")
     if not grad and values.requires_grad:
         raise ValueError(f"{name} must not require a gradient, which it would not get: pass {name}.detach()")
 
 
-def _check_data(name: str, values: torch.Tensor) -> None:
-    if values.is_meta:
-        raise TypeError(f"{name} must hold numbers, got a meta tensor")
-    kind = "nested tensor" if values.is_nested else f"tensor of layout {values.layout}"
-    raise TypeError(f"{name} must be an ordinary strided tensor, got a {kind}")
+def _check_data(name: str) -> None:
+    raise TypeError(f"{name} must hold numbers, got a meta tensor")
 
 
 def _check_subclass(name: str, values: torch.Tensor) -> None:
