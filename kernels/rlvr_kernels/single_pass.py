@@ -6,7 +6,7 @@ coefficient 0 leave a chunk before its last two products where that pays.
 """
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -74,8 +74,8 @@ def single_pass(
     tile = Tile(TileShape(largest, weight.shape[0]), weight.dtype, weight.device)
     logp = torch.empty_like(logit_map.inv_temperature)
     entropy = torch.empty_like(logp) if with_entropy else None
-    active = logp.new_zeros(())
-    sums = logp.new_zeros(rows.weights.shape[0], len(SUMS), dtype=sum_dtype(logp.device))
+    sums: Any = 0  # a tensor from the first chunk on
+    active: Any = 0
     d_hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if needs.hidden else None
     d_weight = _weight_accumulator(weight, weight_dtype, len(plan)) if needs.weight else None
     d_bias = logp.new_zeros(weight.shape[0]) if needs.bias else None
@@ -86,8 +86,7 @@ def single_pass(
         mine = rows[part]
         weighed = weigher(scored.logp, mine)
         logp[part] = scored.logp
-        sums += weighed.sums
-        active += (weighed.coef != 0).sum()
+        sums, active = weighed.sums.to(sum_dtype(logp.device)) + sums, (weighed.coef != 0).sum() + active
         if entropy is not None:
             entropy[part] = scored.entropy  # type: ignore[assignment]
         entropy_coefs = -entropy_coef * mine.row_weights() if entropy_coef else None
@@ -102,6 +101,7 @@ def single_pass(
             product = accumulator(states.shape, states)
             multiply(gradient, weight, out=product)
             d_hidden[where] = (product if scale is None else product.mul_(scale[:, None])).to(d_hidden.dtype)
+            del product
         if scale is not None:
             states = (states * scale[:, None]).to(weight.dtype)
         if d_weight is not None:
@@ -110,10 +110,12 @@ def single_pass(
             d_bias += _sum_of_rows(gradient, scale, d_bias.dtype)
     if d_hidden is not None and shard is not None:
         d_hidden = shard.total(d_hidden)
-    if d_weight is not None and not plan:
-        d_weight.zero_()
+    if not plan:
+        sums, active = logp.new_zeros(rows.weights.shape[0], len(SUMS)), logp.new_zeros(())
+        if d_weight is not None:
+            d_weight.zero_()
     gradients = Gradients(d_hidden, None if d_weight is None else d_weight.to(weight_dtype), d_bias)
-    return SinglePass(logp, entropy, sums.to(logp.dtype), active, gradients)
+    return SinglePass(logp, entropy, sums.to(logp.dtype), active.to(logp.dtype), gradients)
 
 
 class _Scored:

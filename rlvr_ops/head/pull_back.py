@@ -26,12 +26,18 @@ def pull_back(
         scored, dtype = call.scored, call.schedule.dtype
         index = rows_of(alive if scored is None else alive & scored)
         states, ids, logit_map = call.inputs(hidden, bias, index)
+        states, coef = (
+            chosen(states, index).to(dtype),
+            chosen(coef, index).contiguous(),
+        )  # frees the coefficients of all rows
+        if entropy_coef is not None:
+            entropy_coef = chosen(entropy_coef, index).contiguous()
         found = pull_back_rows(
-            chosen(states, index).to(dtype), weight.to(dtype), ids, logit_map, chosen(lse, index), chosen(coef, index).contiguous(),
-            entropy=None if entropy_coef is None else chosen(entropy, index),
-            entropy_coef=None if entropy_coef is None else chosen(entropy_coef, index).contiguous(), needs=Needs(*call.needs),
-            weight_dtype=weight.dtype, workspace_bytes=call.schedule.workspace_bytes, backend=call.schedule.backend,
-            kept=_kept_rows(kept, scored, index, hidden.shape[0], weight.shape[0]), shard=call.schedule.shard,
+            states, weight.to(dtype), ids, logit_map, chosen(lse, index), coef,
+            entropy=None if entropy_coef is None else chosen(entropy, index), entropy_coef=entropy_coef,
+            needs=Needs(*call.needs), weight_dtype=weight.dtype, workspace_bytes=call.schedule.workspace_bytes,
+            backend=call.schedule.backend, kept=_kept_rows(kept, scored, index, hidden.shape[0], weight.shape[0]),
+            shard=call.schedule.shard,
         )  # fmt: skip
         d_hidden = None if found.hidden is None else found.hidden.to(hidden.dtype)
         d_bias = None if found.bias is None or bias is None else found.bias.to(bias.dtype)

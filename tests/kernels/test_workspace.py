@@ -1,5 +1,7 @@
 """What the head allocates and how many rows it multiplies, measured."""
 
+from functools import partial
+
 import pytest
 import torch
 from rlvr_kernels import tile
@@ -7,6 +9,7 @@ from rlvr_kernels.tile import TileShape, compact_, row_pitch, vocabulary_tile
 from torch.profiler import ProfilerActivity, profile
 
 import rlvr_ops
+from benchmarks.measure import peak_bytes
 
 B, T, H, V = 8, 32, 24, 2003
 WORKSPACE = 64 * V * 4  # 64 whole rows, a quarter of the batch
@@ -47,6 +50,18 @@ def test_nothing_larger_than_the_workspace_and_the_gradients_is_ever_allocated(s
     hidden.grad = weight.grad = None
     assert max(allocations(run)) <= max(WORKSPACE, weight.numel() * 4)
     assert WORKSPACE < B * T * V * 4 / 3, "the bound would not tell"
+
+
+def test_a_single_pass_drops_the_product_of_d_hidden_before_that_of_d_weight():
+    rows, inner, vocabulary = 256, 512, 600
+    g = torch.Generator().manual_seed(0)
+    hidden = torch.randn(8, rows // 8, inner, generator=g, requires_grad=True)
+    weight = torch.randn(vocabulary, inner, generator=g, requires_grad=True)
+    ids, advantages = torch.randint(vocabulary, (8, rows // 8), generator=g), torch.ones(8)
+    step = partial(rlvr_ops.grpo_loss, hidden, weight, ids, advantages, schedule="single_pass")
+    logits, states = rows * vocabulary, rows * inner
+    allowed = 4 * (logits + weight.numel() + 2 * states)  # the tile, both gradients, the scaled states
+    assert allowed <= peak_bytes(step, torch.device("cpu")) < allowed + 4 * states / 4
 
 
 def test_scoring_stays_inside_its_workspace():
