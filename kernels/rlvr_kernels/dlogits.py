@@ -37,17 +37,27 @@ def dlogits(
     if use_triton(tile, backend):
         _dlogits_triton(tile, ids, first_col, lse, coef, logit_map, entropy, entropy_coef, out)
         return out
-    # A softcap's derivative reads the logits, which an in-place gradient would overwrite.
-    in_place = out.data_ptr() == tile.data_ptr() and out.dtype == tile.dtype and logit_map.softcap is None
     for rows in row_blocks(*tile.shape):
-        part = logit_map[rows, :]
-        z = part.logits(tile[rows], overwrite=in_place)
-        logp = torch.sub(z, lse[rows, None], out=z if in_place else None)
-        gradient = softmax_gradient(logp, ids[rows] - first_col, coef[rows], entropy, entropy_coef, rows)
-        part.chain_(gradient, z)
-        if not in_place or out.dtype != gradient.dtype:  # else the gradient is a view of `out`
-            out[rows] = gradient
+        by_entropy = None if entropy is None or entropy_coef is None else (entropy[rows], entropy_coef[rows])
+        _write_block(
+            tile[rows], out[rows], ids[rows] - first_col, lse[rows], coef[rows], by_entropy, logit_map[rows, :]
+        )
     return out
+
+
+def _write_block(
+    raw: torch.Tensor, out: torch.Tensor, local_ids: torch.Tensor, lse: torch.Tensor, coef: torch.Tensor,
+    by_entropy: tuple[torch.Tensor, torch.Tensor] | None, logit_map: LogitMap,
+) -> None:  # fmt: skip
+    """Write dL/d(h W^T) of raw h W^T (r, c) to `out`, which may be `raw` itself. by_entropy is (H, dL/dH) of the rows."""
+    in_place = out.data_ptr() == raw.data_ptr() and out.dtype == raw.dtype and logit_map.softcap is None
+    z = logit_map.logits(raw, overwrite=in_place)
+    # A softcap's derivative reads the logits, so they stay. Without one the gradient takes their memory.
+    spent = in_place or (z is not raw and logit_map.softcap is None)
+    gradient = softmax_gradient(torch.sub(z, lse[:, None], out=z if spent else None), local_ids, coef, by_entropy)
+    logit_map.chain_(gradient, z)
+    if gradient.data_ptr() != out.data_ptr():
+        out.copy_(gradient)
 
 
 def is_overlaid(tile: torch.Tensor, out: torch.Tensor) -> bool:
@@ -59,14 +69,13 @@ def softmax_gradient(
     logp: torch.Tensor,
     local_ids: torch.Tensor,
     coef: torch.Tensor,
-    entropy: torch.Tensor | None = None,
-    entropy_coef: torch.Tensor | None = None,
-    rows: slice = slice(None),
+    by_entropy: tuple[torch.Tensor, torch.Tensor] | None,
 ) -> torch.Tensor:
-    """dL/dz (r, c) from log p (r, c), which is overwritten. `rows` selects from entropy and entropy_coef (n,)."""
-    if entropy is not None and entropy_coef is not None:
+    """dL/dz (r, c) from log p (r, c), which is overwritten."""
+    if by_entropy is not None:
+        entropy, entropy_coef = by_entropy
         # The clamp makes 0 * -inf 0.
-        surprise = logp.clamp(min=-1e30).add_(entropy[rows, None]).mul_(entropy_coef[rows, None])
+        surprise = logp.clamp(min=-1e30).add_(entropy[:, None]).mul_(entropy_coef[:, None])
         gradient = logp.exp_().mul_(surprise.add_(coef[:, None]).neg_())
     else:
         gradient = logp.exp_().mul_(-coef[:, None])

@@ -87,11 +87,12 @@ def lse_fold(
         _lse_fold_triton(tile, ids, first_col, state, logit_map)
         return
     for rows in row_blocks(*tile.shape):
-        _fold_block(logit_map[rows, :].logits(tile[rows]), ids[rows] - first_col, state[rows])
+        _fold_block(tile[rows], ids[rows] - first_col, state[rows], logit_map[rows, :])
 
 
-def _fold_block(z: torch.Tensor, local_ids: torch.Tensor, state: RowState) -> None:
-    """Fold transformed logits z (r, c)."""
+def _fold_block(raw: torch.Tensor, local_ids: torch.Tensor, state: RowState, logit_map: LogitMap) -> None:
+    """Fold raw h W^T (r, c), which stay as they are."""
+    z = logit_map.logits(raw)
     held = (local_ids >= 0) & (local_ids < z.shape[1])
     picked = z.gather(1, local_ids.clamp(0, z.shape[1] - 1)[:, None])[:, 0]
     state.target.copy_(torch.where(held, picked, state.target))
@@ -100,7 +101,7 @@ def _fold_block(z: torch.Tensor, local_ids: torch.Tensor, state: RowState) -> No
     maximum = torch.maximum(state.maximum, z.amax(1))
     anchor = torch.where(maximum.isinf(), 0, maximum)  # every logit so far may be -inf
     moved = torch.where(state.total > 0, state.maximum - anchor, 0)
-    below = z - anchor[:, None]
+    below = torch.sub(z, anchor[:, None], out=None if z is raw else z)
     if state.squared is not None:
         state.squared.mul_((2 * moved).exp()).add_((2 * below).exp_().sum(1))
     mass = below.exp() if state.weighted is not None else below.exp_()

@@ -5,6 +5,9 @@ from functools import partial
 import pytest
 import torch
 from rlvr_kernels import tile
+from rlvr_kernels.dlogits import dlogits
+from rlvr_kernels.logits import TWIN_BLOCK_BYTES, LogitMap
+from rlvr_kernels.lse_fold import RowState, lse_fold
 from rlvr_kernels.tile import TileShape, compact_, row_pitch, vocabulary_tile
 from torch.profiler import ProfilerActivity, profile
 
@@ -62,6 +65,18 @@ def test_a_single_pass_drops_the_product_of_d_hidden_before_that_of_d_weight():
     logits, states = rows * vocabulary, rows * inner
     allowed = 4 * (logits + weight.numel() + 2 * states)  # the tile, both gradients, the scaled states
     assert allowed <= peak_bytes(step, torch.device("cpu")) < allowed + 4 * states / 4
+
+
+def test_the_twins_hold_one_float32_block_of_a_16_bit_tile_at_a_time():
+    rows, vocabulary = 96, 65536  # three blocks
+    tile, ids = torch.randn(rows, vocabulary).bfloat16(), torch.arange(rows)
+    state, logit_map = RowState.empty(rows, tile), LogitMap(torch.ones(rows))
+
+    def fold_and_pull_back():
+        lse_fold(tile, ids, 0, state, logit_map)
+        dlogits(tile, ids, 0, state.lse(), torch.ones(rows), logit_map)
+
+    assert TWIN_BLOCK_BYTES <= peak_bytes(fold_and_pull_back, torch.device("cpu")) < 1.1 * TWIN_BLOCK_BYTES
 
 
 def test_scoring_stays_inside_its_workspace():
