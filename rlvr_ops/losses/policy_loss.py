@@ -237,7 +237,7 @@ class _Loss(torch.autograd.Function):
             hidden, weight, bias, lse, coef, entropy, entropy_coef, kept, _ids = saved(ctx)
             check_side(ctx.captured, kept, call.scored)
             by_entropy = entropy_coef * d_loss if entropy_coef.numel() else None
-            coef = _scaled(coef, d_loss, ctx.backend)
+            coef = _scaled(coef, d_loss, "torch")
             gradients = pull_back(hidden, weight, bias, call, lse, coef, entropy, by_entropy, kept)
         return *wanted(gradients, ctx.needs_input_grad[:3]), None
 
