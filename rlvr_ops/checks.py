@@ -1,7 +1,7 @@
 """Tensor checks of the functions around the losses. Every error names the argument, what came and what is wanted."""
 
 import torch
-from rlvr_kernels.checks import check_tensor
+from rlvr_kernels.checks import check_logps, check_tensor
 from torch import Tensor
 
 
@@ -39,11 +39,7 @@ def active_values(name: str, values: Tensor, mask_name: str, mask: Tensor | None
 def active_logps(name: str, logps: Tensor, mask_name: str, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """`active_values` of log-probabilities, clamped to 0: rounding may leave one slightly above it."""
     active, counts = active_values(name, logps, mask_name, mask)
-    if bool((active > 1e-3).any()):
-        where = _first(active > 1e-3)
-        raise ValueError(
-            f"{name} must be at most 0, got {float(active[where]):g} at {where}: give log-probabilities, not probabilities"
-        )
+    check_logps(name, active)
     return active.clamp(max=0), counts
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from rlvr_kernels.backend import capturing
-from rlvr_kernels.checks import check_finite, check_tensor, shape_of
+from rlvr_kernels.checks import check_finite, check_logps, check_tensor, shape_of
 from rlvr_kernels.weigh import rollout_sums
 from torch import Tensor
 
@@ -35,17 +35,23 @@ class Rollouts:
     cu_seqlens: Tensor | None = None
     num_items_in_batch: float | Tensor | None = None
 
-    def check_finite(self, layout: "Layout") -> None:
-        """Raise if a value that counts is NaN or infinite. A NaN in sampling_per_token_logps means unknown."""
+    def check_values(self, layout: "Layout") -> None:
+        """Raise if a value that counts is NaN or infinite, or a log-probability above 0.
+
+        A NaN in sampling_per_token_logps means unknown. Reads the values on the host.
+        """
+        check_finite("completion_mask", self.completion_mask)
+        layout.check_finite("advantages", self.advantages)
         sampling = self.sampling_per_token_logps
-        named = {
-            "advantages": self.advantages,
+        logps = {
             "old_per_token_logps": self.old_per_token_logps,
             "ref_per_token_logps": self.ref_per_token_logps,
             "sampling_per_token_logps": None if sampling is None else sampling.masked_fill(sampling.isnan(), 0),
         }
-        for name, values in named.items():
+        for name, values in logps.items():
             layout.check_finite(name, values)
+            if values is not None:
+                check_logps(name, values, None if layout.mask is None else layout.mask.view(layout.shape))
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,6 +1,6 @@
 """The published surrogates by name, and their records: what a loss's `surrogate=` takes.
 
-A name means its record's defaults. Write `surrogate=rlvr_ops.surrogates.sapo(tau_negative=1.1)` for other numbers.
+A name means its record's defaults. Write `surrogate=Sapo(tau_negative=1.1)` for other numbers.
 """
 
 from rlvr_kernels.surrogates import (

@@ -38,6 +38,10 @@ def test_the_library_needs_torch_alone():
     )
 
 
+def test_an_import_leaves_the_compiler_alone():
+    assert run("-c", "import sys, rlvr_ops; print('torch._dynamo' in sys.modules)") == "False\n"
+
+
 def test_the_installed_version_is_the_one_in_the_code():
     assert rlvr_ops.__version__ == PROJECT["version"] == importlib.metadata.version("rlvr-ops")
 

@@ -15,7 +15,11 @@ def choose(argument: str, given: object, known: Iterable[str]) -> None:
     known = tuple(known)
     if given in known:
         return
-    near = difflib.get_close_matches(str(given).lower().replace("-", "_"), known, n=1, cutoff=0.4)
+    near = (
+        difflib.get_close_matches(given.lower().replace("-", "_"), known, n=1, cutoff=0.4)
+        if isinstance(given, str)
+        else []
+    )
     hint = f"; did you mean {near[0]!r}?" if near else ""
     raise ValueError(f"{argument} must be one of {', '.join(map(repr, known))}, got {given!r}{hint}")
 
@@ -52,7 +56,7 @@ def check_tensor(
     grad=False also refuses tensors that require a gradient, for arguments that pass none on.
     """
     if not isinstance(values, torch.Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(values).__name__}")
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(values).__name__}{_way_out(values)}")
     if device is not None and values.device != device:
         raise ValueError(f"{name} must be on {device} like the other tensors, got {values.device}")
     if floating and values.dtype not in FLOATS:
@@ -71,6 +75,14 @@ def check_tensor(
         raise TypeError(f"{name} must hold real numbers, got {values.dtype}")
     if not grad and values.requires_grad:
         raise ValueError(f"{name} must not require a gradient, which it would not get: pass {name}.detach()")
+
+
+def _way_out(values: object) -> str:
+    """Where the tensor is that was meant."""
+    if isinstance(values, torch.nn.Module):  # an adapter's own weight is the frozen base
+        return ": pass Head.of(it).weight"
+    fields = [field for field in ("weight", "logps") if isinstance(getattr(values, field, None), torch.Tensor)]
+    return f": pass its .{fields[0]}" if fields else ""
 
 
 def _check_data(name: str) -> None:
@@ -110,6 +122,17 @@ def check_finite(name: str, values: torch.Tensor | None, mask: torch.Tensor | No
     if bool(bad.any()):
         where = tuple(int(i) for i in bad.nonzero()[0])
         raise ValueError(f"{name} must be finite, got {float(values[where])} at {where}")
+
+
+def check_logps(name: str, values: torch.Tensor, mask: torch.Tensor | None = None) -> None:
+    """Raise if a log-probability is above 0, by more than rounding, where `mask`, of the same shape, is true. One host sync."""
+    above = values.detach() > 1e-3
+    above = above if mask is None else above & mask
+    if bool(above.any()):
+        where = tuple(int(i) for i in above.nonzero()[0])
+        raise ValueError(
+            f"{name} must be at most 0, got {float(values[where]):g} at {where}: give log-probabilities, not probabilities"
+        )
 
 
 def check_types(hint: str = "", **arguments: tuple[object, type]) -> None:

@@ -73,6 +73,7 @@ class KL:
     """beta times an estimate of KL(policy || reference), aggregated like the loss.
 
     estimator: "k1", "k2" or "k3".
+    beta: 0, the default, is no KL term.
     bias_correction: multiply by the token's ratio; see the module's docstring.
     """
 
@@ -141,7 +142,7 @@ def times_ratio(log_ratio: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
 class Entropy:
     """The entropy bonus, and which tokens to train on.
 
-    coef: weight of the bonus, aggregated like the loss.
+    coef: weight of the bonus, aggregated like the loss; 0, the default, is none.
     top_quantile: the share of this call's tokens, by highest entropy, that get a surrogate and a bonus (2506.01939). Below 1
         it needs two passes.
     """

@@ -19,8 +19,8 @@ from rlvr_kernels.logits import accumulator_dtype
 NARROWEST = 4096  # columns; a tile loses rows before it gets narrower than this
 ALIGNED_COLUMNS = 128  # slices of the vocabulary start at multiples of this, where wide loads can
 ALIGNED_ROW = 32  # logits, 128 bytes in float32: rows of a tile start at multiples of this on an accelerator
-MOVED_BYTES = 16 << 20  # rows move inside a tile in pieces of this size;
-CACHED_BYTES = 1 << 20  # on a CPU in pieces of this size, which fit a core's cache
+MOVED_BYTES = 16 << 20  # rows move inside a tile in pieces of this size
+CACHED_BYTES = 1 << 20  # the same on a CPU: a piece fits a core's cache
 HUGE_BYTES = 8 << 20  # CPU buffers of at least this size ask for huge pages
 _ADVICE = getattr(mmap, "MADV_HUGEPAGE", None)
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" and _ADVICE is not None else None

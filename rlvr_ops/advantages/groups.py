@@ -17,7 +17,7 @@ class Groups:
     """The group of every rollout: `index` (B,), from 0 to count - 1, no group empty.
 
     Methods ending in `each` return one value per group, (count,). The others return every rollout its group's, (B,).
-    Sums are made in float64 (float32 on MPS) and rounded once, to the dtype of the values.
+    Sums are taken in float64 (float32 on MPS) and rounded once, to the dtype of the values.
     """
 
     index: Tensor

@@ -42,9 +42,9 @@ def _active(module: Any) -> list[str]:
 def _linear(module: Any) -> tuple[Tensor, Tensor | None]:
     name = type(module).__name__
     if not isinstance(module, nn.Linear):
-        raise TypeError(
-            f"lm_head must be an nn.Linear or peft's LoRA around one, got {name}: pass its weight if that is all it uses"
-        )
+        way = "pass the model's output layer, or Head(weight) if that is all it uses"
+        way = "a tensor goes to Head itself" if isinstance(module, Tensor) else way
+        raise TypeError(f"lm_head must be an nn.Linear or peft's LoRA around one, got {name}: {way}")
     if type(module).forward is not nn.Linear.forward and not hasattr(module, "parametrizations"):
         raise TypeError(f"lm_head must compute h W^T + b, got {name} with a forward of its own")
     parametrized = hasattr(module, "parametrizations")

@@ -32,6 +32,8 @@ class Head:
     temperature: float | Tensor = 1.0
 
     def __post_init__(self) -> None:
+        if not isinstance(self.weight, Tensor):
+            check_tensor("lm_head_weight", self.weight)  # raises, with the way out
         check_logits(self.logit_scale, self.softcap)
         temperature = self.temperature
         if not isinstance(temperature, Tensor | int | float):
@@ -40,21 +42,28 @@ class Head:
             raise ValueError(f"temperature must be > 0 and finite, got {temperature}")
 
     @classmethod
-    def of(cls, module: nn.Module, **numbers: float | Tensor | None) -> "Head":
+    def of(
+        cls,
+        lm_head: nn.Module,
+        *,
+        logit_scale: float = 1.0,
+        softcap: float | None = None,
+        temperature: float | Tensor = 1.0,
+    ) -> "Head":
         """The head of an lm_head module: nn.Linear, or a LoRA adapter of peft around one.
 
-        `numbers` are logit_scale, softcap and temperature. An adapter's weight is W + sum of scaling * B A, in the widest of
-        their dtypes, differentiable in A and B. It is computed here, as a tensor (V, H): make a new head for every backward.
+        An adapter's weight is W + sum of scaling * B A, in the widest of their dtypes, differentiable in A and B. It is
+        computed here, as a tensor (V, H): make a new head for every backward.
 
         Raises:
-            TypeError: the module computes more than h W^T + b; the message says what.
+            TypeError: lm_head computes more than h W^T + b; the message says what.
 
         >>> Head.of(nn.Linear(4, 10)).weight.shape
         torch.Size([10, 4])
         """
         from rlvr_ops.head.adapters import weight_and_bias
 
-        return cls(*weight_and_bias(module), **numbers)  # type: ignore[arg-type]
+        return cls(*weight_and_bias(lm_head), logit_scale, softcap, temperature)
 
     def check(self, hidden_states: Tensor) -> None:
         """Raise unless hidden states (..., H) fit the head."""

@@ -71,7 +71,7 @@ def ace_loss(
             of the two the authors' code uses is not verified.
         confidence_reduction: "mean" divides c by the rollout's tokens, "sum" does not (the abstract's form; not verified).
         shape: f is "softplus" or "relu".
-        loss_type: how tokens are averaged: grpo, dapo, dr_grpo, bnpo, luspo, or verl's names for them; see `Objective`.
+        loss_type: how tokens are averaged: grpo, dapo, dr_grpo, bnpo, luspo, or verl's names; `Objective.aggregation` has each.
         beta: weight of the KL term; kl_estimator k1, k2 or k3, differentiated as written.
         use_bias_correction_kl: multiply the estimate by the token's rho; its gradient is then the reverse KL's,
             rho (logp - ref), whichever estimator gives the value (2512.02556).
@@ -84,8 +84,8 @@ def ace_loss(
             "sequence_mask"; sampling_clip_max and sampling_clip_min bound it, None is no bound.
         temperature: the sampling temperature: a number, or one per rollout or per token.
         lm_head_bias: (V,). softcap, logit_scale: z = softcap tanh(logit_scale (h W^T + b) / softcap) / temperature.
-        num_items_in_batch: the global batch's active tokens (dapo) or rollouts (grpo, dr_grpo, luspo). None: this batch's. 0 means
-            that no token counts anywhere: the loss is 0.
+        num_items_in_batch: the global batch's active tokens (dapo) or rollouts (grpo, dr_grpo, luspo). None: this batch's. 0 is for
+            a batch without a token that counts, here or anywhere; the loss is then 0.
         max_completion_length: dr_grpo's constant; None means T.
         score_inactive, with_entropy, schedule, workspace_bytes, backend, validate: see `Plan`.
 
@@ -166,10 +166,10 @@ def resolve(
     for name, (value, default) in given.items():
         if value != default:
             known = isinstance(surrogate, str) and surrogate in SURROGATES
-            instead = f", say surrogate={numbers_of(str(surrogate), SURROGATES[str(surrogate)])}" if known else ""
+            instead = f", say surrogate={numbers_of(SURROGATES[str(surrogate)])}" if known else ""
             raise ValueError(
-                f"{name}={value} belongs to surrogate='ppo_clip', and surrogate is {surrogate!r}: give its own numbers to its "
-                f"function in rlvr_ops.surrogates{instead}"
+                f"{name}={value} belongs to surrogate='ppo_clip', and surrogate is {surrogate!r}: give that one its own "
+                f"numbers, by its record in rlvr_ops.surrogates{instead}"
             )
     if isinstance(surrogate, str):
         if surrogate not in SURROGATES:

@@ -35,7 +35,7 @@ from rlvr_ops.head.plan import (
     spread,
 )
 from rlvr_ops.head.pull_back import check_side, like_inputs, pull_back, pull_back_op, saved, wanted
-from rlvr_ops.objectives.custom import ChunkedFunction, weigh_chosen
+from rlvr_ops.objectives.custom import ChunkedFunction, run_untraced, weigh_chosen
 from rlvr_ops.objectives.entropy import top_tokens, weighted_sum
 from rlvr_ops.objectives.objective import LossOutput, Objective
 from rlvr_ops.rollouts import Layout, Rollouts, make_layout
@@ -90,8 +90,8 @@ def policy_loss(
 
     metrics |= objective.metrics(sums, rows.ref is not None)
     if call.schedule.with_entropy:
-        heard = entropy if scored is None else entropy.masked_fill(~scored, 0)
-        metrics["entropy"] = heard.sum() / sums[:, SUMS.index("tokens")].sum().clamp(min=1)
+        known = entropy if scored is None else entropy.masked_fill(~scored, 0)
+        metrics["entropy"] = known.sum() / sums[:, SUMS.index("tokens")].sum().clamp(min=1)
     count = pulled_back.new_full((), float(layout.rows))  # new_tensor would sync with the device
     metrics |= {
         "head/rows": count,
@@ -111,7 +111,7 @@ def _check_values(hidden_states: Tensor, head: Head, rollouts: Rollouts, layout:
         check_vocabulary(ids, layout, head.weight.shape[0])
     if plan.validate:
         layout.check_finite("hidden_states", hidden_states)
-        rollouts.check_finite(layout)
+        rollouts.check_values(layout)
         head.check_finite()
 
 
@@ -131,15 +131,9 @@ Outputs = tuple[Tensor, ...]
 
 def _run(hidden: Tensor, weight: Tensor, bias: Tensor | None, job: LossCall) -> Outputs:
     if job.objective.function is not None:
-        return _run_function(hidden, weight, bias, job)
+        return run_untraced(_Loss.apply, hidden, weight, bias, job)
     if torch.compiler.is_compiling():
         return tuple(loss_op(hidden, weight, bias, *encode(job))[:5])
-    return _Loss.apply(hidden, weight, bias, job)
-
-
-@torch.compiler.disable
-def _run_function(hidden: Tensor, weight: Tensor, bias: Tensor | None, job: LossCall) -> Outputs:
-    """A user's function does not fit an op's schema, so the compiler breaks the graph here."""
     return _Loss.apply(hidden, weight, bias, job)
 
 

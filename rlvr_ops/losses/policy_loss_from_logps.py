@@ -4,14 +4,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from rlvr_kernels.checks import check_no_tangent, check_tensor, check_types
+from rlvr_kernels.checks import check_logps, check_no_tangent, check_tensor, check_types
 from rlvr_kernels.logits import accumulator_dtype
 from rlvr_kernels.weigh import SUMS, Rows
 from torch import Tensor
 
 from rlvr_ops.head.compiled import decode, encode
 from rlvr_ops.head.plan import refuse_a_second_derivative
-from rlvr_ops.objectives.custom import weigh_chosen
+from rlvr_ops.objectives.custom import run_untraced, weigh_chosen
 from rlvr_ops.objectives.entropy import top_tokens, weighted_sum
 from rlvr_ops.objectives.objective import LossOutput, Objective
 from rlvr_ops.rollouts import Layout, Rollouts, make_layout, per_token
@@ -54,7 +54,8 @@ def policy_loss_from_logps(
     entropy = _entropies(per_token_entropies, layout, objective, dtype)
     if validate:
         layout.check_finite("per_token_logps", per_token_logps)
-        rollouts.check_finite(layout)
+        check_logps("per_token_logps", layout.zero_where_masked(per_token_logps.reshape(-1)))
+        rollouts.check_values(layout)
         layout.check_finite("per_token_entropies", per_token_entropies)
     logp = per_token_logps.reshape(-1).to(dtype)
     top = None if entropy is None else top_tokens(entropy.detach(), layout.mask, objective.entropy.top_quantile)
@@ -97,18 +98,12 @@ def _weigh(logp: Tensor, rows: Rows, top: Tensor | None, objective: Objective, b
     """(losses (R,), differentiable in logp (R,); sums (B, 8))."""
     job = WeighCall(rows, top, objective, backend)
     if objective.function is not None:
-        losses, _coef, sums = _weigh_function(logp, job)
+        losses, _coef, sums = run_untraced(_Weigh.apply, logp, job)
     elif torch.compiler.is_compiling():
         losses, _coef, sums = weigh_op(logp, *encode(job))
     else:
         losses, _coef, sums = _Weigh.apply(logp, job)
     return losses, sums
-
-
-@torch.compiler.disable
-def _weigh_function(logp: Tensor, job: WeighCall) -> tuple[Tensor, Tensor, Tensor]:
-    """A user's function does not fit an op's schema, so the compiler breaks the graph here."""
-    return _Weigh.apply(logp, job)
 
 
 def _forward(logp: Tensor, job: WeighCall) -> tuple[Tensor, Tensor, Tensor]:

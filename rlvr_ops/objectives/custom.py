@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from rlvr_kernels.logits import sum_dtype
@@ -49,6 +50,14 @@ class SurrogateRows:
 
 SurrogateFunction = Callable[[Tensor, SurrogateRows], Tensor]
 """From per_token_logps (n,) and `SurrogateRows` to each token's loss (n,), whole rollouts at a time."""
+
+
+def run_untraced(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a function that takes a user's function, which fits no op's schema, so that torch.compile breaks the graph here.
+
+    Decorating it instead would import torch._dynamo with this package, which takes a second.
+    """
+    return (torch.compiler.disable(function) if torch.compiler.is_compiling() else function)(*arguments)
 
 
 def weigh_any(logp: Tensor, rows: Rows, objective: Objective, backend: str = "auto") -> Weighed:

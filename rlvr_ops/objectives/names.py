@@ -2,8 +2,7 @@
 
 import difflib
 import inspect
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Iterable
 
 AGGREGATION = {
     "cispo": "dapo",
@@ -64,7 +63,7 @@ def _hint(given: str, known: Iterable[str]) -> str:
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
-def numbers_of(name: str, make: Callable[..., Any]) -> str:
-    """Show how to set a surrogate's numbers: `surrogates.cispo(ratio_max=5.0)`."""
-    defaults = (f"{p.name}={p.default!r}" for p in inspect.signature(make).parameters.values())
-    return f"surrogates.{name}({', '.join(defaults)})"
+def numbers_of(record: type) -> str:
+    """Show how to set a surrogate's numbers: `Cispo(ratio_max=5.0)`."""
+    defaults = (f"{p.name}={p.default!r}" for p in inspect.signature(record).parameters.values())
+    return f"{record.__name__}({', '.join(defaults)})"

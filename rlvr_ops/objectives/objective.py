@@ -46,10 +46,18 @@ and gives no width, so this one is ours."""
 
 @dataclass(frozen=True)
 class Objective(TokenObjective):
-    """A surrogate and the terms around it; see the module's docstring for the formula.
+    """A surrogate and the terms around it.
+
+    Per token, with A' = A (1 + alpha f(c)) where A < 0 and A elsewhere::
+
+        l = surrogate(x, A') + beta KL(logp, ref) - entropy_coef H,     L = sum over rollouts i of w_i sum over tokens of l
 
     surrogate: a record such as `Clip(0.2, 0.28)`, or a function of (per_token_logps, rows) that gives each token's loss
         over `rlvr_ops.SurrogateRows`: any differentiable PyTorch.
+    ace, kl, entropy: records `Ace`, `KL` and `Entropy`; None is no such term.
+    sampling: a `SamplingCorrection`; None is none.
+    aggregation: w_i. "grpo": 1 / (rollouts * T_i); "dapo": 1 / tokens; "bnpo": 1 / tokens of this call; "dr_grpo":
+        1 / (rollouts * max_completion_length); "luspo": 1 / rollouts. verl's names for them are accepted too.
     importance_sampling_level: "token"; "sequence", the rollout's geometric mean ratio (GSPO 2507.18071); or
         "sequence_token", that value with each token's own gradient (GSPO-token).
     off_policy_mask_threshold: drop the surrogate where A < 0 in rollouts whose mean of sampling (or old) - logp is above it

@@ -19,8 +19,8 @@ def good(**changes):
         "lm_head_weight": torch.randn(V, H),
         "completion_ids": torch.randint(V, (B, T)),
         "advantages": torch.randn(B),
-        "ref_per_token_logps": torch.randn(B, T),
-        "old_per_token_logps": torch.randn(B, T),
+        "ref_per_token_logps": -torch.rand(B, T),
+        "old_per_token_logps": -torch.rand(B, T),
         "completion_mask": torch.ones(B, T),
     } | changes
     return {name: value for name, value in arguments.items() if value is not ...}
@@ -30,8 +30,8 @@ def good_packed(**changes):
     arguments = {
         "hidden_states": torch.randn(9, H),
         "completion_ids": torch.randint(V, (9,)),
-        "ref_per_token_logps": torch.randn(9),
-        "old_per_token_logps": torch.randn(9),
+        "ref_per_token_logps": -torch.rand(9),
+        "old_per_token_logps": -torch.rand(9),
         "completion_mask": torch.ones(9),
         "advantages": torch.randn(3),
         "cu_seqlens": torch.tensor([0, 4, 4, 9]),

@@ -12,7 +12,7 @@ from pathlib import Path
 try:
     from rlvr_trainer.config import Config, load, shipped
 except ModuleNotFoundError as error:
-    raise SystemExit(f"rlvr-ops needs {error.name}: pip install 'rlvr-ops[train]'") from error
+    raise SystemExit(f"rlvr-ops needs {error.name}: in the folder of rlvr_ops, pip install '.[train]'") from error
 from rlvr_trainer.parsing import ConfigError, nearest
 
 DEMOS = {"smollm2-135m": "demo-smollm2-135m", "tiny": "demo-tiny"}

@@ -57,4 +57,5 @@ def surrogate_kernel(x, logp, advantage, a, b, FORM: tl.constexpr):
     elif FORM == "gmpo":
         return gmpo_kernel(x, logp, advantage, a, b)
     else:
+        tl.static_assert(FORM == "vespo", "surrogate_kernel has no branch for this form")
         return vespo_kernel(x, logp, advantage, a, b)
