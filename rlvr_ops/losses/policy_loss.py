@@ -231,7 +231,7 @@ class _Loss(torch.autograd.Function):
             hidden, weight, bias, lse, coef, entropy, entropy_coef, kept, _ids = saved(ctx)
             check_side(ctx.captured, kept, call.scored)
             by_entropy = entropy_coef * d_loss if entropy_coef.numel() else None
-            coef = _scaled(coef, d_loss, "torch")
+            coef = coef.mul_(d_loss) if _spends(coef) else coef * d_loss
             gradients = pull_back(hidden, weight, bias, call, lse, coef, entropy, by_entropy, kept)
         return *wanted(gradients, ctx.needs_input_grad[:3]), None
 
@@ -243,12 +243,15 @@ def _for_backward(inputs: tuple[Any, ...], output: Outputs, call: Call) -> tuple
 
 
 def _scaled(gradient: Tensor, upstream: Tensor, backend: str) -> Tensor:
-    """gradient * upstream, in place if this backward frees the graph, so that no second d_weight exists."""
+    """gradient * upstream, in place if it may be, so that no second d_weight exists."""
     factor = upstream.reshape(1)  # a 0-d factor would be rounded to the gradient's dtype: 65536 is inf in float16
-    tracing = torch.compiler.is_compiling() or type(gradient) is not Tensor
-    if tracing or torch._C._autograd._get_current_graph_task_keep_graph():
-        return (gradient * factor).to(gradient.dtype)
-    return scale_(gradient, factor, backend)
+    return scale_(gradient, factor, backend) if _spends(gradient) else (gradient * factor).to(gradient.dtype)
+
+
+def _spends(saved_tensor: Tensor) -> bool:
+    """Whether this backward frees the graph, so that it may overwrite a tensor that forward saved."""
+    tracing = torch.compiler.is_compiling() or type(saved_tensor) is not Tensor
+    return not (tracing or torch._C._autograd._get_current_graph_task_keep_graph())
 
 
 @torch.library.custom_op("rlvr_ops::policy_loss", mutates_args=())
