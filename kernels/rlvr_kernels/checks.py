@@ -140,4 +140,5 @@ def check_types(hint: str = "", **arguments: tuple[object, type]) -> None:
     for name, (value, kind) in arguments.items():
         if not isinstance(value, kind):
             came = value.__name__ if isinstance(value, type) else type(value).__name__
+            came = f"{type(value).__module__}.{came}" if came == kind.__name__ else came
             raise TypeError(f"{name} must be of type {kind.__name__}, got {came}{hint}")

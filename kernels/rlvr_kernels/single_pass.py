@@ -92,7 +92,6 @@ def single_pass(
         entropy_coefs = -entropy_coef * mine.row_weights() if entropy_coef else None
         gradient, scale = scored.gradient(weighed.coef, entropy_coefs)
         keep = None if entropy_coef or capturing() else _rows_to_keep(weighed.coef, weight, needs.hidden + needs.weight)
-        del weighed  # free (n,) tensors before the (n, H) product
         if keep is not None:
             gradient, keep = compact_(gradient, keep)
             states, scale = states[keep], None if scale is None else scale[keep]

@@ -26,8 +26,10 @@ def weight_and_bias(module: nn.Module) -> tuple[Tensor, Tensor | None]:
 def _unwrapped(module: Any) -> Any:
     """Unwrap torch.compile and peft's modules_to_save, down to the module that runs."""
     if hasattr(module, "_orig_mod"):
+        _check_hooks(module)
         return _unwrapped(module._orig_mod)
     if hasattr(module, "modules_to_save") and hasattr(module, "original_module"):
+        _check_hooks(module)
         active = [name for name in _active(module) if name in module.modules_to_save]
         off = getattr(module, "disable_adapters", False) or not active
         return _unwrapped(module.original_module if off else module.modules_to_save[active[0]])
@@ -67,12 +69,16 @@ def _linear(module: Any) -> tuple[Tensor, Tensor | None]:
 
 def _check_unhooked(module: Any) -> None:
     """Raise if a hook or a replaced forward may change what the module computes."""
-    name = type(module).__name__
     if "forward" in vars(module):
-        raise TypeError(f"lm_head must compute h W^T + b, got {name} whose forward was replaced")
+        raise TypeError(f"lm_head must compute h W^T + b, got {type(module).__name__} whose forward was replaced")
+    _check_hooks(module)
+
+
+def _check_hooks(module: Any) -> None:
     if module._forward_hooks or module._forward_pre_hooks:
         raise TypeError(
-            f"lm_head must compute h W^T + b, got {name} with forward hooks: pass its weight if they change nothing"
+            f"lm_head must compute h W^T + b, got {type(module).__name__} with forward hooks: pass its weight if they change "
+            "nothing"
         )
 
 

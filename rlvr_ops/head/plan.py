@@ -146,7 +146,7 @@ class Planner:
     ):  # fmt: skip
         self.plan, self.hidden, self.weight, self.needs, self.dtype = plan, hidden, weight, needs, dtype
         self.objective, self.layout = objective, layout
-        self.token_local = objective.is_token_local(rows.old is not None)
+        self.token_local, self.has_old = objective.is_token_local(rows.old is not None), rows.old is not None
         self.logit_bytes = bytes_per_logit(weight.device, dtype)
         self.room = self._workspace(whole_rows=True)
         self.limit = whole_row_tile(weight.shape[0], self.logit_bytes, self.room)  # whole rows that fit
@@ -236,7 +236,7 @@ class Planner:
         needs_rollouts = (
             known.function is not None or known.level != "token" or known.off_policy_mask_threshold is not None
         )
-        local = "" if needs_rollouts else "confidence='old', "
+        local = "" if needs_rollouts else f"confidence='old'{'' if self.has_old else ' with old_per_token_logps'}, "
         return (
             f"schedule='single_pass' needs {needs}, and workspace_bytes={workspace} holds {limit} rows "
             f"but {which} {longest}: give workspace_bytes >= {longest * row}, {local}or schedule='two_pass'"

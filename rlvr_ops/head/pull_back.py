@@ -21,6 +21,11 @@ def pull_back(
     entropy_coef: Tensor | None, kept: Tensor,
 ) -> Gradients:  # fmt: skip
     """Pull coef = dL/dlogp (R,) and entropy_coef = dL/dH (R,) back, through the rows where either is not 0."""
+    if is_batched(coef) or is_batched(entropy_coef):
+        raise NotImplementedError(
+            "a batch of upstream gradients (is_grads_batched=True, jacobian(vectorize=True)) is not supported: call backward "
+            "once for each"
+        )
     with no_autocast(hidden):
         alive = coef != 0 if entropy_coef is None else (coef != 0) | (entropy_coef != 0)
         scored, dtype = call.scored, call.schedule.dtype
@@ -68,6 +73,11 @@ def pull_back_op(
 @pull_back_op.register_fake
 def _(hidden, weight, bias, tensors, numbers, text, lse, coef, entropy, entropy_coef):  # type: ignore[no-untyped-def]
     return like_inputs(hidden, weight, bias, decode(tensors, None, text).call.needs)
+
+
+def is_batched(values: Tensor | None) -> bool:
+    """Whether vmap holds a batch of these: the upstream gradients of `torch.autograd.grad(..., is_grads_batched=True)`."""
+    return values is not None and bool(torch._C._functorch.is_legacy_batchedtensor(values))
 
 
 def like_inputs(hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: tuple[bool, bool, bool]) -> Gradients:

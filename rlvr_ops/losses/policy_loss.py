@@ -34,7 +34,7 @@ from rlvr_ops.head.plan import (
     save,
     spread,
 )
-from rlvr_ops.head.pull_back import check_side, like_inputs, pull_back, pull_back_op, saved, wanted
+from rlvr_ops.head.pull_back import check_side, is_batched, like_inputs, pull_back, pull_back_op, saved, wanted
 from rlvr_ops.objectives.custom import ChunkedFunction, run_untraced, weigh_chosen
 from rlvr_ops.objectives.entropy import top_tokens, weighted_sum
 from rlvr_ops.objectives.objective import LossOutput, Objective
@@ -231,7 +231,7 @@ class _Loss(torch.autograd.Function):
             hidden, weight, bias, lse, coef, entropy, entropy_coef, kept, _ids = saved(ctx)
             check_side(ctx.captured, kept, call.scored)
             by_entropy = entropy_coef * d_loss if entropy_coef.numel() else None
-            coef = coef.mul_(d_loss) if _spends(coef) else coef * d_loss
+            coef = coef.mul_(d_loss) if _may_overwrite(coef, d_loss) else coef * d_loss
             gradients = pull_back(hidden, weight, bias, call, lse, coef, entropy, by_entropy, kept)
         return *wanted(gradients, ctx.needs_input_grad[:3]), None
 
@@ -245,12 +245,14 @@ def _for_backward(inputs: tuple[Any, ...], output: Outputs, call: Call) -> tuple
 def _scaled(gradient: Tensor, upstream: Tensor, backend: str) -> Tensor:
     """gradient * upstream, in place if it may be, so that no second d_weight exists."""
     factor = upstream.reshape(1)  # a 0-d factor would be rounded to the gradient's dtype: 65536 is inf in float16
-    return scale_(gradient, factor, backend) if _spends(gradient) else (gradient * factor).to(gradient.dtype)
+    if _may_overwrite(gradient, upstream):
+        return scale_(gradient, factor, backend)
+    return (gradient * factor).to(gradient.dtype)
 
 
-def _spends(saved_tensor: Tensor) -> bool:
-    """Whether this backward frees the graph, so that it may overwrite a tensor that forward saved."""
-    tracing = torch.compiler.is_compiling() or type(saved_tensor) is not Tensor
+def _may_overwrite(saved_tensor: Tensor, upstream: Tensor) -> bool:
+    """Whether this backward may write over what forward saved: the graph is freed, and nothing is traced or batched."""
+    tracing = torch.compiler.is_compiling() or type(saved_tensor) is not Tensor or is_batched(upstream)
     return not (tracing or torch._C._autograd._get_current_graph_task_keep_graph())
 
 

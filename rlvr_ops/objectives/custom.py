@@ -116,6 +116,8 @@ def _value_and_slope(
         if not isinstance(losses, Tensor) or losses.shape != leaf.shape:
             came = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
             raise ValueError(f"surrogate must return one loss per token, (n,) = {tuple(leaf.shape)}, got {came}")
+        if not losses.is_floating_point():
+            raise TypeError(f"surrogate must return floating-point losses, got {losses.dtype}")
         weighted = losses.to(leaf.dtype) * scale
         if not differentiable:
             return weighted, torch.zeros_like(leaf)

@@ -67,6 +67,20 @@ def test_a_single_pass_drops_the_product_of_d_hidden_before_that_of_d_weight():
     assert allowed <= peak_bytes(step, torch.device("cpu")) < allowed + 4 * states / 4
 
 
+def test_two_passes_scale_the_coefficients_in_place_unless_the_graph_is_kept():
+    rows, inner, vocabulary = 100_000, 1, 2
+    hidden, weight = torch.randn(1, rows, inner, requires_grad=True), torch.randn(vocabulary, inner)
+    ids, advantages = torch.randint(vocabulary, (1, rows)), torch.ones(1)
+
+    def peak(**keywords):
+        loss = rlvr_ops.grpo_loss(hidden, weight, ids, advantages, schedule="two_pass").loss
+        hidden.grad = None
+        return peak_bytes(partial(loss.backward, **keywords), torch.device("cpu"))
+
+    peak()
+    assert peak() <= peak(retain_graph=True) - 4 * rows
+
+
 def test_the_twins_hold_one_float32_block_of_a_16_bit_tile_at_a_time():
     rows, vocabulary = 96, 65536  # three blocks
     tile, ids = torch.randn(rows, vocabulary).bfloat16(), torch.arange(rows)

@@ -7,6 +7,7 @@ import torch
 from loss_cases import (
     SMALL,
     assert_same,
+    dense_batch,
     error,
     make_batch,
     pack,
@@ -331,3 +332,20 @@ def test_ids_may_be_int32_and_a_mask_may_be_anything(dtype):
     for mask in (batch.mask.to(dtype), batch.mask.float(), batch.mask.to(torch.bfloat16)):
         other = replace(batch, ids=batch.ids.to(dtype), mask=mask)
         assert torch.equal(run(policy_loss, other, **arguments(other))[0].loss, truth.loss)
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_batch_of_upstream_gradients_is_right_or_refused(keep):
+    hidden, weight, ids, advantages, ref = dense_batch()
+    hidden.requires_grad_()
+    upstream = {"grad_outputs": torch.tensor([1.0, 2.0]), "is_grads_batched": True, "retain_graph": keep}
+
+    def loss(schedule):
+        return rlvr_ops.ace_loss(hidden, weight, ids, advantages, ref_per_token_logps=ref, schedule=schedule).loss
+
+    (truth,) = torch.autograd.grad(loss("single_pass"), hidden)
+    (found,) = torch.autograd.grad(loss("single_pass"), hidden, **upstream)
+    torch.testing.assert_close(found, torch.stack([truth, 2 * truth]))
+    for scalar in (loss("two_pass"), rlvr_ops.token_logps(hidden, weight, ids).logps.sum()):
+        with pytest.raises(NotImplementedError, match="a batch of upstream gradients"):
+            torch.autograd.grad(scalar, hidden, **upstream)

@@ -266,6 +266,11 @@ def test_a_workspace_that_holds_no_logit_is_refused_with_and_without_gradient(gr
         refused("workspace_bytes must be at least 4, one logit, got 0", arguments, loss=loss)
 
 
+def test_a_way_out_that_was_taken_in_part_is_told_the_rest():
+    given = good(schedule="single_pass", workspace_bytes=12 * V, confidence="old", old_per_token_logps=None)
+    refused("confidence='old' with old_per_token_logps, or schedule='two_pass'", given)
+
+
 def test_a_missing_reference_is_named_with_the_way_out():
     none = good(ref_per_token_logps=None)
     refused("ref_per_token_logps is missing, and ACE compares the policy with it: pass it, or alpha=0", none)

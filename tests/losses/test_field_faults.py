@@ -91,7 +91,7 @@ def test_chunks_of_one_long_rollout_add_up_in_float64():
     def loss(dtype, **options):
         old = torch.full((1, tokens), -2.0, dtype=dtype)
         given = hidden.to(dtype), weight.to(dtype).requires_grad_(), ids, advantages.to(dtype)
-        return rlvr_ops.ace_loss(*given, alpha=0.0, old_per_token_logps=old, **options).loss.double()
+        return rlvr_ops.ace_loss(*given, alpha=0.0, old_per_token_logps=old, loss_type="luspo", **options).loss.double()
 
     found = loss(torch.float32, schedule="single_pass", workspace_bytes=vocabulary * 4 * 4)
     torch.testing.assert_close(found, loss(torch.float64), rtol=2e-7, atol=0)

@@ -152,6 +152,16 @@ def hooked_adapter():
     return module
 
 
+def hooked_wrapper(module):
+    module.register_forward_hook(lambda _module, _inputs, output: 2 * output)
+    return module
+
+
+def saved_copy():
+    config = peft.LoraConfig(target_modules=["body"], modules_to_save=["lm_head"])
+    return peft.get_peft_model(Model(), config).base_model.model.lm_head
+
+
 def gathered_elsewhere():
     module = nn.Linear(H, V)
     module.weight = nn.Parameter(torch.zeros(0))
@@ -171,6 +181,8 @@ def gathered_elsewhere():
         (hooked, "got Linear with forward hooks"),
         (replaced, "got Linear whose forward was replaced"),
         (hooked_adapter, "got Linear with forward hooks"),
+        (lambda: hooked_wrapper(torch.compile(nn.Linear(H, V), backend="eager")), "got OptimizedModule with forward hooks"),
+        (lambda: hooked_wrapper(saved_copy()), "got ModulesToSaveWrapper with forward hooks"),
         (gathered_elsewhere, "must have shape \\(40, 8\\), got \\(0,\\): gather it first"),
         (lambda: peft.get_peft_model(Model(), peft.IA3Config(target_modules=["lm_head"], feedforward_modules=[]))
          .base_model.model.lm_head, "got the adapter Linear: merge it first"),

@@ -1,6 +1,7 @@
 """The slips of a first day, and the messages that lead out of them."""
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -69,6 +70,37 @@ def test_validate_names_a_mask_that_is_not_finite():
 def test_a_number_in_the_place_of_a_name_gets_no_spelling_hint():
     with pytest.raises(ValueError, match=r"kl_estimator must be one of 'k1', 'k2', 'k3', got 0.1$"):
         KL(0.1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        (
+            {"hidden_states": HIDDEN[..., :0], "lm_head_weight": WEIGHT[:, :0]},
+            ValueError,
+            "hidden_states must have H > 0",
+        ),
+        ({"temperature": 1e-40}, ValueError, "temperature must be > 0 and finite, got 1e-40"),
+        ({"temperature": torch.full((4,), 1e-40)}, ValueError, "temperature must be > 0 and finite, got 9.99"),
+        (
+            {"surrogate": lambda logps, rows: torch.complex(logps, -rows.advantages)},
+            TypeError,
+            "surrogate must return floating-point losses, got torch.complex64",
+        ),
+        ({"validate": SimpleNamespace()}, TypeError, "validate must be of type bool, got SimpleNamespace"),
+        ({"validate": type("bool", (), {})()}, TypeError, "validate must be of type bool, got .*test_slips.bool"),
+    ],
+)
+def test_what_would_end_in_nan_zero_or_a_raw_error_is_named(changes, error, message):
+    given = {
+        "hidden_states": HIDDEN,
+        "lm_head_weight": WEIGHT,
+        "completion_ids": IDS,
+        "advantages": ADVANTAGES,
+        "alpha": 0.0,
+    }
+    with pytest.raises(error, match=message):
+        rlvr_ops.ace_loss(**given | changes)
 
 
 @pytest.mark.interpret
