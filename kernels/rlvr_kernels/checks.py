@@ -139,6 +139,7 @@ def check_types(hint: str = "", **arguments: tuple[object, type]) -> None:
     """Raise a TypeError unless every argument, given as (value, type), has its type."""
     for name, (value, kind) in arguments.items():
         if not isinstance(value, kind):
-            came = value.__name__ if isinstance(value, type) else type(value).__name__
+            came = type(value).__name__
             came = f"{type(value).__module__}.{came}" if came == kind.__name__ else came
+            came = f"the class {value.__name__}" if isinstance(value, type) else came
             raise TypeError(f"{name} must be of type {kind.__name__}, got {came}{hint}")

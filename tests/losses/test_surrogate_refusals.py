@@ -186,7 +186,7 @@ def test_the_verb_refuses_what_is_no_record_by_name():
         ),
         ((head, ids, objective), "rollouts must be of type Rollouts, got Tensor"),
         ((head, rollouts, "grpo"), "objective must be of type Objective, got str"),
-        ((head, rollouts, rlvr_ops.Objective), "objective must be of type Objective, got Objective"),
+        ((head, rollouts, rlvr_ops.Objective), "objective must be of type Objective, got the class Objective"),
         ((head, rollouts, objective, {}), "plan must be of type Plan, got dict"),
     ):
         with pytest.raises(TypeError, match=message):
