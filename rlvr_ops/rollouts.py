@@ -36,11 +36,13 @@ class Rollouts:
     num_items_in_batch: float | Tensor | None = None
 
     def check_values(self, layout: "Layout") -> None:
-        """Raise if a value that counts is NaN or infinite, or a log-probability above 0.
+        """Raise if a value that counts is NaN or infinite, a log-probability above 0, or the mask NaN.
 
         A NaN in sampling_per_token_logps means unknown. Reads the values on the host.
         """
-        check_finite("completion_mask", self.completion_mask)
+        mask = self.completion_mask
+        if mask is not None and bool((mask != mask).any()):
+            raise ValueError("completion_mask must not be NaN: nonzero is where a token counts")
         layout.check_finite("advantages", self.advantages)
         sampling = self.sampling_per_token_logps
         logps = {

@@ -56,7 +56,7 @@ def check_tensor(
     grad=False also refuses tensors that require a gradient, for arguments that pass none on.
     """
     if not isinstance(values, torch.Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(values).__name__}{_way_out(values)}")
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(values).__name__}{_way_out(name, values)}")
     if device is not None and values.device != device:
         raise ValueError(f"{name} must be on {device} like the other tensors, got {values.device}")
     if floating and values.dtype not in FLOATS:
@@ -77,12 +77,13 @@ def check_tensor(
         raise ValueError(f"{name} must not require a gradient, which it would not get: pass {name}.detach()")
 
 
-def _way_out(values: object) -> str:
+def _way_out(name: str, values: object) -> str:
     """Where the tensor is that was meant."""
-    if isinstance(values, torch.nn.Module):  # an adapter's own weight is the frozen base
-        return ": pass Head.of(it).weight"
-    fields = [field for field in ("weight", "logps") if isinstance(getattr(values, field, None), torch.Tensor)]
-    return f": pass its .{fields[0]}" if fields else ""
+    if name == "lm_head_weight" and isinstance(values, torch.nn.Module):  # an adapter's own weight is the frozen base
+        return ": Head.of(it) has its weight and its bias"
+    if name == "lm_head_weight" and hasattr(values, "logit_scale"):
+        return ": call policy_loss with it, or pass every field by itself"
+    return ": pass its .logps" if name.endswith("logps") and hasattr(values, "logps") else ""
 
 
 def _check_data(name: str) -> None:
@@ -131,7 +132,8 @@ def check_logps(name: str, values: torch.Tensor, mask: torch.Tensor | None = Non
     if bool(above.any()):
         where = tuple(int(i) for i in above.nonzero()[0])
         raise ValueError(
-            f"{name} must be at most 0, got {float(values[where]):g} at {where}: give log-probabilities, not probabilities"
+            f"{name} must be at most 0, got {float(values[where]):g} at {where}: give log-probabilities, not probabilities, from "
+            "logits and a log-sum-exp of one precision"
         )
 
 

@@ -74,7 +74,7 @@ class KL:
 
     estimator: "k1", "k2" or "k3".
     beta: 0, the default, is no KL term.
-    bias_correction: multiply by the token's ratio; see the module's docstring.
+    bias_correction: multiply by the token's ratio exp(logp - old). The gradient is then the reverse KL's, whoever sampled.
     """
 
     estimator: str = "k3"

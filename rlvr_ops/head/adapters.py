@@ -29,7 +29,7 @@ def _unwrapped(module: Any) -> Any:
         _check_hooks(module)
         return _unwrapped(module._orig_mod)
     if hasattr(module, "modules_to_save") and hasattr(module, "original_module"):
-        _check_hooks(module)
+        _check_unhooked(module)
         active = [name for name in _active(module) if name in module.modules_to_save]
         off = getattr(module, "disable_adapters", False) or not active
         return _unwrapped(module.original_module if off else module.modules_to_save[active[0]])
@@ -113,6 +113,8 @@ def _check_adapter(module: Any, adapter: str) -> None:
     a, b = module.lora_A[adapter], module.lora_B[adapter]
     dropout = module.lora_dropout[adapter] if adapter in getattr(module, "lora_dropout", {}) else nn.Identity()
     drops = not isinstance(dropout, nn.Identity | nn.Dropout) or (getattr(dropout, "p", 0) > 0 and dropout.training)
+    for part in (a, b, dropout):
+        _check_unhooked(part)
     variants = getattr(module, "lora_variant", {}), getattr(module, "use_dora", {})
     reasons = {
         "is more than W + scaling B A (DoRA or another variant)": any(bool(v.get(adapter)) for v in variants),

@@ -13,8 +13,6 @@ from torch import Tensor, nn
 
 from rlvr_ops.rollouts import Layout, per_rollout_or_token
 
-LEAST_TEMPERATURE = 1e-38  # float32 cannot hold the reciprocal of less
-
 
 @dataclass(frozen=True, eq=False)
 class Head:
@@ -40,7 +38,7 @@ class Head:
         temperature = self.temperature
         if not isinstance(temperature, Tensor | int | float):
             raise TypeError(f"temperature must be a number or a tensor, got {temperature!r}")
-        if not isinstance(temperature, Tensor) and not LEAST_TEMPERATURE < temperature < float("inf"):
+        if not isinstance(temperature, Tensor) and not 0 < temperature < float("inf"):
             raise ValueError(f"temperature must be > 0 and finite, got {temperature}")
 
     @classmethod
@@ -119,7 +117,7 @@ class Head:
             temperature = temperature.expand(layout.rollouts) if temperature.ndim == 0 else temperature
             spread = per_rollout_or_token("temperature", temperature, layout, device, dtype)
             if device.type == "cpu" and not torch.compiler.is_compiling():
-                wrong = ~(spread > LEAST_TEMPERATURE) | spread.isinf()
+                wrong = ~(spread > 0) | spread.isinf()
                 wrong = wrong if layout.mask is None else wrong & layout.mask
                 if bool(wrong.any()):
                     raise ValueError(f"temperature must be > 0 and finite, got {float(spread[wrong][0])}")

@@ -52,8 +52,8 @@ class Plan:
     backend: "auto", "triton" or "torch"; see `rlvr_ops.explain_backend`.
     score_inactive: also score rollouts without a gradient, for their log-probabilities and metrics.
     with_entropy: report the scored rows' mean entropy in the metrics; no extra product.
-    validate: also check the inputs for NaN and inf, log-probabilities for values above 0, and ids on an accelerator; costs
-        host syncs.
+    validate: also check the inputs for NaN and inf, log-probabilities for values above 0, the mask for NaN, and ids on an
+        accelerator; costs host syncs.
     """
 
     schedule: str = "auto"

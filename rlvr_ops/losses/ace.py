@@ -160,20 +160,18 @@ def resolve(
     """
     if isinstance(surrogate, type):
         raise TypeError(f"surrogate must be a name, a record or a function, got the class: call {surrogate.__name__}()")
+    if isinstance(surrogate, str) and surrogate not in SURROGATES:
+        raise ValueError(unknown_surrogate(surrogate, SURROGATES, AGGREGATIONS))
     if isinstance(surrogate, str) and surrogate == "ppo_clip":
         return Clip(epsilon_low, epsilon_high, delta)
     given = {"epsilon_low": (epsilon_low, 0.2), "epsilon_high": (epsilon_high, None), "delta": (delta, None)}
     for name, (value, default) in given.items():
         if value != default:
-            known = isinstance(surrogate, str) and surrogate in SURROGATES
-            instead = f", say surrogate={numbers_of(SURROGATES[str(surrogate)])}" if known else ""
-            raise ValueError(
-                f"{name}={value} belongs to surrogate='ppo_clip', and surrogate is {surrogate!r}: give that one its own "
-                f"numbers, by its record in rlvr_ops.surrogates{instead}"
+            own = (
+                f": set that one's numbers by {numbers_of(SURROGATES[surrogate])}" if isinstance(surrogate, str) else ""
             )
+            raise ValueError(f"{name}={value} belongs to surrogate='ppo_clip', and surrogate is {surrogate!r}{own}")
     if isinstance(surrogate, str):
-        if surrogate not in SURROGATES:
-            raise ValueError(unknown_surrogate(surrogate, SURROGATES, AGGREGATIONS))
         return SURROGATES[surrogate]()
     if not (isinstance(surrogate, Surrogate) or callable(surrogate)):
         raise TypeError(f"surrogate must be a name, one of rlvr_ops.surrogates or a function, got {surrogate!r}")

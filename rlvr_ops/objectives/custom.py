@@ -53,11 +53,12 @@ SurrogateFunction = Callable[[Tensor, SurrogateRows], Tensor]
 
 
 def run_untraced(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call a function that takes a user's function, which fits no op's schema, so that torch.compile breaks the graph here.
+    """Call a function that takes a user's function. torch.compile breaks the graph here."""
+    if not torch.compiler.is_compiling():
+        return function(*arguments)
+    from rlvr_ops.objectives.untraced import call
 
-    Decorating it instead would import torch._dynamo with this package, which takes a second.
-    """
-    return (torch.compiler.disable(function) if torch.compiler.is_compiling() else function)(*arguments)
+    return call(function, *arguments)
 
 
 def weigh_any(logp: Tensor, rows: Rows, objective: Objective, backend: str = "auto") -> Weighed:

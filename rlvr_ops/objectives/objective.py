@@ -1,19 +1,4 @@
-"""Objective: the definition of a loss, apart from data and model, from log-probabilities to the loss and its metrics.
-
-Per token, with A' = A (1 + alpha f(c)) where A < 0 (ACE) and A elsewhere:
-
-    l = surrogate(x, A') + beta KL(logp, ref) - entropy_coef H,     L = sum over rollouts i of w_i sum over tokens of l
-
-    aggregation   verl's name              L is                                         w_i
-    grpo          seq-mean-token-mean      the mean over rollouts of token means        1 / (rollouts * T_i)
-    dapo          token-mean               the mean over the global batch's tokens      1 / tokens
-    bnpo                                   the mean over the tokens at hand             1 / tokens here
-    dr_grpo       seq-mean-token-sum-norm  token sums over a constant length            1 / (rollouts * max_completion_length)
-    luspo         seq-mean-token-sum       the mean over rollouts of token sums         1 / rollouts
-
-Either name is accepted. Under gradient accumulation or data parallelism pass the global count, `num_items_in_batch`: a mean
-of micro-batch means would weigh a token by the micro-batch it fell into.
-"""
+"""Objective: the definition of a loss, apart from data and model, from log-probabilities to the loss and its metrics."""
 
 import math
 from collections.abc import Callable
@@ -48,16 +33,24 @@ and gives no width, so this one is ours."""
 class Objective(TokenObjective):
     """A surrogate and the terms around it.
 
-    Per token, with A' = A (1 + alpha f(c)) where A < 0 and A elsewhere::
+    Per token, with A' = A (1 + alpha f(c)) where A < 0 (ACE) and A elsewhere::
 
         l = surrogate(x, A') + beta KL(logp, ref) - entropy_coef H,     L = sum over rollouts i of w_i sum over tokens of l
 
+        aggregation   verl's name              L is                                         w_i
+        grpo          seq-mean-token-mean      the mean over rollouts of token means        1 / (rollouts * T_i)
+        dapo          token-mean               the mean over the global batch's tokens      1 / tokens
+        bnpo                                   the mean over the tokens at hand             1 / tokens here
+        dr_grpo       seq-mean-token-sum-norm  token sums over a constant length            1 / (rollouts * max_completion_length)
+        luspo         seq-mean-token-sum       the mean over rollouts of token sums         1 / rollouts
+
+    Either name is accepted. Under gradient accumulation or data parallelism pass the global count, `num_items_in_batch`: a mean
+    of micro-batch means would weigh a token by the micro-batch it fell into.
+
     surrogate: a record such as `Clip(0.2, 0.28)`, or a function of (per_token_logps, rows) that gives each token's loss
         over `rlvr_ops.SurrogateRows`: any differentiable PyTorch.
-    ace, kl, entropy: records `Ace`, `KL` and `Entropy`; None is no such term.
-    sampling: a `SamplingCorrection`; None is none.
-    aggregation: w_i. "grpo": 1 / (rollouts * T_i); "dapo": 1 / tokens; "bnpo": 1 / tokens of this call; "dr_grpo":
-        1 / (rollouts * max_completion_length); "luspo": 1 / rollouts. verl's names for them are accepted too.
+    ace, kl, entropy: records `Ace`, `KL` and `Entropy`. None leaves the term out.
+    sampling: a `SamplingCorrection`, or None.
     importance_sampling_level: "token"; "sequence", the rollout's geometric mean ratio (GSPO 2507.18071); or
         "sequence_token", that value with each token's own gradient (GSPO-token).
     off_policy_mask_threshold: drop the surrogate where A < 0 in rollouts whose mean of sampling (or old) - logp is above it

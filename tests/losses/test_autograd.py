@@ -346,6 +346,7 @@ def test_a_batch_of_upstream_gradients_is_right_or_refused(keep):
     (truth,) = torch.autograd.grad(loss("single_pass"), hidden)
     (found,) = torch.autograd.grad(loss("single_pass"), hidden, **upstream)
     torch.testing.assert_close(found, torch.stack([truth, 2 * truth]))
-    for scalar in (loss("two_pass"), rlvr_ops.token_logps(hidden, weight, ids).logps.sum()):
+    scores = rlvr_ops.token_logps(hidden, weight, ids, with_entropy=True)
+    for scalar in (loss("two_pass"), scores.logps.sum(), scores.entropy.sum()):
         with pytest.raises(NotImplementedError, match="a batch of upstream gradients"):
             torch.autograd.grad(scalar, hidden, **upstream)

@@ -162,6 +162,18 @@ def saved_copy():
     return peft.get_peft_model(Model(), config).base_model.model.lm_head
 
 
+def replaced_wrapper():
+    module = saved_copy()
+    module.forward = lambda x: 2 * x
+    return module
+
+
+def hooked_part():
+    module = adapted()
+    module.lora_B["default"].register_forward_hook(lambda _module, _inputs, output: 2 * output)
+    return module
+
+
 def gathered_elsewhere():
     module = nn.Linear(H, V)
     module.weight = nn.Parameter(torch.zeros(0))
@@ -182,6 +194,8 @@ def gathered_elsewhere():
         (replaced, "got Linear whose forward was replaced"),
         (hooked_adapter, "got Linear with forward hooks"),
         (lambda: hooked_wrapper(torch.compile(nn.Linear(H, V), backend="eager")), "got OptimizedModule with forward hooks"),
+        (replaced_wrapper, "got ModulesToSaveWrapper whose forward was replaced"),
+        (hooked_part, "got Linear with forward hooks"),
         (lambda: hooked_wrapper(saved_copy()), "got ModulesToSaveWrapper with forward hooks"),
         (gathered_elsewhere, "must have shape \\(40, 8\\), got \\(0,\\): gather it first"),
         (lambda: peft.get_peft_model(Model(), peft.IA3Config(target_modules=["lm_head"], feedforward_modules=[]))

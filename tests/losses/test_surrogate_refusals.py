@@ -62,7 +62,7 @@ def call(**kwargs):
         ({"surrogate": "sapo", "epsilon_high": 0.3}, "epsilon_high=0.3 belongs to surrogate='ppo_clip'"),
         (
             {"surrogate": "cispo", "delta": 4.0},
-            r"delta=4.0 belongs to surrogate='ppo_clip', and .* 'cispo': .*say surrogate=Cispo\(ratio_max=5.0\)",
+            r"delta=4.0 belongs to surrogate='ppo_clip', and .* 'cispo': set that one's numbers by Cispo\(ratio_max=5.0\)",
         ),
         ({"surrogate": "gmpo", "importance_sampling_level": "sequence"}, "does not go with surrogate gmpo"),
         ({"surrogate": "vespo", "importance_sampling_level": "sequence_token"}, "does not go with surrogate vespo"),

@@ -12,7 +12,7 @@ from pathlib import Path
 try:
     from rlvr_trainer.config import Config, load, shipped
 except ModuleNotFoundError as error:
-    raise SystemExit(f"rlvr-ops needs {error.name}: in the folder of rlvr_ops, pip install '.[train]'") from error
+    raise SystemExit(f"rlvr-ops needs {error.name}: in the repository's root, pip install '.[train]'") from error
 from rlvr_trainer.parsing import ConfigError, nearest
 
 DEMOS = {"smollm2-135m": "demo-smollm2-135m", "tiny": "demo-tiny"}
