@@ -242,7 +242,7 @@ def weigh_kernel(
     kl_sum = 0.0
     low_sum = 0.0
     high_sum = 0.0
-    slope_sum = 0.0
+    slope_sum = tl.full((), 0.0, tl.float64)  # a coefficient of every token: no rounding once per block
     negatives = 0.0
     for start in range(first, last, BLOCK):
         rows, active = active_rows(start, last, mask_ptr, HAS_MASK, BLOCK)
@@ -270,7 +270,6 @@ def weigh_kernel(
             loss += tl.where(beta > 0, beta * kl, 0.0)  # kl may be inf, and 0 * inf NaN
             direct = tl.where(beta > 0, beta * by_logp, 0.0)
         if LEVEL == "geometric":
-            a, b = bounds(advantage_ptr, rows, active, positive_a, positive_b, negative_a, negative_b)
             low = log_ratio < a
             high = log_ratio > b
         if FORM != "clip":  # clip takes A = 0 for a ratio of 1, within its bounds
@@ -290,7 +289,7 @@ def weigh_kernel(
 
     if SPREADS:
         tl.debug_barrier()  # the walk below adds to what the walk above stored
-        slope = slope_sum / count * scale
+        slope = (slope_sum / count).to(tl.float32) * scale
         for start in range(first, last, BLOCK):
             rows, active = active_rows(start, last, mask_ptr, HAS_MASK, BLOCK)
             share = slope + tl.zeros([BLOCK], tl.float32)

@@ -64,6 +64,22 @@ def test_a_long_rollout_is_weighed_as_in_float64(tokens, kind):
     assert abs(loss.double() - true_loss) <= 1e-5
 
 
+@pytest.mark.interpret
+def test_the_kernel_sums_a_rollouts_slopes_as_in_float64():
+    tokens = 1_000_000
+    logp, old, _ = (x[:1] for x in long_logps(tokens))
+
+    def gradient(dtype, backend):
+        leaf = logp.to(dtype).requires_grad_()
+        given = {"old_per_token_logps": old.to(dtype), "epsilon_low": 3e-4, "epsilon_high": 4e-4, "backend": backend}
+        return torch.autograd.grad(rlvr_ops.gspo_loss_from_logps(leaf, torch.ones(1, dtype=dtype), **given).loss, leaf)[
+            0
+        ]
+
+    found, truth = gradient(torch.float32, "triton"), gradient(torch.float64, "torch")
+    assert (found.double() - truth).norm() <= 2e-6 * truth.norm()
+
+
 # Weights that overflow
 
 
