@@ -27,7 +27,7 @@ from unittest import mock
 
 import torch
 from rlvr_kernels.linear_lse import linear_lse
-from rlvr_kernels.linear_lse_tiling import CANDIDATES, Tiling
+from rlvr_kernels.gemm import CANDIDATES, Tiling
 
 from benchmarks import scaling
 from benchmarks.bench_losses import LOST

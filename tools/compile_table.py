@@ -16,9 +16,10 @@ import multiprocessing
 import re
 import subprocess
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -30,6 +31,8 @@ from tools.launches import LAUNCHES
 
 RECORD, PAGE = Path("tests/kernels/compiled.json"), Path("docs/kernels.md")
 BEGIN, END = "<!-- compile table: written by --record -->", "<!-- end of the compile table -->"
+INSTRUCTIONS = ("HGMMA", "UTMALDG", "UTMASTG", "STSM", "MUFU.EX2", "STG")
+"""Matrix products, reads and writes by TMA, what stages a tile in shared memory, exponentials, ordinary stores."""
 LEGEND = (
     "registers / bytes of stack (spills) / KiB of shared memory (warps) programs per processor and what limits them"
 )
@@ -41,7 +44,8 @@ class Usage:
 
     The stack holds spilled registers and nothing else. matrix_unit is the instruction family of the matrix products, "" if
     they run on the ordinary arithmetic units. bulk_copies counts the places where TMA reads. in_flight is the most groups of
-    Hopper's matrix instructions that a wait in the code leaves running.
+    Hopper's matrix instructions that a wait in the code leaves running. instructions counts those in SASS on sm_90, of a
+    product. A variant's second form of a kernel has a number behind its name: the one that looks for flagged rows.
     """
 
     variant: str
@@ -54,6 +58,7 @@ class Usage:
     matrix_unit: str = ""
     bulk_copies: int = 0
     in_flight: int = 0
+    instructions: str = ""
 
     def occupancy(self) -> tuple[int, tuple[str, ...]]:
         """(programs per processor, what limits them)."""
@@ -116,7 +121,13 @@ def compile_variant(variant: str, target_name: str) -> list[Usage]:
     """Compile for one target every kernel that a variant launches."""
     with recorded(TARGETS[target_name]) as compiled:
         LAUNCHES[variant]()
-    return [usage(variant, name, target_name, kernel) for name, kernel in compiled]
+    found = dict.fromkeys(usage(variant, name, target_name, kernel) for name, kernel in compiled)
+    seen: Counter[str] = Counter()
+    numbered = []
+    for one in found:
+        seen[one.kernel] += 1
+        numbered.append(replace(one, kernel=f"{one.kernel} {seen[one.kernel]}") if seen[one.kernel] > 1 else one)
+    return numbered
 
 
 def usage(variant: str, kernel: str, target: str, compiled: Any) -> Usage:
@@ -126,10 +137,19 @@ def usage(variant: str, kernel: str, target: str, compiled: Any) -> Usage:
     text = asm["ptx"] if "ptx" in asm else asm["amdgcn"]
     units = re.findall(r"wgmma|tcgen05|mma\.sync|mfma", text)
     waits = [int(groups) for groups in re.findall(r"wgmma\.wait_group\.sync\.aligned (\d+)", text)]
+    copies = len(re.findall(r"cp\.async\.bulk\.tensor\S*\.shared\S*\.global", text))
+    said = instructions(asm["sass"]) if units and target == "sm_90" else ""
     return Usage(
-        variant, kernel, target, meta.num_warps, registers, stack, meta.shared, units[0] if units else "",
-        text.count("cp.async.bulk.tensor"), max(waits, default=0),
+        variant, kernel, target, meta.num_warps, registers, stack, meta.shared, units[0] if units else "", copies,
+        max(waits, default=0), said,
     )  # fmt: skip
+
+
+def instructions(sass: str) -> str:
+    """How many of INSTRUCTIONS, and of all, the disassembled kernel has."""
+    found = Counter(re.findall(r"\t(?:@!?U?P\w+ )?([A-Z]\w*(?:\.EX2)?)", sass))
+    said = [f"{found[name]} {name}" for name in INSTRUCTIONS if found[name]]
+    return f"{', '.join(said)} of {sum(found.values())}"
 
 
 def _nvidia(cubin: bytes) -> tuple[int, int]:
@@ -197,7 +217,10 @@ def load(path: Path) -> tuple[str, list[Usage]]:
 def with_table(page: str, rows: Sequence[Usage]) -> str:
     """The page with its table replaced."""
     before, rest = page.split(BEGIN)
-    return f"{before}{BEGIN}\n\n{table(rows, markdown=True)}\n\n{END}{rest.split(END)[1]}"
+    counted = dict.fromkeys((row.variant, row.kernel, row.instructions) for row in rows if "HGMMA" in row.instructions)
+    lines = [("variant", "kernel", "instructions on sm_90"), ("---",) * 3, *counted]
+    sass = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"{before}{BEGIN}\n\n{table(rows, markdown=True)}\n\n{sass}\n\n{END}{rest.split(END)[1]}"
 
 
 def record(rows: Sequence[Usage]) -> None:

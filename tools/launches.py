@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 from rlvr_kernels.dlogits import dlogits
-from rlvr_kernels.linear_lse import linear_lse
+from rlvr_kernels.linear_exp import linear_exp, linear_probabilities
+from rlvr_kernels.linear_lse import linear_lse, linear_scores
 from rlvr_kernels.logits import LogitMap
 from rlvr_kernels.lse_fold import RowState, lse_fold
 from rlvr_kernels.objective import KL, Ace, TokenObjective
@@ -54,12 +55,14 @@ def _lse_fold(dtype: torch.dtype, *, full: bool) -> None:
     lse_fold(meta(N, TILE, dtype=dtype), _ids(), 0, state, _map(dtype, full=full))
 
 
-def _dlogits(dtype: torch.dtype, *, full: bool, over: torch.dtype | None = None) -> None:
+def _dlogits(dtype: torch.dtype, *, full: bool, over: torch.dtype | None = None, anchored: bool = False) -> None:
     """`over`: a gradient of that dtype lies in the memory of the logits, as `tile.Tile` has it."""
     tile = meta(N, TILE, dtype=dtype)
     options: dict[str, Any] = {"out": None if over is None else tile.view(over)[:, :TILE]}
     if full:
         options |= {"entropy": meta(N), "entropy_coef": meta(N)}
+    if anchored:
+        options["anchor"] = meta(N)
     dlogits(tile, _ids(), 0, meta(N), meta(N), _map(dtype, full=full), **options)
 
 
@@ -72,6 +75,17 @@ def _linear_lse(hidden: torch.dtype, weight: torch.dtype, *, h: int = H, **optio
     linear_lse(meta(N, h, dtype=hidden), meta(V, h, dtype=weight), _ids(), **options)
 
 
+def _linear_exp(*, h: int = H, bias: bool = False, softcap: float | None = None, **options: Any) -> None:
+    logit_map = LogitMap(meta(N), meta(V) if bias else None, softcap=softcap)
+    linear_exp(meta(N, h, dtype=_bf16), meta(V, h, dtype=_bf16), _ids(), logit_map, meta(N, V, dtype=_bf16), **options)
+
+
+def _linear_probabilities(*, bias: bool = False, softcap: float | None = None, raw: bool = False) -> None:
+    part, logit_map = meta(TILE, H, dtype=_bf16), LogitMap(meta(N), meta(TILE) if bias else None, softcap=softcap)
+    out = meta(N, TILE, dtype=_bf16)
+    linear_probabilities(meta(N, H, dtype=_bf16), part, _ids(), TILE, logit_map, out, meta(N), raw=raw)
+
+
 _bf16, _fp32 = torch.bfloat16, torch.float32
 
 LAUNCHES: dict[str, Callable[[], Any]] = {
@@ -79,7 +93,8 @@ LAUNCHES: dict[str, Callable[[], Any]] = {
     "lse_fold bf16, bias, softcap, all sums": lambda: _lse_fold(_bf16, full=True),
     "dlogits fp32": lambda: _dlogits(_fp32, full=False),
     "dlogits bf16, bias, softcap, entropy": lambda: _dlogits(_bf16, full=True),
-    "dlogits fp32, bf16 over it": lambda: _dlogits(_fp32, full=False, over=_bf16),
+    "dlogits fp32, fp16 over it": lambda: _dlogits(_fp32, full=False, over=torch.float16),
+    "dlogits of exponentials": lambda: _dlogits(_bf16, full=True, anchored=True),
     "weigh GRPO on policy": lambda: _weigh(GRPO, full=False),
     "weigh ACE, KL, mask": lambda: _weigh(ACE),
     "weigh GSPO, drops, KL": lambda: _weigh(GSPO),
@@ -96,6 +111,19 @@ LAUNCHES: dict[str, Callable[[], Any]] = {
     "linear_lse bf16, odd H": lambda: _linear_lse(_bf16, _bf16, h=H + 1),
     "linear_lse bf16 by fp32": lambda: _linear_lse(_bf16, _fp32, bias=meta(V), softcap=30.0),
     "linear_lse bf16 by fp32, odd H": lambda: _linear_lse(_bf16, _fp32, h=H + 1),
+    "linear_lse bf16, all sums": lambda: linear_scores(
+        meta(N, H, dtype=_bf16), meta(V, H, dtype=_bf16), _ids(), LogitMap(meta(N)), entropy=True, mean=True, top1=True,
+        squares=True,
+    ),
     "linear_lse fp32": lambda: _linear_lse(_fp32, _fp32, bias=meta(V), softcap=30.0),
     "linear_lse fp32, odd H": lambda: _linear_lse(_fp32, _fp32, h=H + 1),
+    "linear_exp bf16": _linear_exp,
+    "linear_exp bf16, bias": lambda: _linear_exp(bias=True),
+    "linear_exp bf16, softcap": lambda: _linear_exp(softcap=30.0),
+    "linear_exp bf16, bias, softcap, entropy": lambda: _linear_exp(bias=True, softcap=30.0, entropy=True),
+    "linear_exp bf16, as they are, entropy": lambda: _linear_exp(entropy=True, raw=True),
+    "linear_exp bf16, odd H": lambda: _linear_exp(h=H + 1),
+    "linear_probabilities bf16": _linear_probabilities,
+    "linear_probabilities bf16, bias, softcap": lambda: _linear_probabilities(bias=True, softcap=30.0),
+    "linear_probabilities bf16, as they are": lambda: _linear_probabilities(raw=True),
 }

@@ -84,7 +84,7 @@ class Problem:
 
 
 class Cost(NamedTuple):
-    """FLOPs, bytes moved and seconds; workspace_bytes of tile and kept logits; peak_bytes of all but the inputs."""
+    """FLOPs, bytes moved and seconds; workspace_bytes of the tile; peak_bytes of all but the inputs."""
 
     schedule: str
     flops: float
@@ -93,7 +93,6 @@ class Cost(NamedTuple):
     workspace_bytes: int
     peak_bytes: int
     chunk_rows: int = 0
-    cached_rows: int = 0
 
 
 def accumulation_bytes(elements: int, products: int, itemsize: int) -> int:
@@ -185,21 +184,20 @@ def single_pass(p: Problem, rates: Rates, *, chunk_rows: int) -> Cost:
     )
 
 
-def two_pass(p: Problem, rates: Rates, *, tile_bytes: int, cached_rows: int = 0) -> Cost:
-    """Two passes, (2 scored + 6 active - 2 cached) V H FLOPs: scoring keeps the logits of `cached_rows` active rows."""
+def two_pass(p: Problem, rates: Rates, *, tile_bytes: int) -> Cost:
+    """Two passes, (2 scored + 6 active) V H FLOPs."""
     phases = _Phases(p, rates)
     phases.take(p.scored, p.rows)
     tile = phases.score(tile_bytes)
     taken = phases.take(p.active, p.rows)
     rows, cols = vocabulary_tile(p.active, p.vocabulary, p.logit_bytes, tile_bytes)
     pieces, slices = -(-p.active // rows), -(-p.vocabulary // cols)
-    phases.logits(p.active - cached_rows, pieces, slices)
+    phases.logits(p.active, pieces, slices)
     phases.pull_back(pieces, slices)
     d_weight = p.needs_weight * p.vocabulary * p.hidden * p.weight_grad_bytes
     d_weight += p.needs_weight * (pieces > 1) * cols * p.hidden * ACCUMULATOR
     d_hidden = p.needs_hidden * p.active * p.hidden * ACCUMULATOR
-    workspace = max(tile, rows * cols * p.logit_bytes) + cached_rows * p.vocabulary * p.logit_bytes
-    return phases.cost("two_pass", workspace, d_weight + d_hidden + taken, cached_rows=cached_rows)
+    return phases.cost("two_pass", max(tile, rows * cols * p.logit_bytes), d_weight + d_hidden + taken)
 
 
 def forward_only(p: Problem, rates: Rates, *, tile_bytes: int) -> Cost:
@@ -225,21 +223,8 @@ def single_pass_workspace(p: Problem, default: int) -> int:
     return max(everything, default) if everything <= default + spared else default
 
 
-def best_two_pass(p: Problem, workspace_bytes: int, rates: Rates) -> Cost:
-    """The fastest of two passes that spend none, half or 3/4 of the workspace on kept logits.
-
-    The kept logits are columns of all scored rows. Backward then skips those products for the active rows.
-    """
-    found = []
-    for tile_bytes in (workspace_bytes, workspace_bytes // 2, workspace_bytes // 4):
-        kept = min(p.scored, (workspace_bytes - tile_bytes) // (p.vocabulary * p.logit_bytes))
-        cached = kept * p.active // max(p.scored, 1)
-        found.append(two_pass(p, rates, tile_bytes=max(tile_bytes, p.logit_bytes), cached_rows=cached))
-    return min(found, key=lambda cost: cost.seconds)
-
-
 def cheapest(p: Problem, workspace_bytes: int, rates: Rates, *, slice_bytes: int | None = None) -> Cost:
-    """The faster schedule within the workspace, with its chunk_rows or cached_rows. Two passes must win by MARGIN.
+    """The faster schedule within the workspace, with its chunk_rows. Two passes must win by MARGIN.
 
     slice_bytes is the workspace of two passes, if it differs. Whether rollouts must stay whole is for the caller to check.
     Deterministic; takes about 0.1 ms.
@@ -247,7 +232,7 @@ def cheapest(p: Problem, workspace_bytes: int, rates: Rates, *, slice_bytes: int
     slice_bytes = workspace_bytes if slice_bytes is None else slice_bytes
     if not (p.needs_hidden or p.needs_weight):
         return forward_only(p, rates, tile_bytes=slice_bytes)
-    twice, chunk_rows = best_two_pass(p, slice_bytes, rates), equal_chunks(p, workspace_bytes)
+    twice, chunk_rows = two_pass(p, rates, tile_bytes=slice_bytes), equal_chunks(p, workspace_bytes)
     if not whole_row_tile(p.vocabulary, p.logit_bytes, workspace_bytes):
         return twice
     once = single_pass(p, rates, chunk_rows=chunk_rows)

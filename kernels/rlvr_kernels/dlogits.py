@@ -1,4 +1,4 @@
-"""dlogits: overwrite a tile of logits with the gradient of the loss.
+"""dlogits: overwrite a tile of logits, or of exponentials that linear_exp has left as they are, with the gradient of the loss.
 
     dL/dz_j = coef (1[j = y] - p_j) - entropy_coef p_j (log p_j + H),    p = exp(z - lse),
 
@@ -26,32 +26,38 @@ def dlogits(
     *,
     entropy: torch.Tensor | None = None,
     entropy_coef: torch.Tensor | None = None,
+    anchor: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
     """Write dL/d(h W^T) of a tile (n, c) to `out`, by default over the tile itself, and return it.
 
-    lse, coef = dL/dlogp, entropy = H and entropy_coef = dL/dH are (n,) in float32. logit_map covers the tile.
+    lse, coef = dL/dlogp, entropy = H and entropy_coef = dL/dH are (n,) in float32. logit_map covers the tile. With an
+    anchor (n,) the tile holds exp(z - anchor).
     """
     out = tile if out is None else out
     if use_triton(tile, backend):
-        _dlogits_triton(tile, ids, first_col, lse, coef, logit_map, entropy, entropy_coef, out)
+        _dlogits_triton(tile, ids, first_col, lse, coef, logit_map, entropy, entropy_coef, anchor, out)
         return out
     for rows in row_blocks(*tile.shape):
         by_entropy = None if entropy is None or entropy_coef is None else (entropy[rows], entropy_coef[rows])
         _write_block(
-            tile[rows], out[rows], ids[rows] - first_col, lse[rows], coef[rows], by_entropy, logit_map[rows, :]
-        )
+            tile[rows], out[rows], ids[rows] - first_col, lse[rows], coef[rows], by_entropy, logit_map[rows, :],
+            None if anchor is None else anchor[rows],
+        )  # fmt: skip
     return out
 
 
 def _write_block(
     raw: torch.Tensor, out: torch.Tensor, local_ids: torch.Tensor, lse: torch.Tensor, coef: torch.Tensor,
-    by_entropy: tuple[torch.Tensor, torch.Tensor] | None, logit_map: LogitMap,
+    by_entropy: tuple[torch.Tensor, torch.Tensor] | None, logit_map: LogitMap, anchor: torch.Tensor | None,
 ) -> None:  # fmt: skip
     """Write dL/d(h W^T) of raw h W^T (r, c) to `out`, which may be `raw` itself. by_entropy is (H, dL/dH) of the rows."""
     in_place = out.data_ptr() == raw.data_ptr() and out.dtype == raw.dtype and logit_map.softcap is None
-    z = logit_map.logits(raw, overwrite=in_place)
+    if anchor is None:
+        z = logit_map.logits(raw, overwrite=in_place)
+    else:
+        z = raw.to(anchor.dtype).log().add_(anchor[:, None])
     # A softcap's derivative reads the logits, so they stay. Without one the gradient takes their memory.
     spent = in_place or (z is not raw and logit_map.softcap is None)
     gradient = softmax_gradient(torch.sub(z, lse[:, None], out=z if spent else None), local_ids, coef, by_entropy)
@@ -86,26 +92,27 @@ def softmax_gradient(
 
 def _dlogits_triton(
     tile: torch.Tensor, ids: torch.Tensor, first_col: int, lse: torch.Tensor, coef: torch.Tensor, logit_map: LogitMap,
-    entropy: torch.Tensor | None, entropy_coef: torch.Tensor | None, out: torch.Tensor,
+    entropy: torch.Tensor | None, entropy_coef: torch.Tensor | None, anchor: torch.Tensor | None, out: torch.Tensor,
 ) -> None:  # fmt: skip
     rows, cols = tile.shape
     if not rows:
         return
-    ids, lse, coef, entropy, entropy_coef = dense(ids, lse, coef, entropy, entropy_coef)  # type: ignore[assignment]
+    ids, lse, coef, entropy, entropy_coef, anchor = dense(ids, lse, coef, entropy, entropy_coef, anchor)  # type: ignore[assignment]
     with device_guard(tile):
         dlogits_kernel[(rows,)](
             tile_ptr=tile, out_ptr=out, ids_ptr=ids, lse_ptr=lse, coef_ptr=coef, entropy_ptr=entropy,
-            entropy_coef_ptr=entropy_coef, n_cols=cols, first_col=first_col, row_stride=tile.stride(0),
-            out_stride=out.stride(0), ENTROPY=entropy_coef is not None, OVERLAID=is_overlaid(tile, out), BLOCK=BLOCK,
-            num_warps=NUM_WARPS, **logit_map.kernel_arguments(),
+            entropy_coef_ptr=entropy_coef, anchor_ptr=anchor, n_cols=cols, first_col=first_col, row_stride=tile.stride(0),
+            out_stride=out.stride(0), ENTROPY=entropy_coef is not None, ANCHORED=anchor is not None,
+            OVERLAID=is_overlaid(tile, out), BLOCK=BLOCK, num_warps=NUM_WARPS, **logit_map.kernel_arguments(),
         )  # fmt: skip
 
 
 @jit
 def dlogits_kernel(
     tile_ptr, out_ptr, bias_ptr, ids_ptr, lse_ptr, coef_ptr, inv_temperature_ptr, entropy_ptr, entropy_coef_ptr,
-    n_cols, first_col, row_stride, out_stride, logit_scale, softcap,
-    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, OVERLAID: tl.constexpr, BLOCK: tl.constexpr,
+    anchor_ptr, n_cols, first_col, row_stride, out_stride, logit_scale, softcap,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, ANCHORED: tl.constexpr,
+    OVERLAID: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program writes one row of the gradient."""
     row = tl.program_id(0).to(tl.int64)
@@ -118,20 +125,19 @@ def dlogits_kernel(
     if ENTROPY:
         entropy = tl.load(entropy_ptr + row)
         entropy_coef = tl.load(entropy_coef_ptr + row)
+    anchor = 0.0
+    if ANCHORED:
+        anchor = tl.load(anchor_ptr + row)
+    row_ptr = tile_ptr + row * row_stride
     for start in range(0, n_cols, BLOCK):
         cols = start + tl.arange(0, BLOCK)
         inside = cols < n_cols
-        z = load_logits(
-            tile_ptr + row * row_stride,
-            bias_ptr,
-            cols,
-            inside,
-            logit_scale,
-            softcap,
-            inv_temperature,
-            HAS_BIAS,
-            HAS_SOFTCAP,
-        )
+        if ANCHORED:
+            z = tl.log(tl.load(row_ptr + cols, mask=inside, other=0.0).to(tl.float32)) + anchor
+        else:
+            z = load_logits(
+                row_ptr, bias_ptr, cols, inside, logit_scale, softcap, inv_temperature, HAS_BIAS, HAS_SOFTCAP
+            )
         p = tl.exp(z - lse)
         gradient = tl.where(cols == local_id, coef, 0.0) - coef * p
         if ENTROPY:

@@ -2,27 +2,22 @@
 
     z = h W^T through bias, scale, softcap and temperature,   lse_n = log sum_j exp z_nj,   logp_n = z_n,id(n) - lse_n
 
-A program takes one tile of logits after another: it accumulates the tile over H, folds it to a maximum and a sum per row,
-and writes those. A second kernel combines each row's tiles. Programs walk the tiles of GROUP row blocks side by side, so a
-slice of the weight comes from memory once per group, and from L2 after that.
+The product is that of gemm.py. Its epilogue folds each tile to a maximum, a sum and what the statistics asked for need per
+row, and writes those. A second kernel combines each row's tiles.
 FLOPs: 2NVH. Bytes: the weight N / (rows * GROUP) times, the hidden states about once, and 8 per row and tile.
-The tiles depend on V and never on N, and their order does not matter: a row's bits do not depend on the rows beside it.
 """
 
-from typing import Any
+from typing import NamedTuple
 
 import torch
 
-from rlvr_kernels._triton import device_guard, jit, tl, triton
+from rlvr_kernels._triton import dense, device_guard, jit, tl, triton
 from rlvr_kernels.backend import use_triton
 from rlvr_kernels.checks import check_logits
-from rlvr_kernels.linear_lse_tiling import Tiling, tiling
-from rlvr_kernels.logits import LogitMap, accumulator_dtype
-from rlvr_kernels.lse_fold import RowState, lse_fold
+from rlvr_kernels.gemm import any_flagged, halves, locate, product, tiling
+from rlvr_kernels.logits import LogitMap, accumulator_dtype, log2_logits
+from rlvr_kernels.lse_fold import RowState, Scores, lse_fold
 
-GROUP = 8  # row blocks that share each read of the weight
-PARTIAL_BYTES = 40 << 20  # maxima and sums held at a time: 8704 rows of 151936 columns in tiles of 256
-PROCESSORS = 4  # assumed if there is no GPU to ask
 COMBINE_ROWS, COMBINE_TILES = 32, 64
 TWIN_ROWS, TWIN_COLS = 512, 1024  # 2 MiB of float32 logits
 
@@ -54,8 +49,9 @@ def linear_lse(
     _check(hidden, weight, ids, bias)
     inv_temperature = _inverse(temperature, hidden, accumulator_dtype(torch.promote_types(hidden.dtype, weight.dtype)))
     logit_map = LogitMap(inv_temperature, bias, logit_scale, softcap)
-    run = _linear_lse_triton if use_triton(inv_temperature, backend) else _linear_lse_torch
-    return run(hidden, weight, ids, logit_map)
+    if use_triton(inv_temperature, backend):
+        return linear_scores(hidden, weight, ids, logit_map)[:2]
+    return _linear_lse_torch(hidden, weight, ids, logit_map)
 
 
 def _check(hidden: torch.Tensor, weight: torch.Tensor, ids: torch.Tensor, bias: torch.Tensor | None) -> None:
@@ -108,178 +104,219 @@ def _linear_lse_torch(
     return state.logp(), state.lse()
 
 
-def _linear_lse_triton(
-    hidden: torch.Tensor, weight: torch.Tensor, ids: torch.Tensor, logit_map: LogitMap
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Launch both kernels on as many rows at a time as PARTIAL_BYTES allows."""
+class Flags(NamedTuple):
+    """rows (n,) int32: not 0 where a row is to be computed, any (1,) int32: whether there is one. On the device."""
+
+    rows: torch.Tensor
+    any: torch.Tensor
+
+    def part(self, rows: slice) -> "Flags":
+        """The flags of some of the rows."""
+        return Flags(self.rows[rows], self.any)
+
+
+def linear_scores(
+    hidden: torch.Tensor, weight: torch.Tensor, ids: torch.Tensor, logit_map: LogitMap, *, entropy: bool = False,
+    mean: bool = False, top1: bool = False, squares: bool = False,
+) -> Scores:  # fmt: skip
+    """`linear_lse` with the statistics asked for, by the kernels."""
+    row = logit_map.inv_temperature
+    asked = (torch.empty_like(row, dtype=d) if on else None for on, d in ((entropy, None), (mean, None), (top1, torch.bool), (squares, None)))
+    scores = Scores(torch.full_like(row, -float("inf")), torch.empty_like(row), *asked)
+    fold_rows(hidden, weight, ids, logit_map, scores)
+    return scores
+
+
+def fold_rows(
+    hidden: torch.Tensor, weight: torch.Tensor, ids: torch.Tensor, logit_map: LogitMap, scores: Scores,
+    flags: Flags | None = None,
+) -> None:  # fmt: skip
+    """Write scores, whose logp is -inf on entry: of all rows, or of those flagged.
+
+    Launches both kernels on as many rows at a time as PARTIAL_BYTES allows.
+    """
     (rows, h), v = hidden.shape, weight.shape[0]
-    inv_temperature, bias = logit_map.inv_temperature, logit_map.bias
-    logp = torch.full_like(inv_temperature, -float("inf"))
-    lse = torch.empty_like(inv_temperature)
+    bias = logit_map.bias
     with device_guard(hidden):
         tile = tiling(hidden, weight)
-        tiles = triton.cdiv(v, tile.cols)
-        at_once = max(1, PARTIAL_BYTES // (8 * tiles * tile.rows)) * tile.rows
-        maxima, totals = torch.empty((2, tiles, min(rows, at_once)), dtype=torch.float32, device=hidden.device)
+        wanted = {"ENTROPY": scores.entropy is not None, "MEAN": scores.mean_logit is not None}
+        wanted |= {"SQUARES": scores.sum_p_squared is not None, "FLAGGED": flags is not None}
+        tiles, at_once = triton.cdiv(v, tile.cols), tile.rows_at_once(v, 2)
+        count = 2 + sum([wanted["ENTROPY"], wanted["MEAN"], wanted["SQUARES"]])
+        partials = torch.empty((count, tiles, min(rows, at_once)), dtype=torch.float32, device=hidden.device)
         for start in range(0, rows, at_once):
             part = slice(start, start + at_once)
-            n = min(rows - start, at_once)
-            items = triton.cdiv(n, tile.rows) * tiles
-            linear_lse_kernel[(_programs(items, tile, hidden.device),)](
-                _operand(hidden[part], tile.rows, tile), _operand(weight, tile.cols, tile), bias, ids[part],
-                inv_temperature[part], logp[part], maxima, totals, n, v, h, *hidden.stride(), *weight.stride(),
-                ids.stride(0), 0 if bias is None else bias.stride(0), maxima.stride(0),
-                BLOCK_N=tile.rows, BLOCK_V=tile.cols, BLOCK_H=tile.inner, GROUP=GROUP, EVEN_H=h % tile.inner == 0,
-                UPCAST=tile.upcast, DESCRIBED=tile.described, SPECIALIZED=tile.specialized, HALVED=tile.halved,
-                HAS_BIAS=bias is not None, num_warps=tile.num_warps, num_stages=tile.num_stages, **logit_map.kernel_numbers(),
+            n, mine = min(rows - start, at_once), scores.part(part)
+            (inv_temperature,), states = dense(logit_map.inv_temperature[part]), hidden[part]
+            flag_rows, flag_any = (None, None) if flags is None else flags.part(part)
+            linear_lse_kernel[(tile.programs(n, v, hidden.device, flags is not None),)](
+                tile.operand(states, tile.rows), tile.operand(weight, tile.cols), bias, ids[part], inv_temperature,
+                mine.logp, flag_rows, flag_any, partials, n, v, h, *hidden.stride(), *weight.stride(), ids.stride(0),
+                0 if bias is None else bias.stride(0), partials.stride(1), partials.stride(0), HAS_BIAS=bias is not None,
+                **tile.constants(h, flags is not None), **logit_map.kernel_numbers(), **wanted,
             )  # fmt: skip
             combine_tiles_kernel[(triton.cdiv(n, COMBINE_ROWS),)](
-                maxima, totals, logp[part], lse[part], n, tiles, maxima.stride(0),
-                BLOCK_N=COMBINE_ROWS, BLOCK_S=COMBINE_TILES, num_warps=4,
+                partials, *mine, flag_rows, flag_any, n, tiles, v, partials.stride(1), partials.stride(0),
+                TOP1=mine.top1 is not None, BLOCK_N=COMBINE_ROWS, BLOCK_S=COMBINE_TILES, num_warps=4, **wanted,
             )  # fmt: skip
-    return logp, lse
-
-
-def _operand(matrix: torch.Tensor, block: int, tile: Tiling) -> Any:
-    """The matrix as the kernel takes it: a tensor descriptor of blocks (block, inner), or the tensor itself."""
-    if not tile.described:
-        return matrix
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    return TensorDescriptor.from_tensor(matrix, [block, tile.inner])
-
-
-def _programs(items: int, tile: Tiling, device: torch.device) -> int:
-    """How many programs to launch: one per tile, or, with descriptors, as many as the GPU holds at a time."""
-    if not tile.described:
-        return items
-    cuda = device.type == "cuda"
-    processors = torch.cuda.get_device_properties(device).multi_processor_count if cuda else PROCESSORS
-    return min(items, processors * tile.per_processor)
 
 
 @jit
 def linear_lse_kernel(
-    hidden, weight, bias_ptr, ids_ptr, inv_temperature_ptr, target_ptr, maxima_ptr, totals_ptr, n_rows, n_cols, n_inner,
-    hidden_stride, hidden_inner_stride, weight_stride, weight_inner_stride, ids_stride, bias_stride, tile_stride,
-    logit_scale, softcap,
-    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr, GROUP: tl.constexpr, EVEN_H: tl.constexpr,
-    UPCAST: tl.constexpr, DESCRIBED: tl.constexpr, SPECIALIZED: tl.constexpr, HALVED: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    hidden, weight, bias_ptr, ids_ptr, inv_temperature_ptr, target_ptr, flags_ptr, any_ptr, partials_ptr, n_rows, n_cols,
+    n_inner, hidden_stride, hidden_inner_stride, weight_stride, weight_inner_stride, ids_stride, bias_stride, tile_stride,
+    partial_stride, logit_scale, softcap,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr,
+    EVEN_H: tl.constexpr, UPCAST: tl.constexpr, DESCRIBED: tl.constexpr, FLATTENED: tl.constexpr, SPECIALIZED: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, MEAN: tl.constexpr, SQUARES: tl.constexpr, FLAGGED: tl.constexpr,
 ):  # fmt: skip
-    """One program folds every num_programs-th tile of BLOCK_N x BLOCK_V logits to maxima and sums (BLOCK_N,), base 2."""
+    """One program folds every num_programs-th tile of BLOCK_N x BLOCK_V logits to a few numbers per row, base 2."""
     if DESCRIBED:
         tl.assume(n_inner > 0)
     row_blocks = tl.cdiv(n_rows, BLOCK_N)
     tiles = tl.cdiv(n_cols, BLOCK_V)
+    items = row_blocks * tiles
+    if FLAGGED:
+        items = tl.where(tl.load(any_ptr) != 0, items, 0)
     # Flattened, all tiles' steps over H are one loop, whose loads run ahead across the end of a tile.
     for item in tl.range(
-        tl.program_id(0), row_blocks * tiles, tl.num_programs(0), flatten=DESCRIBED, warp_specialize=SPECIALIZED
+        tl.program_id(0), items, tl.num_programs(0), flatten=FLATTENED, warp_specialize=SPECIALIZED
     ):
-        first_block = item // (GROUP * tiles) * GROUP
-        group_size = tl.minimum(row_blocks - first_block, GROUP)
-        within = item % (GROUP * tiles)
-        tile = within // group_size
-        first_row = (first_block + within % group_size) * BLOCK_N
-        first_col = tile * BLOCK_V
-        if not DESCRIBED:  # past the end, load the last row or column again; its result is dropped below
-            safe_rows = tl.minimum(first_row + tl.arange(0, BLOCK_N), n_rows - 1).to(tl.int64)
-            safe_cols = tl.minimum(first_col + tl.arange(0, BLOCK_V), n_cols - 1).to(tl.int64)
-            inner = tl.arange(0, BLOCK_H).to(tl.int64)
-            a_ptrs = hidden + safe_rows[:, None] * hidden_stride + inner[None, :] * hidden_inner_stride
-            b_ptrs = weight + safe_cols[None, :] * weight_stride + inner[:, None] * weight_inner_stride
-        z = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
-        for start in range(0, n_inner, BLOCK_H):
-            if DESCRIBED:
-                a = hidden.load([first_row, start])
-                b = weight.load([first_col, start]).T
-            elif EVEN_H:
-                a = tl.load(a_ptrs)
-                b = tl.load(b_ptrs)
-            else:
-                a = tl.load(a_ptrs, mask=(inner < n_inner - start)[None, :], other=0.0)
-                b = tl.load(b_ptrs, mask=(inner < n_inner - start)[:, None], other=0.0)
-            if UPCAST:
-                a = a.to(tl.float32)
-                b = b.to(tl.float32)
-            z = tl.dot(a, b, z, input_precision="ieee")
-            if not DESCRIBED:
-                a_ptrs += BLOCK_H * hidden_inner_stride
-                b_ptrs += BLOCK_H * weight_inner_stride
-        rows = first_row + tl.arange(0, BLOCK_N)  # not before the loop above, where they would occupy registers
-        present = rows < n_rows
-        inv_temperature = tl.load(inv_temperature_ptr + rows, mask=present, other=0.0)
-        ids = tl.load(ids_ptr + rows.to(tl.int64) * ids_stride, mask=present, other=-1)
-        ids = tl.where((ids >= 0) & (ids < n_cols), ids, -1).to(tl.int32)  # no id can equal a column past V
-        target_ptrs = target_ptr + rows
-        if HALVED:
-            left, right = z.reshape(BLOCK_N, 2, BLOCK_V // 2).permute(0, 2, 1).split()
-            left_maximum, left_total = _fold_tile(
-                left, first_col, ids, target_ptrs, bias_ptr, bias_stride, inv_temperature, n_cols, logit_scale, softcap,
-                HAS_BIAS, HAS_SOFTCAP,
+        first_row, first_col, tile = locate(item, row_blocks, tiles, GROUP, BLOCK_N, BLOCK_V)
+        wanted = True
+        if FLAGGED:
+            wanted = any_flagged(flags_ptr, first_row, n_rows, BLOCK_N)
+        if wanted:
+            z = product(
+                hidden, weight, first_row, first_col, n_rows, n_cols, n_inner, hidden_stride, hidden_inner_stride,
+                weight_stride, weight_inner_stride, BLOCK_N, BLOCK_V, BLOCK_H, EVEN_H, UPCAST, DESCRIBED,
             )  # fmt: skip
-            right_maximum, right_total = _fold_tile(
-                right, first_col + BLOCK_V // 2, ids, target_ptrs, bias_ptr, bias_stride, inv_temperature, n_cols,
-                logit_scale, softcap, HAS_BIAS, HAS_SOFTCAP,
+            rows = first_row + tl.arange(0, BLOCK_N)  # not before the product, where they would occupy registers
+            present = rows < n_rows
+            inv_temperature = tl.load(inv_temperature_ptr + rows, mask=present, other=0.0)
+            ids = tl.load(ids_ptr + rows.to(tl.int64) * ids_stride, mask=present, other=-1)
+            ids = tl.where((ids >= 0) & (ids < n_cols), ids, -1).to(tl.int32)  # no id can equal a column past V
+            if FLAGGED:  # the others keep their logp
+                ids = tl.where(tl.load(flags_ptr + rows, mask=present, other=0) != 0, ids, -1)
+            maximum, total, weighted, summed, squared = _fold_tile(
+                z, first_col, ids, target_ptr + rows, bias_ptr, bias_stride, inv_temperature, n_cols, logit_scale, softcap,
+                HAS_BIAS, HAS_SOFTCAP, ENTROPY, MEAN, SQUARES, PARTS,
             )  # fmt: skip
-            maximum = tl.maximum(left_maximum, right_maximum)
-            anchor = tl.where(maximum == -float("inf"), 0.0, maximum)
-            total = left_total * tl.exp2(left_maximum - anchor) + right_total * tl.exp2(right_maximum - anchor)
-        else:
-            maximum, total = _fold_tile(
-                z, first_col, ids, target_ptrs, bias_ptr, bias_stride, inv_temperature, n_cols, logit_scale, softcap,
-                HAS_BIAS, HAS_SOFTCAP,
-            )  # fmt: skip
-        at = tile.to(tl.int64) * tile_stride + rows
-        tl.store(maxima_ptr + at, maximum, mask=present)
-        tl.store(totals_ptr + at, total, mask=present)
+            out = partials_ptr + tile.to(tl.int64) * tile_stride
+            tl.store(out + rows, maximum, mask=present)
+            tl.store(out + partial_stride + rows, total, mask=present)
+            if ENTROPY:
+                tl.store(out + 2 * partial_stride + rows, weighted, mask=present)
+            if MEAN:
+                tl.store(out + (2 + ENTROPY) * partial_stride + rows, summed, mask=present)
+            if SQUARES:
+                tl.store(out + (2 + ENTROPY + MEAN) * partial_stride + rows, squared, mask=present)
 
 
 @jit
 def _fold_tile(
     z, first_col, ids, target_ptrs, bias_ptr, bias_stride, inv_temperature, n_cols, logit_scale, softcap,
-    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, MEAN: tl.constexpr, SQUARES: tl.constexpr,
+    PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Store the targets found in raw z (n, c); return each row's (maximum, sum of exp2(z - maximum)), (n,), in log2 units."""
-    cols = first_col + tl.arange(0, z.shape[1])
-    if HAS_BIAS:
-        bias = tl.load(bias_ptr + cols.to(tl.int64) * bias_stride, mask=cols < n_cols, other=0.0)
-        z += bias.to(tl.float32)[None, :]
-    log2_e = 1.4426950408889634  # exp(z) = exp2(z * log2_e), and the temperature needs a multiplication anyway
-    if HAS_SOFTCAP:
-        z = softcap - 2.0 * softcap / (1.0 + tl.exp2(z * (2.0 * log2_e * logit_scale / softcap)))  # tanh; inf: softcap
-        z *= (inv_temperature * log2_e)[:, None]
+    """Store the targets found in raw z (n, c) and fold it, part after part: (n,) numbers of each row, in log2 units.
+
+    Maximum m, sum of e = exp2(z - m), and where asked for sums of e (z - m), of z and of e^2.
+    """
+    if PARTS > 1:
+        left, right = halves(z)
+        m0, t0, w0, s0, q0 = _fold_tile(
+            left, first_col, ids, target_ptrs, bias_ptr, bias_stride, inv_temperature, n_cols, logit_scale, softcap,
+            HAS_BIAS, HAS_SOFTCAP, ENTROPY, MEAN, SQUARES, PARTS // 2,
+        )  # fmt: skip
+        m1, t1, w1, s1, q1 = _fold_tile(
+            right, first_col + z.shape[1] // 2, ids, target_ptrs, bias_ptr, bias_stride, inv_temperature, n_cols,
+            logit_scale, softcap, HAS_BIAS, HAS_SOFTCAP, ENTROPY, MEAN, SQUARES, PARTS // 2,
+        )  # fmt: skip
+        maximum = tl.maximum(m0, m1)
+        anchor = tl.where(maximum == -float("inf"), 0.0, maximum)
+        t0, w0, q0 = _lower(m0, anchor, t0, w0, q0, ENTROPY, SQUARES)
+        t1, w1, q1 = _lower(m1, anchor, t1, w1, q1, ENTROPY, SQUARES)
+        total, weighted, summed, squared = t0 + t1, w0 + w1, s0 + s1, q0 + q1
     else:
-        z *= (inv_temperature * (log2_e * logit_scale))[:, None]
-    if first_col + z.shape[1] > n_cols:
-        z = tl.where((cols < n_cols)[None, :], z, -float("inf"))
-    held = (ids >= first_col) & (ids < first_col + z.shape[1])  # true in one tile at most
-    if tl.max(held.to(tl.int32), 0) > 0:  # most tiles hold no row's target
-        tl.store(target_ptrs, tl.max(tl.where(cols[None, :] == ids[:, None], z, -float("inf")), 1), mask=held)
-    maximum = tl.max(z, 1)
-    anchor = tl.where(maximum == -float("inf"), 0.0, maximum)  # every column may be masked
-    return maximum, tl.sum(tl.exp2(z - anchor[:, None]), 1)
+        cols = first_col + tl.arange(0, z.shape[1])
+        z, _ = log2_logits(
+            z, cols, bias_ptr, bias_stride, inv_temperature, n_cols, logit_scale, softcap, HAS_BIAS, HAS_SOFTCAP
+        )
+        summed, weighted, squared = 0.0, 0.0, 0.0
+        if MEAN:
+            summed = tl.sum(tl.where((cols < n_cols)[None, :], z, 0.0), 1)
+        if first_col + z.shape[1] > n_cols:
+            z = tl.where((cols < n_cols)[None, :], z, -float("inf"))
+        held = (ids >= first_col) & (ids < first_col + z.shape[1])  # true in one tile at most
+        if tl.max(held.to(tl.int32), 0) > 0:  # most tiles hold no row's target
+            tl.store(target_ptrs, tl.max(tl.where(cols[None, :] == ids[:, None], z, -float("inf")), 1), mask=held)
+        maximum = tl.max(z, 1)
+        anchor = tl.where(maximum == -float("inf"), 0.0, maximum)  # every column may be masked
+        below = z - anchor[:, None]
+        e = tl.exp2(below)
+        total = tl.sum(e, 1)
+        if ENTROPY:
+            weighted = tl.sum(e * tl.maximum(below, -1e30), 1)  # 0 * -inf would be NaN
+        if SQUARES:
+            squared = tl.sum(e * e, 1)
+    return maximum, total, weighted, summed, squared
+
+
+@jit
+def _lower(maximum, anchor, total, weighted, squared, ENTROPY: tl.constexpr, SQUARES: tl.constexpr):
+    """The sums that were taken below `maximum`, below `anchor`, which is no smaller."""
+    moved = tl.where(total > 0, maximum - anchor, 0.0)  # NaN stays
+    factor = tl.exp2(moved)
+    if ENTROPY:
+        weighted = (weighted + total * moved) * factor
+    if SQUARES:
+        squared *= factor * factor
+    return total * factor, weighted, squared
 
 
 @jit
 def combine_tiles_kernel(
-    maxima_ptr, totals_ptr, logp_ptr, lse_ptr, n_rows, n_tiles, tile_stride,
+    partials_ptr, logp_ptr, lse_ptr, entropy_ptr, mean_ptr, top1_ptr, squares_ptr, flags_ptr, any_ptr, n_rows, n_tiles,
+    n_cols, tile_stride, partial_stride,
+    ENTROPY: tl.constexpr, MEAN: tl.constexpr, TOP1: tl.constexpr, SQUARES: tl.constexpr, FLAGGED: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """One program combines the tiles of BLOCK_N rows; logp holds the target's logit on entry, its log-probability on exit."""
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     present = rows < n_rows
+    last = n_tiles
+    if FLAGGED:
+        last = tl.where(tl.load(any_ptr) != 0, n_tiles, 0)
+        present = present & (tl.load(flags_ptr + rows, mask=present, other=0) != 0)
     maximum = tl.full((BLOCK_N,), -float("inf"), tl.float32)
     total = tl.zeros((BLOCK_N,), tl.float32)
-    for start in range(0, n_tiles, BLOCK_S):
+    weighted = total
+    summed = total
+    squared = total
+    for start in range(0, last, BLOCK_S):
         tiles = (start + tl.arange(0, BLOCK_S)).to(tl.int64)
         inside = (tiles < n_tiles)[:, None] & present[None, :]
-        at = tiles[:, None] * tile_stride + rows[None, :]
-        maxima = tl.load(maxima_ptr + at, mask=inside, other=-float("inf"))
-        totals = tl.load(totals_ptr + at, mask=inside, other=0.0)
+        at = partials_ptr + tiles[:, None] * tile_stride + rows[None, :]
+        maxima = tl.load(at, mask=inside, other=-float("inf"))
+        totals = tl.load(at + partial_stride, mask=inside, other=0.0)
+        more = tl.zeros((BLOCK_S, BLOCK_N), tl.float32)
+        squares = more
+        if ENTROPY:
+            more = tl.load(at + 2 * partial_stride, mask=inside, other=0.0)
+        if MEAN:
+            summed += tl.sum(tl.load(at + (2 + ENTROPY) * partial_stride, mask=inside, other=0.0), 0)
+        if SQUARES:
+            squares = tl.load(at + (2 + ENTROPY + MEAN) * partial_stride, mask=inside, other=0.0)
         peak = tl.maximum(maximum, tl.max(maxima, 0))
         anchor = tl.where(peak == -float("inf"), 0.0, peak)
-        total = total * tl.exp2(maximum - anchor) + tl.sum(totals * tl.exp2(maxima - anchor[None, :]), 0)
+        total, weighted, squared = _lower(maximum, anchor, total, weighted, squared, ENTROPY, SQUARES)
+        totals, more, squares = _lower(maxima, anchor[None, :], totals, more, squares, ENTROPY, SQUARES)
+        total += tl.sum(totals, 0)
+        if ENTROPY:
+            weighted += tl.sum(more, 0)
+        if SQUARES:
+            squared += tl.sum(squares, 0)
         maximum = peak
     log_total = tl.log2(tl.where(total == 0, 1.0, total))  # a fully masked row's lse is its maximum, -inf
     target = tl.load(logp_ptr + rows, mask=present, other=0.0)
@@ -287,3 +324,11 @@ def combine_tiles_kernel(
     tl.store(lse_ptr + rows, (maximum + log_total) * ln_2, mask=present)
     # In this order of operations a one-hot row gives exactly 0.
     tl.store(logp_ptr + rows, ((target - maximum) - log_total) * ln_2, mask=present)
+    if ENTROPY:
+        tl.store(entropy_ptr + rows, (log_total - weighted / total) * ln_2, mask=present)
+    if MEAN:
+        tl.store(mean_ptr + rows, summed * (ln_2 / n_cols), mask=present)
+    if TOP1:
+        tl.store(top1_ptr + rows, target == maximum, mask=present)
+    if SQUARES:
+        tl.store(squares_ptr + rows, squared / (total * total), mask=present)

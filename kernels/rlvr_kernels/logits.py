@@ -54,8 +54,8 @@ class LogitMap:
     def logits(self, raw: torch.Tensor, *, overwrite: bool = False) -> torch.Tensor:
         """Map a block (n, c) of raw products to logits, in the dtype of inv_temperature.
 
-        `overwrite` allows mapping `raw` in place. Without it `raw` keeps its values, but the result may be `raw` itself: do not
-        write to it.
+        With `overwrite` the result is there to be written over: `raw` itself, or a copy if its dtype is narrower. Without it
+        `raw` keeps its values, but the result may be `raw` itself: do not write to it.
         """
         z = raw.to(self.inv_temperature.dtype)
         if self.bias is not None:
@@ -74,24 +74,12 @@ class LogitMap:
         if not bool((rate == 1).all()):
             gradient.mul_(rate[:, None])
         if self.softcap is not None:
-            gradient.mul_(1 - (z / (self.inv_temperature * self.softcap)[:, None]).square_())
+            gradient.mul_(self.softcap_slope(z))
         return gradient
 
-    def exponentials_(self, tile: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Overwrite raw products (n, V) of whole rows with exp(z - max); return logp and the rows' sums, both (n,).
-
-        Takes no softcap, and needs a tile in the dtype of inv_temperature. One exponential per logit: the tile keeps what
-        `dlogits` would compute again.
-        """
-        like = self.inv_temperature
-        maximum, target, total = torch.empty_like(like), torch.empty_like(like), torch.empty_like(like)
-        for rows in row_blocks(*tile.shape):
-            z = self[rows, slice(None)].logits(tile[rows], overwrite=True)
-            torch.gather(z, 1, ids[rows, None], out=target[rows, None])
-            torch.amax(z, 1, out=maximum[rows])
-            # A row of only -inf becomes NaN here, as in log_softmax.
-            torch.sum(z.sub_(maximum[rows, None]).exp_(), 1, out=total[rows])
-        return (target - maximum) - total.log(), total
+    def softcap_slope(self, z: torch.Tensor) -> torch.Tensor:
+        """The derivative (n, c) of the softcap where the logits are z (n, c)."""
+        return 1 - (z / (self.inv_temperature * self.softcap)[:, None]).square_()  # type: ignore[operator]
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -132,6 +120,27 @@ def load_logits(
         shrink = tl.exp(-2.0 * tl.abs(z) / softcap)  # tanh without overflow
         z = tl.where(z < 0, -softcap, softcap) * ((1.0 - shrink) / (1.0 + shrink))
     return tl.where(inside, z * inv_temperature, -float("inf"))
+
+
+@jit
+def log2_logits(
+    z, cols, bias_ptr, bias_stride, inv_temperature, n_cols, logit_scale, softcap, HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """A tile (n, c) of raw products as logits in log2 units, and the derivative of the softcap at each (1 without one)."""
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + cols.to(tl.int64) * bias_stride, mask=cols < n_cols, other=0.0)
+        z += bias.to(tl.float32)[None, :]
+    log2_e = 1.4426950408889634  # exp(z) = exp2(z * log2_e), and the temperature needs a multiplication anyway
+    slope = 1.0
+    if HAS_SOFTCAP:
+        z = softcap - 2.0 * softcap / (1.0 + tl.exp2(z * (2.0 * log2_e * logit_scale / softcap)))  # tanh; inf: softcap
+        capped = z / softcap
+        slope = 1.0 - capped * capped
+        z *= (inv_temperature * log2_e)[:, None]
+    else:
+        z *= (inv_temperature * (log2_e * logit_scale))[:, None]
+    return z, slope
 
 
 @jit

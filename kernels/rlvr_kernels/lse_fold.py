@@ -6,6 +6,7 @@ Bytes: n * c * itemsize read, 20 n read and written. FLOPs: about 4 n c, so memo
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -68,6 +69,29 @@ class RowState:
     def top1(self) -> torch.Tensor:
         """Whether no token is likelier than the target."""
         return self.target == self.maximum
+
+
+class Scores(NamedTuple):
+    """All (n,), float32 (float64 for float64): logp, lse, and the statistics asked for."""
+
+    logp: torch.Tensor
+    lse: torch.Tensor
+    entropy: torch.Tensor | None = None
+    mean_logit: torch.Tensor | None = None
+    top1: torch.Tensor | None = None
+    sum_p_squared: torch.Tensor | None = None
+
+    def part(self, rows: slice) -> "Scores":
+        """The scores of some of the rows."""
+        return Scores(*(None if one is None else one[rows] for one in self))  # type: ignore[arg-type]
+
+
+def state_of(scores: Scores, vocabulary: int) -> RowState:
+    """A state that has these scores, for a shard to combine with those of others."""
+    weighted = None if scores.entropy is None else -scores.entropy
+    summed = None if scores.mean_logit is None else scores.mean_logit * vocabulary
+    target = scores.logp + scores.lse
+    return RowState(scores.lse, torch.ones_like(target), target, weighted, summed, scores.sum_p_squared)
 
 
 def lse_fold(

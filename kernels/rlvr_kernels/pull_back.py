@@ -1,9 +1,10 @@
 """pull_back: from dL/dlogp (and dL/dH) to the gradients of hidden states, weight and bias.
 
-FLOPs: 4NVH, plus 2NVH to recompute logits that scoring has not kept.
+FLOPs: 6NVH, a third of them to compute the tile again.
 
 The vocabulary is the outer loop. The matmul's own float32 accumulator writes each slice of d_weight once, so no float32 copy
-of all of it exists. d_hidden accumulates in float32 over the slices.
+of all of it exists. d_hidden accumulates in float32 over the slices. A tile of probabilities misses a factor of each row, which
+the hidden states carry to d_weight, and which d_hidden gets at the end.
 """
 
 from typing import NamedTuple
@@ -11,10 +12,10 @@ from typing import NamedTuple
 import torch
 
 from rlvr_kernels.dlogits import dlogits
+from rlvr_kernels.linear_exp import linear_probabilities
 from rlvr_kernels.logits import LogitMap, accumulator_dtype
 from rlvr_kernels.shard import Shard
 from rlvr_kernels.tile import (
-    Kept,
     Tile,
     accumulate,
     accumulator,
@@ -22,6 +23,7 @@ from rlvr_kernels.tile import (
     column_slices,
     empty,
     multiply,
+    sum_of_rows,
     vocabulary_tile,
 )
 
@@ -55,14 +57,12 @@ def pull_back(
     needs: Needs,
     weight_dtype: torch.dtype,
     workspace_bytes: int,
-    kept: Kept | None = None,
     shard: Shard | None = None,
     backend: str = "auto",
 ) -> Gradients:
     """Pull coef = dL/dlogp (n,) and entropy_coef = dL/dH (n,) back through the head.
 
-    hidden (n, H) and weight (V, H) have one dtype; d_weight gets `weight_dtype`. Kept logits are read and left unchanged; all
-    others are recomputed.
+    hidden (n, H) and weight (V, H) have one dtype; d_weight gets `weight_dtype`.
     """
     ids = ids if shard is None else ids - shard.first
     rows, vocabulary = hidden.shape[0], weight.shape[0]
@@ -73,36 +73,53 @@ def pull_back(
     d_bias = (
         torch.zeros(vocabulary, dtype=accumulator_dtype(hidden.dtype), device=weight.device) if needs.bias else None
     )
-    shape = vocabulary_tile(rows, vocabulary, bytes_per_logit(hidden.device, hidden.dtype), workspace_bytes)
-    tile = Tile(shape, hidden.dtype, hidden.device)
-    kept_cols = 0 if kept is None else kept.logits.shape[1]
-    for part in column_slices(vocabulary, shape.cols, kept_cols):
+    shape = vocabulary_tile(rows, vocabulary, bytes_per_logit(hidden.device, hidden.dtype, backend), workspace_bytes)
+    tile = Tile(shape, hidden.dtype, hidden.device, backend)
+    scale, scaled = None, hidden
+    if tile.holds_exponentials and entropy_coef is None:
+        scale = -coef * logit_map.inv_temperature * logit_map.logit_scale
+        scaled = torch.mul(hidden, scale[:, None], out=torch.empty_like(hidden)) if needs.weight else hidden
+
+    def gradient_of(some: slice, part: slice) -> torch.Tensor:
+        """dL/d(h W^T) of some rows and columns, but for the scale."""
+        states, columns, local_map, anchor = hidden[some], weight[part], logit_map[some, part], None
+        if tile.holds_exponentials:
+            out = logits = tile.part(states.shape[0], columns.shape[0])
+            anchor, raw = lse[some], entropy_coef is not None
+            linear_probabilities(
+                states, columns, ids[some], part.start, local_map, out, anchor, raw=raw, backend=backend
+            )
+            if not raw:
+                return out
+        else:
+            logits = tile.fill(states, columns)
+            out = tile.gradient(*logits.shape)
+        return dlogits(
+            logits, ids[some], part.start, lse[some], coef[some], local_map,
+            entropy=None if entropy is None else entropy[some],
+            entropy_coef=None if entropy_coef is None else entropy_coef[some], anchor=anchor, out=out, backend=backend,
+        )  # fmt: skip
+
+    for part in column_slices(vocabulary, shape.cols):
         slice_total = None  # float32 accumulator of this slice, if its rows come in several pieces
         for row in range(0, rows, shape.rows):
             some = slice(row, min(row + shape.rows, rows))
-            if kept is not None and part.start < kept_cols:
-                logits = tile.fetch(kept, some, part)
-            else:
-                logits = tile.fill(hidden[some], weight[part])
-            gradient = dlogits(
-                logits, ids[some], part.start, lse[some], coef[some], logit_map[some, part],
-                entropy=None if entropy is None else entropy[some],
-                entropy_coef=None if entropy_coef is None else entropy_coef[some],
-                out=tile.gradient(*logits.shape), backend=backend,
-            )  # fmt: skip
+            gradient = gradient_of(some, part)
             if d_hidden is not None:
                 accumulate(d_hidden[some], gradient, weight[part], first=part.start == 0)
             if d_weight is not None and shape.rows >= rows:
-                multiply(gradient.T, hidden[some], out=d_weight[part])
+                multiply(gradient.T, scaled[some], out=d_weight[part])
             elif d_weight is not None:
                 slice_total = (
                     accumulator((part.stop - part.start, hidden.shape[1]), hidden) if row == 0 else slice_total
                 )
-                accumulate(slice_total, gradient.T, hidden[some], first=row == 0)  # type: ignore[arg-type]
+                accumulate(slice_total, gradient.T, scaled[some], first=row == 0)  # type: ignore[arg-type]
             if d_bias is not None:
-                d_bias[part] += gradient.sum(0, dtype=d_bias.dtype)
+                d_bias[part] += sum_of_rows(gradient, None if scale is None else scale[some], d_bias.dtype)
         if slice_total is not None and d_weight is not None:
             d_weight[part] = slice_total
+    if d_hidden is not None and scale is not None:
+        d_hidden.mul_(scale[:, None])
     if d_hidden is not None and shard is not None:
         d_hidden = shard.total(d_hidden)
     return Gradients(d_hidden, d_weight, d_bias)

@@ -1,6 +1,6 @@
-"""single_pass: the loss and its gradients, computed while each chunk's logits exist. FLOPs: 6NVH; nothing is computed twice.
+"""single_pass: the loss and its gradients, computed while each chunk's tile exists. FLOPs: 6NVH; nothing is computed twice.
 
-A chunk is as many rows as fit the workspace with all their logits. It is scored, weighed and pulled back before the next one.
+A chunk is as many rows as fit the workspace with the whole vocabulary. It is scored, weighed and pulled back before the next one.
 Chunks hold whole rollouts if a token's coefficient depends on its rollout, and are cut anywhere otherwise. Rows with
 coefficient 0 leave a chunk before its last two products where that pays.
 """
@@ -10,22 +10,15 @@ from typing import Any, NamedTuple
 
 import torch
 
-from rlvr_kernels.backend import capturing, use_triton
+from rlvr_kernels.backend import capturing
 from rlvr_kernels.cost import moving_pays, rates_of
 from rlvr_kernels.dlogits import dlogits
+from rlvr_kernels.linear_exp import linear_exp
 from rlvr_kernels.logits import LogitMap, accumulator_dtype, sum_dtype
 from rlvr_kernels.lse_fold import RowState, lse_fold
 from rlvr_kernels.pull_back import Gradients, Needs
 from rlvr_kernels.shard import Shard
-from rlvr_kernels.tile import (
-    Tile,
-    TileShape,
-    accumulate,
-    accumulator,
-    compact_,
-    empty,
-    multiply,
-)
+from rlvr_kernels.tile import Tile, TileShape, accumulate, compact_, empty, multiply_scaled, sum_of_rows
 from rlvr_kernels.weigh import SUMS, Rows, Weighed
 
 Weigher = Callable[[torch.Tensor, Rows], Weighed]
@@ -71,7 +64,8 @@ def single_pass(
     ids = ids if shard is None else ids - shard.first
     plan = _plan(rows, chunk_rows, token_local)
     largest = max([part.stop - part.start for part in plan], default=0)
-    tile = Tile(TileShape(largest, weight.shape[0]), weight.dtype, weight.device)
+    tile = Tile(TileShape(largest, weight.shape[0]), weight.dtype, weight.device, backend)
+    scorer = _Exponentials if tile.holds_exponentials else _Logits
     logp = torch.empty_like(logit_map.inv_temperature)
     entropy = torch.empty_like(logp) if with_entropy else None
     sums: Any = 0  # a tensor from the first chunk on
@@ -82,7 +76,8 @@ def single_pass(
     for i, part in enumerate(plan):
         where = part if index is None else index[part]
         states = hidden[where].to(weight.dtype)
-        scored = _Scored(tile, states, weight, ids[part], logit_map[part, slice(None)], with_entropy, shard, backend)
+        chunk_map, raw = logit_map[part, slice(None)], entropy_coef > 0
+        scored = scorer(tile, states, weight, ids[part], chunk_map, with_entropy, raw, shard, backend)
         mine = rows[part]
         weighed = weigher(scored.logp, mine)
         logp[part] = scored.logp
@@ -96,17 +91,19 @@ def single_pass(
             gradient, keep = compact_(gradient, keep)
             states, scale = states[keep], None if scale is None else scale[keep]
             where = keep + part.start if index is None else index[part][keep]
-        if d_hidden is not None:
-            product = accumulator(states.shape, states)
-            multiply(gradient, weight, out=product)
-            d_hidden[where] = (product if scale is None else product.mul_(scale[:, None])).to(d_hidden.dtype)
-            del product
-        if scale is not None:
-            states = (states * scale[:, None]).to(weight.dtype)
-        if d_weight is not None:
-            accumulate(d_weight, gradient.T, states, first=i == 0)
         if d_bias is not None:
-            d_bias += _sum_of_rows(gradient, scale, d_bias.dtype)
+            d_bias += sum_of_rows(gradient, scale, d_bias.dtype)
+        rows_out = None if d_hidden is None or isinstance(where, torch.Tensor) else d_hidden[where]
+        if d_weight is not None:
+            if scale is not None:  # written where d_hidden will be
+                fits = rows_out is not None and rows_out.dtype == states.dtype
+                states = torch.mul(states, scale[:, None], out=rows_out if fits else torch.empty_like(states))
+            accumulate(d_weight, gradient.T, states, first=i == 0)
+        if d_hidden is not None:
+            out = torch.empty_like(states, dtype=d_hidden.dtype) if rows_out is None else rows_out
+            multiply_scaled(gradient, weight, scale, out=out)
+            if rows_out is None:
+                d_hidden[where] = out
     if d_hidden is not None and shard is not None:
         d_hidden = shard.total(d_hidden)
     if not plan:
@@ -117,29 +114,43 @@ def single_pass(
     return SinglePass(logp, entropy, sums.to(logp.dtype), active.to(logp.dtype), gradients)
 
 
-class _Scored:
-    """A scored chunk: its log-probabilities, and the tile that becomes its gradient once the coefficients are known.
-
-    On a CPU, a float32 or float64 tile holds exponentials. Each row is then the gradient up to a factor, which is applied to
-    H elements of the row's state rather than to V of the tile. Elsewhere the tile holds raw products, which `dlogits` overwrites.
-    """
+class _Exponentials:
+    """A scored chunk whose tile holds exponentials: the gradient but for a factor of each row, or, `raw`, exp(z - anchor)."""
 
     def __init__(
         self, tile: Tile, states: torch.Tensor, weight: torch.Tensor, ids: torch.Tensor, logit_map: LogitMap,
-        with_entropy: bool, shard: Shard | None, backend: str,
+        with_entropy: bool, raw: bool, shard: Shard | None, backend: str,
     ):  # fmt: skip
-        self.products, self.tile = tile.fill(states, weight), tile
         self.ids, self.logit_map, self.backend = ids, logit_map, backend
-        dtype = logit_map.inv_temperature.dtype
-        self.entropy: torch.Tensor | None = None
-        self.exponential = (
-            not (with_entropy or shard is not None or use_triton(states, backend))
-            and self.products.dtype == states.dtype == dtype
-            and logit_map.softcap is None
+        self.tile = tile.part(states.shape[0], weight.shape[0])
+        options: Any = {"entropy": with_entropy, "raw": raw, "shard": shard, "backend": backend}
+        self.logp, self.total, self.anchor, self.entropy = linear_exp(
+            states, weight, ids, logit_map, self.tile, **options
         )
-        if self.exponential:
-            self.logp, self.total = logit_map.exponentials_(self.products, ids)
-            return
+
+    def gradient(
+        self, coef: torch.Tensor, entropy_coef: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """dL/d(h W^T) of the chunk (n, V), and the factor (n,) still missing from each row; None if none is."""
+        if entropy_coef is None:
+            return self.tile, -coef * self.logit_map.inv_temperature * self.logit_map.logit_scale / self.total
+        gradient = dlogits(
+            self.tile, self.ids, 0, self.anchor + self.total.log(), coef, self.logit_map, entropy=self.entropy,
+            entropy_coef=entropy_coef, anchor=self.anchor, backend=self.backend,
+        )  # fmt: skip
+        return gradient, None
+
+
+class _Logits:
+    """A scored chunk whose tile holds raw products, which `dlogits` overwrites."""
+
+    def __init__(
+        self, tile: Tile, states: torch.Tensor, weight: torch.Tensor, ids: torch.Tensor, logit_map: LogitMap,
+        with_entropy: bool, raw: bool, shard: Shard | None, backend: str,
+    ):  # fmt: skip
+        self.ids, self.logit_map, self.backend = ids, logit_map, backend
+        self.products = tile.fill(states, weight)
+        self.out = tile.gradient(*self.products.shape)
         state = RowState.empty(ids.shape[0], self.products, entropy=with_entropy)
         lse_fold(self.products, ids, 0, state, logit_map, backend)
         state = state if shard is None else shard.combine(state)
@@ -148,15 +159,10 @@ class _Scored:
     def gradient(
         self, coef: torch.Tensor, entropy_coef: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """dL/d(h W^T) of the chunk (n, V), and the factor (n,) still missing from each row; None if none is."""
-        if self.exponential:  # the gradient is (exp(z - max) - sum 1[j = y]) * -coef / sum
-            self.products.scatter_add_(1, self.ids[:, None], -self.total[:, None])
-            return self.products, -coef * self.logit_map.inv_temperature * self.logit_map.logit_scale / self.total
-        entropy = None if entropy_coef is None else self.entropy
-        out = self.tile.gradient(*self.products.shape)
+        """dL/d(h W^T) of the chunk (n, V), and None: no factor is missing."""
         gradient = dlogits(
-            self.products, self.ids, 0, self.lse, coef, self.logit_map, entropy=entropy, entropy_coef=entropy_coef,
-            out=out, backend=self.backend,
+            self.products, self.ids, 0, self.lse, coef, self.logit_map,
+            entropy=None if entropy_coef is None else self.entropy, entropy_coef=entropy_coef, out=self.out, backend=self.backend,
         )  # fmt: skip
         return gradient, None
 
@@ -195,11 +201,6 @@ def _weight_accumulator(weight: torch.Tensor, weight_dtype: torch.dtype, chunks:
     """Memory for d_weight: in the gradient's dtype for a single chunk, in the accumulator's for several."""
     dtype = weight_dtype if chunks <= 1 else accumulator_dtype(weight.dtype)
     return empty(weight.shape, dtype, weight.device)
-
-
-def _sum_of_rows(gradient: torch.Tensor, scale: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-    """The sum (V,) of gradient (k, V) over its rows, each times its scale."""
-    return gradient.sum(0, dtype=dtype) if scale is None else torch.mv(gradient.T.to(dtype), scale)
 
 
 def _rows_to_keep(coef: torch.Tensor, weight: torch.Tensor, products: int) -> torch.Tensor | None:

@@ -1,9 +1,9 @@
-"""A bounded tile of logits, and the matrix products around it.
+"""A bounded tile of exponentials or of logits, and the matrix products around it.
 
-The vendor's matmul writes the tile: in float32 where it can widen 16-bit operands (CUDA), in the operands' dtype elsewhere.
-The gradient has the operands' dtype and overwrites the tile. Where it is narrower than the logits, each of its rows takes
-the first half of its own logits' memory, so a logit costs 4 bytes rather than 6. Gradients accumulate in float32 (float64
-for float64).
+Exponentials have the operands' dtype. Logits (float16, and float32 on an accelerator) are what the vendor's matmul writes: in
+float32 where it can widen 16-bit operands (CUDA), in the operands' dtype elsewhere. Their gradient has the operands' dtype
+and overwrites them. Where it is narrower, each of its rows takes the first half of its own logits' memory. Gradients
+accumulate in float32 (float64 for float64).
 """
 
 import ctypes
@@ -14,16 +14,19 @@ from typing import NamedTuple
 
 import torch
 
+from rlvr_kernels.backend import explain_backend
 from rlvr_kernels.logits import accumulator_dtype
 
 NARROWEST = 4096  # columns; a tile loses rows before it gets narrower than this
 ALIGNED_COLUMNS = 128  # slices of the vocabulary start at multiples of this, where wide loads can
-ALIGNED_ROW = 32  # logits, 128 bytes in float32: rows of a tile start at multiples of this on an accelerator
+ALIGNED_ROW = 64  # 128 bytes in bfloat16: rows of a tile start at multiples of this on an accelerator
 MOVED_BYTES = 16 << 20  # rows move inside a tile in pieces of this size
 CACHED_BYTES = 1 << 20  # the same on a CPU: a piece fits a core's cache
 HUGE_BYTES = 8 << 20  # CPU buffers of at least this size ask for huge pages
 _ADVICE = getattr(mmap, "MADV_HUGEPAGE", None)
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" and _ADVICE is not None else None
+BY_TRITON = {torch.bfloat16}  # dtypes whose tiles Triton fills with exponentials
+SCALED_BYTES = 32 << 20  # d_hidden is multiplied and scaled in pieces of this size
 PRODUCT_ROWS = 8192  # rows per step of a matmul that cannot write the accumulator's dtype
 
 
@@ -32,9 +35,20 @@ def widens(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cuda" and torch.version.hip is None and dtype in (torch.bfloat16, torch.float16)
 
 
-def bytes_per_logit(device: torch.device, dtype: torch.dtype) -> int:
-    """Bytes of one logit of a tile. Its gradient takes the same memory."""
-    return logit_dtype(device, dtype).itemsize
+def leaves_exponentials(device: torch.device, dtype: torch.dtype, backend: str) -> bool:
+    """Whether a tile of products of this dtype holds exponentials, as linear_exp leaves them, and no logits.
+
+    So it does for bfloat16 by Triton, and on a CPU for all but float16, which has no room for them. An accelerator
+    multiplies float32 faster by the vendor's product.
+    """
+    if device.type == "cpu" and backend != "triton":
+        return dtype != torch.float16
+    return dtype in BY_TRITON and explain_backend(device, backend, dtype)[0] == "triton"
+
+
+def bytes_per_logit(device: torch.device, dtype: torch.dtype, backend: str) -> int:
+    """Bytes of one element of a tile. Its gradient takes the same memory."""
+    return (dtype if leaves_exponentials(device, dtype, backend) else logit_dtype(device, dtype)).itemsize
 
 
 def default_workspace_bytes(device: torch.device, *, whole_rows: bool = True) -> int:
@@ -55,10 +69,10 @@ def logit_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
 
 
 def row_pitch(cols: int, device: torch.device) -> int:
-    """Logits from the start of one row of a tile to the next. An accelerator rounds up to ALIGNED_ROW.
+    """Elements from the start of one row of a tile to the next. An accelerator rounds up to ALIGNED_ROW.
 
-    Wide loads and the matmul's bulk copies need aligned rows, and a vocabulary may be odd (50257). The padding comes on top of
-    the workspace.
+    Wide loads, tensor descriptors and the matmul's bulk copies need aligned rows, and a vocabulary may be odd (50257). The
+    padding comes on top of the workspace.
     """
     return cols if device.type == "cpu" else -(-cols // ALIGNED_ROW) * ALIGNED_ROW
 
@@ -90,60 +104,35 @@ def whole_row_tile(vocabulary: int, logit_bytes: int, workspace_bytes: int) -> i
     return workspace_bytes // (vocabulary * logit_bytes)
 
 
-class Kept(NamedTuple):
-    """Raw logits (m, C) of the vocabulary's first C columns, kept from scoring for `pull_back`.
-
-    rows (n,): which of the m rows are pulled back; None means all.
-    """
-
-    logits: torch.Tensor
-    rows: torch.Tensor | None = None
-
-
-def kept_columns(buffer: torch.Tensor, rows: int, vocabulary: int) -> torch.Tensor:
-    """View the buffer as (rows, C), with as many columns as it holds: all of them, or a multiple of ALIGNED_COLUMNS."""
-    room, pitch = buffer.shape[0] // max(rows, 1), row_pitch(vocabulary, buffer.device)
-    if room < pitch:
-        pitch = room // ALIGNED_COLUMNS * ALIGNED_COLUMNS
-    return buffer[: rows * pitch].view(rows, pitch)[:, :vocabulary]
-
-
-def column_slices(vocabulary: int, cols: int, kept: int) -> Iterator[slice]:
-    """Yield slices of at most `cols` columns, kept columns first."""
-    for first, last in ((0, kept), (kept, vocabulary)):
-        for col in range(first, last, cols):
-            yield slice(col, min(col + cols, last))
+def column_slices(vocabulary: int, cols: int) -> Iterator[slice]:
+    """Yield slices of at most `cols` columns."""
+    for col in range(0, vocabulary, cols):
+        yield slice(col, min(col + cols, vocabulary))
 
 
 class Tile:
-    """The workspace: `shape` logits, then their gradient. Every piece of rows and vocabulary reuses it."""
+    """The workspace: `shape` exponentials, or logits and then their gradient. Every piece of rows and vocabulary reuses it."""
 
-    def __init__(self, shape: TileShape, dtype: torch.dtype, device: torch.device):
-        size = shape.rows * row_pitch(shape.cols, device)
-        self._logits = empty((size,), logit_dtype(device, dtype), device)
-        self._gradient = self._logits.view(dtype)
+    def __init__(self, shape: TileShape, dtype: torch.dtype, device: torch.device, backend: str = "auto"):
+        self.holds_exponentials = leaves_exponentials(device, dtype, backend)
+        held = dtype if self.holds_exponentials else logit_dtype(device, dtype)
+        self._all = empty((shape.rows * row_pitch(shape.cols, device),), held, device)
+        self._gradient = self._all.view(dtype)
+
+    def part(self, rows: int, cols: int) -> torch.Tensor:
+        """The memory (n, c) for that many rows and columns."""
+        pitch = row_pitch(cols, self._all.device)
+        return self._all[: rows * pitch].view(rows, pitch)[:, :cols]
 
     def fill(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """Compute the raw logits (n, c) of hidden (n, H) and weight (c, H)."""
-        logits = self._rows(hidden.shape[0], weight.shape[0])
+        logits = self.part(hidden.shape[0], weight.shape[0])
         multiply(hidden, weight.T, out=logits)
         return logits
 
-    def _rows(self, rows: int, cols: int) -> torch.Tensor:
-        pitch = row_pitch(cols, self._logits.device)
-        return self._logits[: rows * pitch].view(rows, pitch)[:, :cols]
-
-    def fetch(self, kept: Kept, some: slice, part: slice) -> torch.Tensor:
-        """Kept raw logits (n, c) of some of the rows to pull back. Read-only: a view of `kept`, or a copy in the tile."""
-        if kept.rows is None:
-            return kept.logits[some, part]
-        rows = kept.rows[some]
-        logits = self._rows(rows.shape[0], part.stop - part.start)
-        return torch.index_select(kept.logits[:, part], 0, rows, out=logits)
-
     def gradient(self, rows: int, cols: int) -> torch.Tensor:
         """The memory (n, c) for the tile's gradient: the tile itself, or the first half of each of its rows."""
-        pitch = row_pitch(cols, self._logits.device) * self._logits.element_size() // self._gradient.element_size()
+        pitch = row_pitch(cols, self._all.device) * self._all.element_size() // self._gradient.element_size()
         return self._gradient[: rows * pitch].view(rows, pitch)[:, :cols]
 
 
@@ -169,6 +158,32 @@ def accumulate(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, first: 
     else:
         for start in range(0, total.shape[0], PRODUCT_ROWS):
             total[start : start + PRODUCT_ROWS] += torch.mm(a[start : start + PRODUCT_ROWS], b)
+
+
+def multiply_scaled(a: torch.Tensor, b: torch.Tensor, scale: torch.Tensor | None, *, out: torch.Tensor) -> None:
+    """Write (a @ b) * scale[:, None], rounded once, to `out`; scale=None means 1. Holds SCALED_BYTES of the product at a time."""
+    step = max(1, SCALED_BYTES // (b.shape[1] * accumulator_dtype(a.dtype).itemsize))
+    for start in range(0, a.shape[0], step):
+        rows = slice(start, start + step)
+        product = accumulator((a[rows].shape[0], b.shape[1]), a)
+        multiply(a[rows], b, out=product)
+        out[rows] = product if scale is None else product.mul_(scale[rows, None])
+
+
+def sum_of_rows(gradient: torch.Tensor, scale: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    """The sum (V,) of gradient (k, V) over its rows, each times its scale, in `dtype`.
+
+    A scale wider than the gradient is multiplied as two numbers of the gradient's dtype.
+    """
+    if scale is None:
+        return gradient.sum(0, dtype=dtype)
+    if gradient.dtype == scale.dtype:
+        return torch.mv(gradient.T, scale)
+    high = scale.to(gradient.dtype)
+    both = torch.stack([high, (scale - high).to(gradient.dtype)], 1)
+    total = torch.empty(gradient.shape[1], 2, dtype=dtype, device=gradient.device)
+    multiply(gradient.T, both, out=total)
+    return total.sum(1)
 
 
 def accumulator(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:

@@ -1,18 +1,18 @@
 """How the head runs a loss: in a single pass over chunks of whole rows, or in two, scored first and pulled back in backward."""
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from rlvr_kernels.backend import BACKENDS, capturing
 from rlvr_kernels.checks import check_types, choose
-from rlvr_kernels.cost import Problem, best_two_pass, cheapest, rates_of, single_pass_workspace
+from rlvr_kernels.cost import Problem, cheapest, rates_of, single_pass_workspace
 from rlvr_kernels.logits import LogitMap
 from rlvr_kernels.objective import KL, Ace, Entropy
 from rlvr_kernels.pull_back import Needs
 from rlvr_kernels.shard import Shard
-from rlvr_kernels.tile import ALIGNED_COLUMNS, bytes_per_logit, default_workspace_bytes, row_pitch, whole_row_tile
+from rlvr_kernels.tile import bytes_per_logit, default_workspace_bytes, whole_row_tile
 from rlvr_kernels.weigh import Rows
 from torch import Tensor
 
@@ -78,8 +78,7 @@ class Plan:
 class Schedule:
     """A plan made up for one call: what runs, in which dtype, with how many bytes.
 
-    A single pass takes chunk_rows rows at a time, of whole rollouts unless the loss is token_local. Two passes keep keep_bytes
-    of logits from scoring until backward.
+    A single pass takes chunk_rows rows at a time, of whole rollouts unless the loss is token_local.
 
     shard is the place of a vocabulary that several ranks hold: `Shard` says where they talk, after scoring and after pulling
     back. No head has one yet; None means that the weight is whole.
@@ -93,7 +92,6 @@ class Schedule:
     entropy_bonus: bool = False
     token_local: bool = True
     chunk_rows: int = 0
-    keep_bytes: int = 0
     shard: Shard | None = None
 
 
@@ -147,7 +145,7 @@ class Planner:
         self.plan, self.hidden, self.weight, self.needs, self.dtype = plan, hidden, weight, needs, dtype
         self.objective, self.layout = objective, layout
         self.token_local, self.has_old = objective.is_token_local(rows.old is not None), rows.old is not None
-        self.logit_bytes = bytes_per_logit(weight.device, dtype)
+        self.logit_bytes = bytes_per_logit(weight.device, dtype, plan.backend)
         self.room = self._workspace(whole_rows=True)
         self.limit = whole_row_tile(weight.shape[0], self.logit_bytes, self.room)  # whole rows that fit
 
@@ -160,9 +158,8 @@ class Planner:
         single = self._is_single(scored, alive)
         workspace = self.room if single else self._workspace(whole_rows=False)
         with_entropy = self.plan.with_entropy or self.objective.entropy.wanted
-        keep = 0 if single else self._bytes_to_keep(workspace)
         bonus = self.objective.entropy.coef > 0
-        plan = (workspace - keep, self.plan.backend, with_entropy, bonus, self.token_local, self.limit, keep)
+        plan = (workspace, self.plan.backend, with_entropy, bonus, self.token_local, self.limit)
         return Schedule(single, self.dtype, *plan)
 
     def _workspace(self, *, whole_rows: bool) -> int:
@@ -241,17 +238,6 @@ class Planner:
             f"schedule='single_pass' needs {needs}, and workspace_bytes={workspace} holds {limit} rows "
             f"but {which} {longest}: give workspace_bytes >= {longest * row}, {local}or schedule='two_pass'"
         )
-
-    def _bytes_to_keep(self, workspace: int) -> int:
-        """Bytes of the workspace that keep logits from scoring until backward, which then does not recompute them."""
-        if not any(self.needs) or torch.compiler.is_compiling():
-            return 0
-        rows = self.hidden.shape[0]
-        problem = self._problem(rows, rows)
-        pitch = row_pitch(problem.vocabulary, self.hidden.device)
-        best = best_two_pass(replace(problem, vocabulary=pitch), workspace, rates_of(self.hidden.device, self.dtype))
-        columns = best.cached_rows * pitch // max(rows, 1)
-        return best.cached_rows * pitch * problem.logit_bytes if columns >= min(ALIGNED_COLUMNS, pitch) else 0
 
 
 def rows_of(which: Tensor | None) -> Tensor | None:

@@ -3,10 +3,8 @@
 from typing import Any
 
 import torch
-from rlvr_kernels.backend import capturing
 from rlvr_kernels.pull_back import Needs
 from rlvr_kernels.pull_back import pull_back as pull_back_rows
-from rlvr_kernels.tile import Kept, kept_columns
 from torch import Tensor
 
 from rlvr_ops.head.compiled import decode
@@ -18,7 +16,7 @@ Gradients = tuple[Tensor, Tensor, Tensor]
 
 def pull_back(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, call: Call, lse: Tensor, coef: Tensor, entropy: Tensor,
-    entropy_coef: Tensor | None, kept: Tensor,
+    entropy_coef: Tensor | None,
 ) -> Gradients:  # fmt: skip
     """Pull coef = dL/dlogp (R,) and entropy_coef = dL/dH (R,) back, through the rows where either is not 0."""
     if is_batched(coef) or is_batched(entropy_coef):
@@ -41,23 +39,11 @@ def pull_back(
             states, weight.to(dtype), ids, logit_map, chosen(lse, index), coef,
             entropy=None if entropy_coef is None else chosen(entropy, index), entropy_coef=entropy_coef,
             needs=Needs(*call.needs), weight_dtype=weight.dtype, workspace_bytes=call.schedule.workspace_bytes,
-            backend=call.schedule.backend, kept=_kept_rows(kept, scored, index, hidden.shape[0], weight.shape[0]),
-            shard=call.schedule.shard,
+            backend=call.schedule.backend, shard=call.schedule.shard,
         )  # fmt: skip
         d_hidden = None if found.hidden is None else found.hidden.to(hidden.dtype)
         d_bias = None if found.bias is None or bias is None else found.bias.to(bias.dtype)
         return spread(d_hidden, index, hidden), or_empty(found.weight, hidden), or_empty(d_bias, hidden)
-
-
-def _kept_rows(kept: Tensor, scored: Tensor | None, index: Tensor | None, total: int, vocabulary: int) -> Kept | None:
-    """The kept logits of the rows `index` (n,) of `total` (None: all), or None if none were kept."""
-    if not kept.numel():
-        return None
-    scored_rows = rows_of(scored)
-    if scored_rows is None:
-        return Kept(kept_columns(kept, total, vocabulary), index)
-    assert index is not None  # not all are scored, so not all are pulled back
-    return Kept(kept_columns(kept, scored_rows.shape[0], vocabulary), torch.searchsorted(scored_rows, index))
 
 
 @torch.library.custom_op("rlvr_ops::pull_back", mutates_args=())
@@ -67,7 +53,7 @@ def pull_back_op(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """`pull_back` of the call in an encoded record, for torch.compile."""
     call = decode(tensors, numbers, text).call
-    return pull_back(hidden, weight, bias, call, lse, coef, entropy, entropy_coef, hidden.new_empty(0))
+    return pull_back(hidden, weight, bias, call, lse, coef, entropy, entropy_coef)
 
 
 @pull_back_op.register_fake
@@ -98,11 +84,3 @@ def saved(ctx: Any) -> list[Any]:
 def wanted(gradients: tuple[Tensor, ...], needs: tuple[bool, ...]) -> list[Tensor | None]:
     """Replace gradients that are not needed with None."""
     return [gradient if need else None for gradient, need in zip(gradients, needs, strict=True)]
-
-
-def check_side(captured: bool, kept: Tensor, scored: Tensor | None) -> None:
-    """Raise if backward would index the kept logits by other rows than scoring did."""
-    if kept.numel() and scored is not None and captured != capturing():
-        raise RuntimeError(
-            "forward and backward of a step belong on the same side of cuda_graph_warmup(), or of a capture"
-        )

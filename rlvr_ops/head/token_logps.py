@@ -5,9 +5,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from rlvr_kernels.backend import use_triton
 from rlvr_kernels.checks import check_no_tangent
-from rlvr_kernels.linear_lse import linear_lse
 from rlvr_kernels.pull_back import Needs
 from rlvr_kernels.score import score
 from rlvr_kernels.tile import default_workspace_bytes
@@ -77,8 +75,8 @@ def token_logps(
 
     Float64 inputs give float64. Differentiable in `logps` and `entropy`; the backward pass recomputes the logits and skips rows
     without a gradient. Self-certainty is the mean over the vocabulary of -log(V p_j) (arXiv 2502.18581).
-    `ace_loss` explains the keywords. On an accelerator, 16-bit log-probabilities alone, without a gradient, take no workspace:
-    their logits never leave the registers.
+    `ace_loss` explains the keywords. On an accelerator, scoring 16-bit operands takes no workspace: their logits never leave
+    the registers.
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what is wanted.
@@ -137,24 +135,11 @@ def _forward(hidden: Tensor, weight: Tensor, bias: Tensor | None, job: ScoreCall
         index, dtype = rows_of(call.scored), schedule.dtype
         states, ids, logit_map = call.inputs(hidden, bias, index)
         states, weight = chosen(states, index).to(dtype), weight.to(dtype)
-        if _is_plain(job) and use_triton(states, schedule.backend):
-            logp, lse = linear_lse(
-                states, weight, ids, bias=bias, temperature=1 / logit_map.inv_temperature, softcap=logit_map.softcap,
-                logit_scale=logit_map.logit_scale, backend=schedule.backend,
-            )  # fmt: skip
-            found: tuple[Tensor | None, ...] = (logp, lse, None, None, None, None)
-        else:
-            found = score(
-                states, weight, ids, logit_map, entropy=job.entropy, mean=job.mean, top1=job.top1, squares=job.squares,
-                workspace_bytes=schedule.workspace_bytes, shard=schedule.shard, backend=schedule.backend,
-            )  # fmt: skip
+        found = score(
+            states, weight, ids, logit_map, entropy=job.entropy, mean=job.mean, top1=job.top1, squares=job.squares,
+            workspace_bytes=schedule.workspace_bytes, shard=schedule.shard, backend=schedule.backend,
+        )  # fmt: skip
         return tuple(spread(x, index, hidden) for x in found)
-
-
-def _is_plain(job: ScoreCall) -> bool:
-    """Whether `linear_lse` can serve the call: log-probabilities alone, without a gradient, of 16-bit operands."""
-    asked = job.entropy or job.mean or job.top1 or job.squares or any(job.call.needs)
-    return not asked and job.call.schedule.shard is None and job.call.schedule.dtype.itemsize == 2
 
 
 class _Scores(torch.autograd.Function):
@@ -173,13 +158,13 @@ class _Scores(torch.autograd.Function):
     def backward(ctx: Any, d_logp: Tensor | None, _lse: Any, d_entropy: Tensor | None, *_others: Any) -> Any:
         refuse_a_second_derivative()
         hidden, weight, bias, lse, entropy, _ids = saved(ctx)
-        job, none = ctx.job, hidden.new_empty(0)
+        job = ctx.job
         d_entropy = d_entropy if job.entropy else None
         if d_logp is None and d_entropy is None:
             return (None,) * 4
         coef = torch.zeros_like(lse) if d_logp is None else d_logp
         return *wanted(
-            pull_back(hidden, weight, bias, job.call, lse, coef, entropy, d_entropy, none), ctx.needs_input_grad[:3]
+            pull_back(hidden, weight, bias, job.call, lse, coef, entropy, d_entropy), ctx.needs_input_grad[:3]
         ), None
 
 

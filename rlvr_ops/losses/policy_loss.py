@@ -15,7 +15,6 @@ from rlvr_kernels.pull_back import Needs
 from rlvr_kernels.scale import scale_
 from rlvr_kernels.score import score
 from rlvr_kernels.single_pass import single_pass
-from rlvr_kernels.tile import kept_columns, logit_dtype, row_pitch
 from rlvr_kernels.weigh import SUMS, Rows, weigh
 from torch import Tensor
 
@@ -34,7 +33,7 @@ from rlvr_ops.head.plan import (
     save,
     spread,
 )
-from rlvr_ops.head.pull_back import check_side, is_batched, like_inputs, pull_back, pull_back_op, saved, wanted
+from rlvr_ops.head.pull_back import is_batched, like_inputs, pull_back, pull_back_op, saved, wanted
 from rlvr_ops.objectives.custom import ChunkedFunction, run_untraced, weigh_chosen
 from rlvr_ops.objectives.entropy import top_tokens, weighted_sum
 from rlvr_ops.objectives.objective import LossOutput, Objective
@@ -126,7 +125,7 @@ class LossCall:
 
 Outputs = tuple[Tensor, ...]
 """(loss, logp (R,), entropy (R,), sums (B, 8), rows pulled back), then what backward needs: the gradients of a single pass, or
-(lse, coef, entropy_coef, kept) of two passes. Empty tensors where there is nothing."""
+(lse, coef, entropy_coef) of two passes. Empty tensors where there is nothing."""
 
 
 def _run(hidden: Tensor, weight: Tensor, bias: Tensor | None, job: LossCall) -> Outputs:
@@ -180,11 +179,9 @@ def _two_pass(hidden: Tensor, weight: Tensor, bias: Tensor | None, job: LossCall
     index, dtype = rows_of(call.scored), schedule.dtype
     states, ids, logit_map = call.inputs(hidden, bias, index)
     states = chosen(states, index).to(dtype)
-    kept = _kept_logits(hidden, weight, dtype, schedule.keep_bytes)
     scores = score(
         states, weight.to(dtype), ids, logit_map, entropy=schedule.with_entropy,
-        workspace_bytes=schedule.workspace_bytes, backend=schedule.backend,
-        kept=kept_columns(kept, states.shape[0], weight.shape[0]), shard=schedule.shard,
+        workspace_bytes=schedule.workspace_bytes, shard=schedule.shard, backend=schedule.backend,
     )  # fmt: skip
     logp, lse, entropy = (spread(x, index, hidden) for x in scores[:3])
     rows = replace(job.rows, mask=call.scored)
@@ -196,14 +193,7 @@ def _two_pass(hidden: Tensor, weight: Tensor, bias: Tensor | None, job: LossCall
         loss = loss - objective.entropy.coef * weighted_sum(entropy, weights)
         entropy_coef, has_gradient = -objective.entropy.coef * weights, has_gradient | (weights != 0)
     pulled_back = (has_gradient if any(call.needs) else torch.zeros_like(has_gradient)).sum().to(logp.dtype)
-    return loss, logp, entropy, sums, pulled_back, lse, coef, or_empty(entropy_coef, hidden), kept
-
-
-def _kept_logits(hidden: Tensor, weight: Tensor, dtype: torch.dtype, keep_bytes: int) -> Tensor:
-    """An uninitialised buffer for kept logits. Its size does not depend on data."""
-    dtype = logit_dtype(hidden.device, dtype)
-    most = hidden.shape[0] * row_pitch(weight.shape[0], hidden.device)
-    return hidden.new_empty(min(keep_bytes // dtype.itemsize, most), dtype=dtype)
+    return loss, logp, entropy, sums, pulled_back, lse, coef, or_empty(entropy_coef, hidden)
 
 
 class _Loss(torch.autograd.Function):
@@ -213,7 +203,7 @@ class _Loss(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, job: LossCall) -> Outputs:
         output = _forward(hidden, weight, bias, job)
         schedule = job.call.schedule
-        ctx.call, ctx.captured, ctx.backend = None if schedule.single_pass else job.call, capturing(), schedule.backend
+        ctx.call, ctx.backend = None if schedule.single_pass else job.call, schedule.backend
         ctx.mark_non_differentiable(*output[1:5])
         ids = () if schedule.single_pass else (job.call.ids,)  # saved, so that autograd refuses an edit in place
         save(ctx, *_for_backward((hidden, weight, bias), output, job.call), *ids)
@@ -228,11 +218,10 @@ class _Loss(torch.autograd.Function):
         if call is None:
             gradients = tuple(_scaled(x, d_loss, ctx.backend) for x in saved(ctx))
         else:
-            hidden, weight, bias, lse, coef, entropy, entropy_coef, kept, _ids = saved(ctx)
-            check_side(ctx.captured, kept, call.scored)
+            hidden, weight, bias, lse, coef, entropy, entropy_coef, _ids = saved(ctx)
             by_entropy = entropy_coef * d_loss if entropy_coef.numel() else None
             coef = coef.mul_(d_loss) if _may_overwrite(coef, d_loss) else coef * d_loss
-            gradients = pull_back(hidden, weight, bias, call, lse, coef, entropy, by_entropy, kept)
+            gradients = pull_back(hidden, weight, bias, call, lse, coef, entropy, by_entropy)
         return *wanted(gradients, ctx.needs_input_grad[:3]), None
 
 
@@ -275,7 +264,7 @@ def _(hidden, weight, bias, tensors, numbers, text):  # type: ignore[no-untyped-
         rest = like_inputs(hidden, weight, bias, job.call.needs)
     else:
         by_entropy = torch.empty_like(row) if schedule.entropy_bonus else none.clone()
-        rest = (torch.empty_like(row), torch.empty_like(row), by_entropy, none)
+        rest = (torch.empty_like(row), torch.empty_like(row), by_entropy)
     return [number, row, entropy, sums, row.new_empty(()), *rest]
 
 
@@ -296,7 +285,7 @@ def _backward_op(ctx: Any, gradients: list[Tensor | None]) -> Any:
     if d_loss is not None and ctx.single_pass:
         found = wanted(tuple(_scaled(x, d_loss, "auto") for x in rest), ctx.needs_input_grad[:3])
     elif d_loss is not None:
-        hidden, weight, bias, lse, coef, entropy, entropy_coef, _kept = rest
+        hidden, weight, bias, lse, coef, entropy, entropy_coef = rest
         by_entropy = entropy_coef * d_loss if entropy_coef.numel() else None
         found = pull_back_op(hidden, weight, bias, tensors, numbers, ctx.text, lse, coef * d_loss, entropy, by_entropy)
         found = wanted(found, ctx.needs_input_grad[:3])

@@ -7,6 +7,7 @@ from rlvr_kernels.surrogates import Cispo, CispoTwoSided, Clip, Dispo, Dppo, Gmp
 
 ROWS, COLS = 5, 203
 HEADS = [{}, {"logit_scale": 0.5, "softcap": 4.0}]
+KERNELS = [pytest.param(name, marks=pytest.mark.interpret) for name in ("pointers", "descriptors")]
 BACKENDS = ["torch", pytest.param("triton", marks=pytest.mark.interpret)]
 
 

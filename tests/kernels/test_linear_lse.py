@@ -4,23 +4,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+from kernel_cases import KERNELS
+from rlvr_kernels import gemm
 from rlvr_kernels import linear_lse as module
-from rlvr_kernels import linear_lse_tiling
+from rlvr_kernels.gemm import CANDIDATES, tiling
 from rlvr_kernels.linear_lse import linear_lse
-from rlvr_kernels.linear_lse_tiling import CANDIDATES, tiling
 
 N, H, V = 37, 40, 131  # nothing divides anything: three row blocks, five column tiles, three steps of H
-KERNELS = [pytest.param(name, marks=pytest.mark.interpret) for name in ("pointers", "descriptors")]
 BACKENDS = ["torch", *KERNELS]
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # exp = inf is meant in a softcap
-
-
-@pytest.fixture
-def backend(request, monkeypatch):
-    """What to pass as backend=, once the kernel is told how to read its operands: rows of 40 may be read either way."""
-    if request.param == "pointers":
-        monkeypatch.setattr(linear_lse_tiling, "_describable", lambda matrix: False)
-    return "torch" if request.param == "torch" else "triton"
 
 
 def make(n=N, h=H, v=V, dtype=torch.float32, spread=0.5):
@@ -193,7 +185,7 @@ def test_a_row_has_the_same_bits_in_any_company(backend):
 def test_either_way_of_reading_the_operands_gives_the_same_bits(monkeypatch):
     tensors = make(dtype=torch.bfloat16)
     described = linear_lse(*tensors, backend="triton")
-    monkeypatch.setattr(linear_lse_tiling, "_describable", lambda matrix: False)
+    monkeypatch.setattr(gemm, "_describable", lambda matrix: False)
     assert all(torch.equal(a, b) for a, b in zip(linear_lse(*tensors, backend="triton"), described, strict=True))
 
 
@@ -202,13 +194,13 @@ def test_either_way_of_reading_the_operands_gives_the_same_bits(monkeypatch):
 def test_how_the_work_is_cut_does_not_change_the_bits(backend, name, value, monkeypatch):
     tensors = make()
     whole = linear_lse(*tensors, backend=backend)
-    monkeypatch.setattr(module, name, value)
+    monkeypatch.setattr(gemm, name, value)
     assert all(torch.equal(a, b) for a, b in zip(linear_lse(*tensors, backend=backend), whole, strict=True))
 
 
 @pytest.mark.interpret
 @pytest.mark.parametrize(
-    "cut", [{"cols": 64}, {"cols": 64, "halved": True}, {"rows": 32, "inner": 32, "per_processor": 2}]
+    "cut", [{"cols": 64}, {"cols": 64, "parts": 2}, {"cols": 64, "parts": 4}, {"rows": 32, "inner": 32, "per_processor": 2}]
 )
 def test_any_tiling_gives_the_numbers(cut, monkeypatch):
     tensors, options = make(), {"bias": torch.linspace(-1, 1, V), "softcap": 4.0}
@@ -273,7 +265,7 @@ def test_on_a_gpu_descriptors_and_pointers_agree(n, h, v, options, monkeypatch):
     options = {name: torch.linspace(0.5, 2, v if name == "bias" else n).to(tensors[0].device)
                if isinstance(value, torch.Tensor) and value.dim() else value for name, value in options.items()}  # fmt: skip
     found = linear_lse(*tensors, **options)
-    monkeypatch.setattr(linear_lse_tiling, "_describable", lambda matrix: False)
+    monkeypatch.setattr(gemm, "_describable", lambda matrix: False)
     for a, b in zip(found, linear_lse(*tensors, **options), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=2e-5)
 

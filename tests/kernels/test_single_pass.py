@@ -4,6 +4,7 @@ import pytest
 import torch
 from kernel_cases import BACKENDS, CLIPS, COLS, HEADS, OTHERS, ROWS, make_rows, policy_rows, truth
 from rlvr_kernels.dlogits import dlogits
+from rlvr_kernels.linear_exp import linear_exp
 from rlvr_kernels.logits import LogitMap
 from rlvr_kernels.lse_fold import RowState, lse_fold
 from rlvr_kernels.pull_back import Needs
@@ -20,30 +21,15 @@ def scored(raw, ids, logit_map, backend="torch"):
     return state
 
 
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("logit_scale", [1.0, 0.5])
-@pytest.mark.parametrize("temperature", [True, False])
-def test_exponentials_are_the_gradient_but_for_a_factor_of_each_row(bias, logit_scale, temperature):
-    raw, ids, inv_temperature, impossible = make_rows(spread=1.0)
-    inv_temperature = inv_temperature if temperature else torch.ones(ROWS)
-    logit_map, coef = LogitMap(inv_temperature, impossible if bias else None, logit_scale), torch.linspace(-1, 1, ROWS)
-    tile, state = raw.clone(), scored(raw, ids, logit_map)
-    logp, total = logit_map.exponentials_(tile, ids)
-    assert torch.equal(logp, state.logp()), "the bits of lse_fold: a policy and its reference agree where they are one"
-    z = truth(raw, logit_map)
-    torch.testing.assert_close(tile.double(), (z - z.amax(1, keepdim=True)).exp(), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(total.double(), tile.double().sum(1), rtol=1e-6, atol=0)
-    tile.scatter_add_(1, ids[:, None], -total[:, None])
-    gradient = tile * (-coef * inv_temperature * logit_scale / total)[:, None]
-    expected = dlogits(raw.clone(), ids, 0, state.lse(), coef, logit_map, backend="torch")
-    torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-6)
-
-
-def test_exponentials_of_a_row_without_a_possible_token_are_nan_in_that_row_alone():
-    raw, ids, inv_temperature, _ = make_rows()
-    raw[2] = -float("inf")
-    logp, _total = LogitMap(inv_temperature).exponentials_(raw, ids)
-    assert logp.isnan().tolist() == raw.isnan().any(1).tolist() == [False, False, True, False, False]
+@pytest.mark.parametrize("head", HEADS)
+def test_log_probabilities_of_a_single_pass_have_the_bits_of_scoring(head):
+    """So that a policy and its reference agree exactly where they are one."""
+    raw, ids, inv_temperature, bias = make_rows(spread=1.0)
+    logit_map, state = LogitMap(inv_temperature, bias, **head), RowState.empty(ROWS, raw, entropy=True)
+    lse_fold(raw, ids, 0, state, logit_map, "torch")
+    found = linear_exp(torch.eye(ROWS), raw.T.contiguous(), ids, logit_map, torch.empty_like(raw), entropy=True)
+    assert torch.equal(found.logp, state.logp())
+    assert torch.equal(found.entropy, state.entropy())
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -1,7 +1,7 @@
 """While a CUDA graph is captured no row may be looked for on the host: the same numbers, from all rows."""
 
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -132,28 +132,6 @@ def test_a_warm_up_holds_in_every_thread_and_until_the_outermost_ends():
             assert other.submit(capturing).result()
         assert not capturing()
         assert not other.submit(capturing).result()
-
-
-@pytest.mark.parametrize("forward_inside", [True, False])
-def test_a_step_with_kept_logits_is_on_one_side_of_a_warm_up(forward_inside):
-    """The logits that scoring keeps are of all rows on one side and of those that count on the other."""
-    hidden, weight, ids, advantages, given = make_batch(poison=False)
-    hidden.requires_grad_()
-    mask = given["completion_mask"]
-
-    def loss(inside):
-        with rlvr_ops.cuda_graph_warmup() if inside else nullcontext():
-            return rlvr_ops.grpo_loss(
-                hidden, weight, ids, advantages, old_per_token_logps=None, completion_mask=mask, schedule="two_pass",
-                workspace_bytes=1 << 20,
-            ).loss  # fmt: skip
-
-    out = loss(forward_inside)
-    with (
-        nullcontext() if forward_inside else rlvr_ops.cuda_graph_warmup(),
-        pytest.raises(RuntimeError, match="same side of cuda_graph_warmup"),
-    ):
-        out.backward()
 
 
 def test_a_batch_that_does_not_fit_one_chunk_of_a_graph_is_refused_with_what_it_would_take():

@@ -1,8 +1,8 @@
-"""linear_lse's table of tilings: which operands it reads by descriptors, and what a GPU should compare."""
+"""The table of tilings: which operands are read by descriptors, and what a GPU should compare."""
 
 import pytest
 import torch
-from rlvr_kernels.linear_lse_tiling import CANDIDATES, DESCRIBED, tiling
+from rlvr_kernels.gemm import CANDIDATES, FOLD, LEAVE, tiling
 
 
 @pytest.mark.interpret
@@ -24,8 +24,8 @@ def test_descriptors_stand_for_aligned_dense_rows_alone(operand, described):
     assert tiling(operand, operand).described is described
 
 
-@pytest.mark.parametrize("target", DESCRIBED)
+@pytest.mark.parametrize("target", FOLD)
 def test_what_is_launched_is_the_first_of_the_candidates(target):
-    assert CANDIDATES[target][0] == DESCRIBED[target]
+    assert CANDIDATES[target][0] == FOLD[target]
     assert len(set(CANDIDATES[target])) == len(CANDIDATES[target])
     assert all(tile.described and not tile.upcast for tile in CANDIDATES[target])
