@@ -138,7 +138,7 @@ def usage(variant: str, kernel: str, target: str, compiled: Any) -> Usage:
     units = re.findall(r"wgmma|tcgen05|mma\.sync|mfma", text)
     waits = [int(groups) for groups in re.findall(r"wgmma\.wait_group\.sync\.aligned (\d+)", text)]
     copies = len(re.findall(r"cp\.async\.bulk\.tensor\S*\.shared\S*\.global", text))
-    said = instructions(asm["sass"]) if units and target == "sm_90" else ""
+    said = instructions(_cuobjdump("--dump-sass", asm["cubin"])) if units and target == "sm_90" else ""
     return Usage(
         variant, kernel, target, meta.num_warps, registers, stack, meta.shared, units[0] if units else "", copies,
         max(waits, default=0), said,
@@ -147,19 +147,23 @@ def usage(variant: str, kernel: str, target: str, compiled: Any) -> Usage:
 
 def instructions(sass: str) -> str:
     """How many of INSTRUCTIONS, and of all, the disassembled kernel has."""
-    found = Counter(re.findall(r"\t(?:@!?U?P\w+ )?([A-Z]\w*(?:\.EX2)?)", sass))
+    found = Counter(re.findall(r"^\s+/\*\w+\*/\s+(?:@!?U?P\w+\s+)?([A-Z]\w*(?:\.EX2)?)", sass, re.MULTILINE))
     said = [f"{found[name]} {name}" for name in INSTRUCTIONS if found[name]]
     return f"{', '.join(said)} of {sum(found.values())}"
 
 
 def _nvidia(cubin: bytes) -> tuple[int, int]:
     """(registers, bytes of stack and local memory) of the one kernel in a cubin."""
+    found = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", _cuobjdump("--dump-resource-usage", cubin)))
+    return int(found["REG"]), int(found["STACK"]) + int(found["LOCAL"])
+
+
+def _cuobjdump(option: str, cubin: bytes) -> str:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.cubin")
         path.write_bytes(cubin)
-        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(path)]
-        found = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", subprocess.check_output(command, text=True)))
-    return int(found["REG"]), int(found["STACK"]) + int(found["LOCAL"])
+        command = [triton.knobs.nvidia.cuobjdump.path, option, str(path)]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def _amd(assembly: str) -> tuple[int, int]:
