@@ -26,8 +26,8 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
-from rlvr_kernels.linear_lse import linear_lse
 from rlvr_kernels.gemm import CANDIDATES, Tiling
+from rlvr_kernels.linear_lse import linear_lse
 
 from benchmarks import scaling
 from benchmarks.bench_losses import LOST

@@ -85,7 +85,10 @@ def predicted() -> str:
         room = single_pass_workspace(p, default_workspace_bytes(device, whole_rows=True))
         slices = default_workspace_bytes(device, whole_rows=False)
         once = cost.single_pass(p, H100_BF16, chunk_rows=cost.equal_chunks(p, room))
-        twice, chosen = cost.two_pass(p, H100_BF16, tile_bytes=slices), cost.cheapest(p, room, H100_BF16, slice_bytes=slices)
+        twice, chosen = (
+            cost.two_pass(p, H100_BF16, tile_bytes=slices),
+            cost.cheapest(p, room, H100_BF16, slice_bytes=slices),
+        )
         figures = (figure for one in (once, twice) for figure in (1e3 * one.seconds, one.peak_bytes / 1e9))
         rows.append((n, h, v, 6e3 * n * v * h / H100_BF16.matmul_flops, *figures, chosen.schedule))
     head = "N | H | V | 6NVH ms | single pass ms | peak GB above inputs | two passes ms | peak GB above inputs | chosen"

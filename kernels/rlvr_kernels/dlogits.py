@@ -54,10 +54,8 @@ def _write_block(
 ) -> None:  # fmt: skip
     """Write dL/d(h W^T) of raw h W^T (r, c) to `out`, which may be `raw` itself. by_entropy is (H, dL/dH) of the rows."""
     in_place = out.data_ptr() == raw.data_ptr() and out.dtype == raw.dtype and logit_map.softcap is None
-    if anchor is None:
-        z = logit_map.logits(raw, overwrite=in_place)
-    else:
-        z = raw.to(anchor.dtype).log().add_(anchor[:, None])
+    exponent = None if anchor is None else raw.to(anchor.dtype).log().add_(anchor[:, None])
+    z = logit_map.logits(raw, overwrite=in_place) if exponent is None else exponent
     # A softcap's derivative reads the logits, so they stay. Without one the gradient takes their memory.
     spent = in_place or (z is not raw and logit_map.softcap is None)
     gradient = softmax_gradient(torch.sub(z, lse[:, None], out=z if spent else None), local_ids, coef, by_entropy)

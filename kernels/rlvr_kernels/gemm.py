@@ -17,7 +17,9 @@ from rlvr_kernels._triton import interpreting, jit, tl, triton
 
 GROUP = 8  # row blocks that share each read of the weight
 PROCESSORS = 4  # assumed if there is no GPU to ask
-PARTIAL_BYTES = 40 << 20  # what the epilogues write per row and tile, at a time: two numbers for 8704 rows of 151936 columns
+PARTIAL_BYTES = (
+    40 << 20
+)  # what the epilogues write per row and tile, at a time: two numbers for 8704 rows of 151936 columns
 
 
 @dataclass(frozen=True)

@@ -97,17 +97,20 @@ def _linear_exp_torch(
         if below is not None and weighted is not None:
             torch.sum(below.mul_(e), 1, out=weighted[rows])
         _store(e, slope, out[rows])
-    maximum, here = anchor, total
+    factor, log_total = total, total.log()
+    found = Exponentials(
+        (target - anchor) - log_total, total, anchor, None if weighted is None else log_total - weighted / total
+    )
     if shard is not None:
         target = target.where(inside[:, 0] == ids, -float("inf"))
         state = shard.combine(RowState(anchor, total, target, weighted))
-        maximum, total, target, weighted = state.maximum, state.total, state.target, state.weighted
-        here = total * (maximum - anchor).exp()
+        factor = state.total * (state.maximum - anchor).exp()
+        found = Exponentials(state.logp(), factor, anchor, state.entropy())
     if not raw:
-        _subtract(out, ids, here if logit_map.softcap is None else here * logit_map.softcap_slope(target[:, None])[:, 0])
-    log_total = total.log()
-    spread = None if weighted is None else log_total - weighted / total
-    return Exponentials((target - maximum) - log_total, here, anchor, spread)
+        if logit_map.softcap is not None:
+            factor = factor * logit_map.softcap_slope(target[:, None])[:, 0]
+        _subtract(out, ids, factor)
+    return found
 
 
 def _leave_known(
@@ -143,7 +146,8 @@ def _linear_exp_triton(
     raw: bool, shard: Shard | None,
 ) -> Exponentials:  # fmt: skip
     rows, like = hidden.shape[0], logit_map.inv_temperature
-    found = Exponentials(*(torch.empty_like(like) for _ in range(3)), torch.empty_like(like) if entropy else None)
+    logp, total, anchor = torch.empty_like(like), torch.empty_like(like), torch.empty_like(like)
+    found = Exponentials(logp, total, anchor, torch.empty_like(like) if entropy else None)
     flags = Flags(torch.empty_like(ids, dtype=torch.int32), torch.zeros(1, dtype=torch.int32, device=ids.device))
     at_once = tiling(hidden, weight, out, 1 + entropy).rows_at_once(weight.shape[0], 1 + entropy)
     for start in range(0, rows, at_once):
@@ -167,7 +171,9 @@ def _leave_part(
         )  # fmt: skip
         if shard is not None:
             found.anchor.copy_(shard.total(found.anchor))
-        partials = _launch(hidden, weight, ids, 0, logit_map, out, found.anchor, raw=raw, sums=1 + (entropy is not None))
+        partials = _launch(
+            hidden, weight, ids, 0, logit_map, out, found.anchor, raw=raw, sums=1 + (entropy is not None)
+        )
         if shard is not None:
             partials = shard.total(partials.sum(1))[:, None]
         combine_exp_kernel[(triton.cdiv(hidden.shape[0], COMBINE_ROWS),)](
@@ -262,9 +268,7 @@ def linear_exp_kernel(
     items = row_blocks * tiles
     if FLAGGED:
         items = tl.where(tl.load(any_ptr) != 0, items, 0)
-    for item in tl.range(
-        tl.program_id(0), items, tl.num_programs(0), flatten=FLATTENED, warp_specialize=SPECIALIZED
-    ):
+    for item in tl.range(tl.program_id(0), items, tl.num_programs(0), flatten=FLATTENED, warp_specialize=SPECIALIZED):
         first_row, first_col, tile = locate(item, row_blocks, tiles, GROUP, BLOCK_N, BLOCK_V)
         wanted = True
         if FLAGGED:
@@ -324,10 +328,10 @@ def _leave_tile(
         if first_col + z.shape[1] > n_cols:
             e = tl.where((cols < n_cols)[None, :], e, 0.0)
         target = cols[None, :] == ids[:, None]
-        if KNOWN:
-            e = e if RAW else tl.where(target, e - 1.0, e)
-        else:
+        if not KNOWN:
             e = tl.where(target, 0.0, e)
+        elif not RAW:
+            e = tl.where(target, e - 1.0, e)
         weighted = 0.0
         if ENTROPY:
             total, weighted = tl.reduce((e, e * tl.maximum(below, -1e30)), 1, add_both)  # 0 * -inf would be NaN

@@ -121,7 +121,8 @@ def linear_scores(
 ) -> Scores:  # fmt: skip
     """`linear_lse` with the statistics asked for, by the kernels."""
     row = logit_map.inv_temperature
-    asked = (torch.empty_like(row, dtype=d) if on else None for on, d in ((entropy, None), (mean, None), (top1, torch.bool), (squares, None)))
+    kinds = ((entropy, row.dtype), (mean, row.dtype), (top1, torch.bool), (squares, row.dtype))
+    asked = [torch.empty_like(row, dtype=dtype) if wanted else None for wanted, dtype in kinds]
     scores = Scores(torch.full_like(row, -float("inf")), torch.empty_like(row), *asked)
     fold_rows(hidden, weight, ids, logit_map, scores)
     return scores
@@ -168,7 +169,8 @@ def linear_lse_kernel(
     partial_stride, logit_scale, softcap,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr,
     EVEN_H: tl.constexpr, UPCAST: tl.constexpr, DESCRIBED: tl.constexpr, FLATTENED: tl.constexpr, SPECIALIZED: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, MEAN: tl.constexpr, SQUARES: tl.constexpr, FLAGGED: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, MEAN: tl.constexpr, SQUARES: tl.constexpr,
+    FLAGGED: tl.constexpr,
 ):  # fmt: skip
     """One program folds every num_programs-th tile of BLOCK_N x BLOCK_V logits to a few numbers per row, base 2."""
     if DESCRIBED:
@@ -179,9 +181,7 @@ def linear_lse_kernel(
     if FLAGGED:
         items = tl.where(tl.load(any_ptr) != 0, items, 0)
     # Flattened, all tiles' steps over H are one loop, whose loads run ahead across the end of a tile.
-    for item in tl.range(
-        tl.program_id(0), items, tl.num_programs(0), flatten=FLATTENED, warp_specialize=SPECIALIZED
-    ):
+    for item in tl.range(tl.program_id(0), items, tl.num_programs(0), flatten=FLATTENED, warp_specialize=SPECIALIZED):
         first_row, first_col, tile = locate(item, row_blocks, tiles, GROUP, BLOCK_N, BLOCK_V)
         wanted = True
         if FLAGGED:

@@ -13,6 +13,8 @@ from rlvr_kernels.lse_fold import RowState, Scores, lse_fold, state_of
 from rlvr_kernels.shard import Shard
 from rlvr_kernels.tile import Tile, bytes_per_logit, column_slices, vocabulary_tile
 
+IN_REGISTERS = {torch.bfloat16, torch.float16}  # dtypes that Triton scores without a tile
+
 
 def score(
     hidden: torch.Tensor,
@@ -30,7 +32,7 @@ def score(
 ) -> Scores:
     """Score ids (n,) under hidden (n, H) and weight (V, H), which have one dtype. A shard's weight is its slice."""
     ids = ids if shard is None else ids - shard.first
-    if hidden.dtype.itemsize == 2 and use_triton(logit_map.inv_temperature, backend):
+    if hidden.dtype in IN_REGISTERS and use_triton(logit_map.inv_temperature, backend):
         scores = linear_scores(hidden, weight, ids, logit_map, entropy=entropy, mean=mean, top1=top1, squares=squares)
         return scores if shard is None else finish(state_of(scores, weight.shape[0]), weight.shape[0], False, shard)
     rows, vocabulary = hidden.shape[0], weight.shape[0]

@@ -1,7 +1,7 @@
 """Shard: where a slice of the vocabulary would talk to the others. There are two places, and no third.
 
 A rank that holds rows first .. first + c of the lm_head scores every token against its own columns. The ranks combine what
-they have seen of each row, three numbers a row, and later add up the hidden states' gradient. Weight and bias stay local.
+they have seen of each row, a few numbers a row, and later add up the hidden states' gradient. Weight and bias stay local.
 """
 
 from typing import Protocol
@@ -20,5 +20,5 @@ class Shard(Protocol):
     def combine(self, state: RowState) -> RowState:
         """The rows' maximum, sum of exponentials and target logit over all slices."""
 
-    def total(self, d_hidden: torch.Tensor) -> torch.Tensor:
-        """The sum of d_hidden (n, H) over all slices."""
+    def total(self, values: torch.Tensor) -> torch.Tensor:
+        """The sum of values over all slices: of targets' logits and sums of exponentials (n,), and of d_hidden (n, H)."""

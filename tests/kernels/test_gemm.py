@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from rlvr_kernels.gemm import CANDIDATES, FOLD, LEAVE, tiling
+from rlvr_kernels.gemm import CANDIDATES, FOLD, tiling
 
 
 @pytest.mark.interpret

@@ -20,7 +20,10 @@ OPTIONS = {
     "softcap": {"softcap": 3.0, "logit_scale": 1.5},
     "all": {"bias": torch.linspace(1, -1, V), "softcap": 4.0, "logit_scale": -0.5},
 }
-CLOSE = {torch.float32: {"rtol": 1e-5, "atol": 3e-6}, torch.bfloat16: {"rtol": 1e-2, "atol": 1e-3}}  # a tile rounds to 2^-9
+CLOSE = {
+    torch.float32: {"rtol": 1e-5, "atol": 3e-6},
+    torch.bfloat16: {"rtol": 1e-2, "atol": 1e-3},
+}  # a tile rounds to 2^-9
 TWIN = [pytest.param("torch", torch.float32, option, id=f"torch-{name}") for name, option in OPTIONS.items()]
 EVERY = TWIN + [  # in bfloat16 a CPU rounds the products of the twin
     pytest.param(how, dtype, OPTIONS[name], id=f"{how}-{dtype}-{name}", marks=pytest.mark.interpret)
@@ -32,7 +35,9 @@ FAR = [("torch", torch.float32)] + [
     pytest.param(how, dtype, marks=pytest.mark.interpret)
     for how, dtype in (("pointers", torch.bfloat16), ("descriptors", torch.float32))
 ]
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # exp = inf is meant in a softcap, and where an anchor fails
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::RuntimeWarning"
+)  # exp = inf is meant in a softcap, and where an anchor fails
 
 
 def make(dtype=torch.float32, spread=0.5, temperature=True, v=V, **head):
@@ -58,7 +63,13 @@ def truth(hidden, weight, ids, logit_map):
     log_p = z.log_softmax(1)
     p, gradient = log_p.exp(), log_p.exp()
     gradient[torch.arange(len(ids)), ids] -= 1
-    return log_p.gather(1, ids[:, None])[:, 0], z.logsumexp(1), -(p * log_p.clamp(min=-1e30)).sum(1), p, gradient * slope
+    return (
+        log_p.gather(1, ids[:, None])[:, 0],
+        z.logsumexp(1),
+        -(p * log_p.clamp(min=-1e30)).sum(1),
+        p,
+        gradient * slope,
+    )
 
 
 def normalised(out, found):

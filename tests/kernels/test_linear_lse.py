@@ -200,7 +200,8 @@ def test_how_the_work_is_cut_does_not_change_the_bits(backend, name, value, monk
 
 @pytest.mark.interpret
 @pytest.mark.parametrize(
-    "cut", [{"cols": 64}, {"cols": 64, "parts": 2}, {"cols": 64, "parts": 4}, {"rows": 32, "inner": 32, "per_processor": 2}]
+    "cut",
+    [{"cols": 64}, {"cols": 64, "parts": 2}, {"cols": 64, "parts": 4}, {"rows": 32, "inner": 32, "per_processor": 2}],
 )
 def test_any_tiling_gives_the_numbers(cut, monkeypatch):
     tensors, options = make(), {"bias": torch.linspace(-1, 1, V), "softcap": 4.0}

@@ -27,6 +27,14 @@ pytestmark = pytest.mark.interpret
 LENGTHS, VOCABULARY, HIDDEN = (9, 5, 0, 1, 7), 203, 12
 
 
+@pytest.fixture(autouse=True, params=["exponentials", "logits"])
+def _what_a_tile_holds(request, monkeypatch):
+    """float32 goes the way of bfloat16 on an accelerator, or its own."""
+    if request.param == "exponentials":
+        monkeypatch.setattr("rlvr_kernels.tile.BY_TRITON", {torch.float32})
+        monkeypatch.setattr("rlvr_kernels.score.IN_REGISTERS", {torch.float32})
+
+
 @pytest.mark.parametrize("schedule", ["single_pass", "two_pass"])
 @pytest.mark.parametrize("method", EVERY_METHOD)
 def test_every_method_is_the_reference(method, schedule):
