@@ -129,4 +129,6 @@ def test_two_slices_of_exponentials_give_what_the_whole_vocabulary_gives(schedul
     narrow = [x.float() for x in (hidden, weight, bias)], ids, low, inv_temperature.float()
     found, rounds = shards_of(schedule, (*narrow[0], *narrow[1:]), backend="triton", softcap=None)
     check(found, expected, rtol=1e-4, atol=1e-4 if far else 1e-5)
-    assert rounds == (3 * 2 + 1 if schedule == "single_pass" else 2), "anchors, sums, and the log-sum-exps of flagged rows"
+    assert rounds == (3 * 2 + 1 if schedule == "single_pass" else 2), (
+        "anchors, sums, and the log-sum-exps of flagged rows"
+    )
