@@ -10,7 +10,7 @@ import torch
 
 from rlvr_kernels._triton import dense, device_guard, jit, tl
 from rlvr_kernels.backend import use_triton
-from rlvr_kernels.logits import LogitMap, chain, load_logits, row_blocks
+from rlvr_kernels.logits import LogitMap, chain, load_logits, row_blocks, subtract_at
 
 BLOCK = 4096
 NUM_WARPS = 8
@@ -83,8 +83,7 @@ def softmax_gradient(
         gradient = logp.exp_().mul_(surprise.add_(coef[:, None]).neg_())
     else:
         gradient = logp.exp_().mul_(-coef[:, None])
-    held = (local_ids >= 0) & (local_ids < logp.shape[1])
-    gradient.scatter_add_(1, local_ids.clamp(0, logp.shape[1] - 1)[:, None], torch.where(held, coef, 0)[:, None])
+    subtract_at(gradient, local_ids, -coef)
     return gradient
 
 

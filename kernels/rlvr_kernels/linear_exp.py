@@ -21,7 +21,7 @@ from rlvr_kernels._triton import dense, device_guard, expm1, jit, tl, triton
 from rlvr_kernels.backend import use_triton
 from rlvr_kernels.gemm import any_flagged, halves, locate, product, tiling
 from rlvr_kernels.linear_lse import COMBINE_ROWS, COMBINE_TILES, Flags, fold_rows
-from rlvr_kernels.logits import LogitMap, log2_logits, row_blocks
+from rlvr_kernels.logits import LogitMap, log2_logits, row_blocks, subtract_at
 from rlvr_kernels.lse_fold import RowState, Scores, state_of
 from rlvr_kernels.shard import Shard
 from rlvr_kernels.tile import multiply
@@ -109,7 +109,7 @@ def _linear_exp_torch(
     if not raw:
         if logit_map.softcap is not None:
             factor = factor * logit_map.softcap_slope(target[:, None])[:, 0]
-        _subtract(out, ids, factor)
+        subtract_at(out, ids, factor)
     return found
 
 
@@ -121,7 +121,7 @@ def _leave_known(
     slope = None if raw or logit_map.softcap is None else logit_map.softcap_slope(z)
     p = torch.sub(z, lse[:, None], out=z).exp_()
     if not raw:
-        _subtract(p, local_ids, torch.ones_like(lse))
+        subtract_at(p, local_ids, torch.ones_like(lse))
     _store(p, slope, block)
 
 
@@ -131,14 +131,6 @@ def _store(e: torch.Tensor, slope: torch.Tensor | None, block: torch.Tensor) -> 
         e.mul_(slope)
     if e.data_ptr() != block.data_ptr():
         block.copy_(e)
-
-
-def _subtract(tile: torch.Tensor, local_ids: torch.Tensor, values: torch.Tensor) -> None:
-    """Subtract values (n,) from the targets' entries of a tile (n, c), which may be narrower than they are."""
-    inside = local_ids.clamp(0, tile.shape[1] - 1)[:, None]
-    there = tile.gather(1, inside)
-    less = (there.to(values.dtype) - values[:, None]).to(tile.dtype)
-    tile.scatter_(1, inside, less.where(inside == local_ids[:, None], there))
 
 
 def _linear_exp_triton(

@@ -82,6 +82,14 @@ class LogitMap:
         return 1 - (z / (self.inv_temperature * self.softcap)[:, None]).square_()  # type: ignore[operator]
 
 
+def subtract_at(tile: torch.Tensor, local_ids: torch.Tensor, values: torch.Tensor) -> None:
+    """Subtract values (n,) from the targets' entries of a tile (n, c), which may be narrower than they are."""
+    inside = local_ids.clamp(0, tile.shape[1] - 1)[:, None]
+    there = tile.gather(1, inside)
+    less = (there.to(values.dtype) - values[:, None]).to(tile.dtype)
+    tile.scatter_(1, inside, less.where(inside == local_ids[:, None], there))
+
+
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     """float64 for float64, float32 for everything else."""
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -1,4 +1,7 @@
-"""Which rollouts share a prompt, and statistics over them. Groups may be ragged, their rollouts in any order. O(B) each."""
+"""Which rollouts share a prompt, and statistics over them. Groups may be ragged, their rollouts in any order.
+
+Groups are sorted and reduced as segments, never by atomic additions: the same inputs give the same bits. O(B log B) each.
+"""
 
 from __future__ import annotations
 
@@ -25,16 +28,20 @@ class Groups:
 
     def sum_each(self, values: Tensor) -> Tensor:
         """The sum of each group's values."""
-        wide = values.to(sum_dtype(values.device)) if values.is_floating_point() else values
-        return wide.new_zeros(self.count).index_add_(0, self.index, wide).to(values.dtype)
+        return self._reduce(values, "sum")
 
     def max_each(self, values: Tensor) -> Tensor:
         """The largest of each group's values."""
-        return values.new_zeros(self.count).scatter_reduce_(0, self.index, values, "amax", include_self=False)
+        return self._reduce(values, "max")
 
     def min_each(self, values: Tensor) -> Tensor:
         """The smallest of each group's values."""
-        return values.new_zeros(self.count).scatter_reduce_(0, self.index, values, "amin", include_self=False)
+        return self._reduce(values, "min")
+
+    def _reduce(self, values: Tensor, how: str) -> Tensor:
+        order, wide = self.index.argsort(stable=True), values.to(sum_dtype(values.device))
+        bounds = torch.searchsorted(self.index[order], torch.arange(self.count + 1, device=self.index.device))
+        return torch.segment_reduce(wide[order], how, offsets=bounds).to(values.dtype)
 
     def size_each(self) -> Tensor:
         """How many rollouts each group has."""

@@ -12,6 +12,8 @@ import torch
 from rlvr_kernels.logits import sum_dtype
 from torch import Tensor
 
+from rlvr_ops.advantages.groups import Groups
+
 from rlvr_ops.rewards.judged import check_confidences, check_correct
 
 
@@ -95,9 +97,10 @@ def reliability_bins(confidences: Tensor, correct: Tensor, *, bins: int = 10) ->
     q, y, dtype = _check(confidences, correct)
     edges = torch.arange(1, bins, device=q.device, dtype=q.dtype) / bins
     bin_of = torch.bucketize(q, edges.to(confidences.dtype).to(q.dtype))  # edges rounded as the confidences are
-    counts = torch.zeros(bins, dtype=torch.int64, device=q.device).index_add_(0, bin_of, torch.ones_like(bin_of))
-    sums = q.new_zeros(2, bins).index_add_(1, bin_of, torch.stack([q, y]))
-    confidence, accuracy = (sums / counts).to(dtype)  # 0 / 0 = NaN
+    groups = Groups(torch.cat([bin_of, torch.arange(bins, device=q.device)]), bins)  # an answer more in each bin, worth 0
+    counts = groups.size_each() - 1
+    nothing = q.new_zeros(bins)
+    confidence, accuracy = ((groups.sum_each(torch.cat([x, nothing])) / counts).to(dtype) for x in (q, y))  # 0 / 0 = NaN
     return ReliabilityBins(counts, confidence, accuracy)
 
 

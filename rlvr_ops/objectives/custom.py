@@ -38,8 +38,7 @@ class SurrogateRows:
         if values.shape != self.rollout.shape:
             wanted = tuple(self.rollout.shape)
             raise ValueError(f"values must have one number per token, (n,) = {wanted}, got {tuple(values.shape)}")
-        ends = torch.bincount(self.rollout, minlength=self.rollouts).cumsum(0)
-        bounds = torch.cat([ends.new_zeros(1), ends])
+        bounds = torch.searchsorted(self.rollout, torch.arange(self.rollouts + 1, device=self.rollout.device))
         wide = values.to(sum_dtype(values.device))  # also in the gather, whose backward sums over the rollout
         return rollout_sums(wide, bounds)[self.rollout].to(values.dtype)
 
