@@ -23,6 +23,9 @@ class Rollouts:
     sampling_per_token_logps: under the engine that sampled, NaN where it gave none.
     completion_mask: nonzero where a token counts.
     cu_seqlens: (B + 1,) int: where each rollout begins in the packed rows, then N.
+
+    advantages, completion_mask and cu_seqlens may be on the CPU while the rest is on an accelerator. If all that are given are,
+    the host knows which rows count without asking the device.
     num_items_in_batch: the global batch's active tokens (dapo) or rollouts (grpo, dr_grpo, luspo). None: this batch's.
     """
 
@@ -41,6 +44,8 @@ class Rollouts:
         A NaN in sampling_per_token_logps means unknown. Reads the values on the host.
         """
         mask = self.completion_mask
+        if self.cu_seqlens is not None:
+            _check_boundaries(self.cu_seqlens, layout.rows)
         if mask is not None and bool((mask != mask).any()):
             raise ValueError("completion_mask must not be NaN: nonzero is where a token counts")
         layout.check_finite("advantages", self.advantages)
@@ -60,12 +65,13 @@ class Rollouts:
 class Layout:
     """How R rows form B rollouts: padded, of `shape` (B, T), or packed, of `shape` (N,); cu_seqlens (B + 1,) cuts both.
 
-    mask (R,): which rows count; None means all.
+    mask (R,): which rows count; None means all. host: the same in host memory, if that is where it came from.
     """
 
     shape: tuple[int, ...]
     cu_seqlens: Tensor
     mask: Tensor | None = None
+    host: "Layout | None" = None
 
     @property
     def rollouts(self) -> int:
@@ -108,10 +114,6 @@ class Layout:
             return (self.per_rollout(which.long()) > 0)[self.rollout()]
         return which.view(self.shape).any(1, keepdim=True).expand(self.shape).reshape(-1)
 
-    def longest(self) -> int:
-        """The largest number of rows that count in one rollout. A host sync on an accelerator."""
-        return int(self.tokens().max()) if self.rollouts else 0
-
     def zero_where_masked(self, values: Tensor) -> Tensor:
         """Row values (R,) in the batch's shape, 0 where masked."""
         return (values if self.mask is None else values.masked_fill(~self.mask, 0)).view(self.shape)
@@ -135,17 +137,31 @@ def make_layout(like_name: str, like: Tensor, completion_mask: Tensor | None, cu
         raise ValueError(
             f"cu_seqlens goes with packed rows (N,), but {like_name} has shape (B, T) = {shape}: drop it or pack the batch"
         )
-    if completion_mask is None:
-        return Layout(shape, boundaries)
-    check_tensor("completion_mask", completion_mask, like.device, floating=False)
-    if completion_mask.shape != like.shape:
+    mask = None if completion_mask is None else _check_mask(completion_mask, like, like_name)
+    layout = Layout(shape, boundaries, mask)
+    return layout if like.device.type == "cpu" else _with_host(layout, like.device)
+
+
+def _check_mask(mask: Tensor, like: Tensor, like_name: str) -> Tensor:
+    check_tensor("completion_mask", mask, None if getattr(mask, "is_cpu", False) else like.device, floating=False)
+    if mask.shape != like.shape:
         letters = "(B, T)" if like.ndim == 2 else "(N,)"
-        longer = like.ndim == 2 and completion_mask.ndim == 2 and completion_mask.shape[1] > shape[1]
+        longer = like.ndim == 2 and mask.ndim == 2 and mask.shape[1] > like.shape[1]
         hint = ": drop the prompt columns" if longer else ""
         raise ValueError(
-            f"completion_mask must have shape {letters} = {shape} like {like_name}, got {shape_of(completion_mask)}{hint}"
+            f"completion_mask must have shape {letters} = {tuple(like.shape)} like {like_name}, got {shape_of(mask)}{hint}"
         )
-    return Layout(shape, boundaries, completion_mask.reshape(-1) != 0)
+    return mask.reshape(-1) != 0
+
+
+def _with_host(layout: Layout, device: torch.device) -> Layout:
+    """The layout on an accelerator. Its host is what lay in host memory, if that is all of it."""
+    cu_seqlens, mask = layout.cu_seqlens, layout.mask
+    on_host = cu_seqlens if layout.packed else torch.arange(layout.rollouts + 1) * layout.shape[1]
+    known = on_host.is_cpu and (mask is None or mask.is_cpu)
+    moved = None if mask is None else mask.to(device, non_blocking=True)
+    host = Layout(layout.shape, on_host, mask) if known else None
+    return Layout(layout.shape, cu_seqlens.to(device, non_blocking=True), moved, host)
 
 
 def _check_cu_seqlens(cu_seqlens: Tensor | None, rows: int, like: Tensor) -> Tensor:
@@ -153,18 +169,23 @@ def _check_cu_seqlens(cu_seqlens: Tensor | None, rows: int, like: Tensor) -> Ten
         raise ValueError(
             f"cu_seqlens is needed for packed rows (N,) = ({rows},): where each rollout begins, and N at the end"
         )
-    check_tensor("cu_seqlens", cu_seqlens, like.device, floating=False)
+    check_tensor("cu_seqlens", cu_seqlens, None if cu_seqlens.is_cpu else like.device, floating=False)
     if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 1 or cu_seqlens.dtype not in (torch.int64, torch.int32):
         raise ValueError(
             f"cu_seqlens must have shape (B + 1,) and dtype int32 or int64, got {shape_of(cu_seqlens)} {cu_seqlens.dtype}"
         )
-    if not torch.compiler.is_compiling() and not capturing():
-        first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
-        if first != 0 or last != rows:
-            raise ValueError(f"cu_seqlens must begin at 0 and end at N = {rows}, got {first} and {last}")
-        if bool((cu_seqlens.diff() < 0).any()):
-            raise ValueError(f"cu_seqlens must not decrease, got {cu_seqlens.tolist()[:16]}")
+    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling() and not capturing():
+        _check_boundaries(cu_seqlens, rows)
     return cu_seqlens.long()
+
+
+def _check_boundaries(cu_seqlens: Tensor, rows: int) -> None:
+    """Raise unless the boundaries ascend from 0 to `rows`. Reads them on the host."""
+    bounds = cu_seqlens.tolist()
+    if bounds[0] != 0 or bounds[-1] != rows:
+        raise ValueError(f"cu_seqlens must begin at 0 and end at N = {rows}, got {bounds[0]} and {bounds[-1]}")
+    if bounds != sorted(bounds):
+        raise ValueError(f"cu_seqlens must not decrease, got {bounds[:16]}")
 
 
 def per_token(
@@ -180,12 +201,69 @@ def per_token(
 
 
 def per_rollout_or_token(name: str, values: Tensor, layout: Layout, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Check an argument with one value per rollout (B,) or per token; return it detached, expanded to (R,)."""
-    check_tensor(name, values, device)
+    """Check an argument with one value per rollout (B,) or per token; return it detached, expanded to (R,).
+
+    It may be on the CPU while the layout is not.
+    """
+    check_tensor(name, values, None if getattr(values, "is_cpu", False) else device)
     if tuple(values.shape) not in ((layout.rollouts,), layout.shape):
         letters = "one per row (N,)" if layout.packed else "one per token (B, T)"
         raise ValueError(
             f"{name} must have one value per rollout (B,) = ({layout.rollouts},) or {letters} = {layout.shape}, "
             f"got {shape_of(values)}"
         )
-    return layout.spread(values.detach().to(dtype))
+    return layout.spread(values.detach().to(device, dtype, non_blocking=True))
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What the host knows of a call's rows. lengths: rows to score of each rollout (B,). active: how many can have a gradient.
+
+    read: whether the device was asked, which takes the call's one host sync.
+    """
+
+    lengths: tuple[int, ...]
+    active: int
+    read: bool
+
+    @property
+    def scored(self) -> int:
+        """How many rows are scored."""
+        return sum(self.lengths)
+
+
+def count_rows(cu_seqlens: Tensor, scored: Tensor | None, alive: Tensor | None) -> Counts:
+    """Count the rows (R,) that are scored and alive; None means all. One host sync if they are on an accelerator."""
+    lengths = cu_seqlens.diff() if scored is None else rollout_sums(scored.float(), cu_seqlens).long()
+    active = lengths.sum() if alive is None else alive.sum()
+    *found, total = torch.cat([lengths, active[None]]).tolist()
+    return Counts(tuple(found), total, cu_seqlens.device.type != "cpu")
+
+
+def rows_of(which: Tensor | None, count: int | None = None) -> Tensor | None:
+    """The indices of the true rows, of which there are `count`; None means all. In a capture it is always all.
+
+    One host sync, or none where the count is known.
+    """
+    if which is None or capturing() or count == which.shape[0]:
+        return None
+    if count is not None and which.device.type != "cpu":
+        return which.to(torch.uint8).argsort(descending=True, stable=True)[:count]
+    rows = which.nonzero()[:, 0]
+    return None if rows.shape[0] == which.shape[0] else rows
+
+
+def chosen(values: Tensor, rows: Tensor | None) -> Tensor:
+    """Select rows of values (R, ...); None means all."""
+    return values if rows is None else values[rows]
+
+
+def spread(values: Tensor | None, rows: Tensor | None, like: Tensor) -> Tensor:
+    """Scatter values (n, ...) to their rows of zeros (R, ...), R as in `like`; an empty tensor for None."""
+    if values is None:
+        return like.new_empty(0)
+    if rows is None:
+        return values
+    full = values.new_zeros((like.shape[0], *values.shape[1:]))
+    full[rows] = values
+    return full

@@ -154,8 +154,8 @@ def _leave_part(
     found: Exponentials, flags: Flags, raw: bool, shard: Shard | None,
 ) -> None:  # fmt: skip
     """Write `found` and `out` of as many rows as have room for their partial sums."""
-    (ids,), entropy = dense(ids), found.entropy
-    numbers = logit_map.kernel_arguments()
+    (ids,) = dense(ids)  # type: ignore[assignment]
+    numbers, entropy = logit_map.kernel_arguments(), found.entropy
     with device_guard(out):
         anchor_kernel[(hidden.shape[0],)](
             hidden, weight, ids, found.anchor, weight.shape[0], hidden.shape[1], *hidden.stride(), *weight.stride(),

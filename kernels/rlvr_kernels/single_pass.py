@@ -5,7 +5,7 @@ Chunks hold whole rollouts if a token's coefficient depends on its rollout, and 
 coefficient 0 leave a chunk before its last two products where that pays.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -47,6 +47,8 @@ def single_pass(
     weigher: Weigher,
     *,
     index: torch.Tensor | None = None,
+    lengths: Sequence[int] | None = None,
+    drops: bool = True,
     token_local: bool,
     needs: Needs,
     weight_dtype: torch.dtype,
@@ -59,10 +61,14 @@ def single_pass(
     """Score, weigh and pull back n rows: those of hidden (R, H) at `index` (n,), or all if it is None.
 
     A chunk has at most `chunk_rows` rows, cast to the dtype of weight (V, H). The weigher sees whole rollouts unless the loss is
-    `token_local`. The gradients include that of -entropy_coef * H, aggregated like the loss; `sums` do not.
+    `token_local`; their `lengths` (B,) are read from the rows if they are not given and chunks must end with them. The gradients
+    include that of -entropy_coef * H, aggregated like the loss; `sums` do not.
+
+    Rows with coefficient 0 leave a chunk if `drops`, on an accelerator only where there is one chunk: to know them is a host sync.
     """
     ids = ids if shard is None else ids - shard.first
-    plan = _plan(rows, chunk_rows, token_local)
+    plan = _plan(rows, chunk_rows, token_local, lengths)
+    drops = drops and not (entropy_coef or capturing()) and (len(plan) == 1 or weight.device.type == "cpu")
     largest = max([part.stop - part.start for part in plan], default=0)
     tile = Tile(TileShape(largest, weight.shape[0]), weight.dtype, weight.device, backend)
     scorer = _Exponentials if tile.holds_exponentials else _Logits
@@ -86,9 +92,9 @@ def single_pass(
             entropy[part] = scored.entropy  # type: ignore[assignment]
         entropy_coefs = -entropy_coef * mine.row_weights() if entropy_coef else None
         gradient, scale = scored.gradient(weighed.coef, entropy_coefs)
-        keep = None if entropy_coef or capturing() else _rows_to_keep(weighed.coef, weight, needs.hidden + needs.weight)
-        if keep is not None:
-            gradient, keep = compact_(gradient, keep)
+        found = _rows_to_keep(weighed.coef, weight, needs.hidden + needs.weight) if drops else None
+        if found is not None:
+            gradient, keep = compact_(gradient, *found)
             states, scale = states[keep], None if scale is None else scale[keep]
             where = keep + part.start if index is None else index[part][keep]
         if d_bias is not None:
@@ -167,8 +173,8 @@ class _Logits:
         return gradient, None
 
 
-def _plan(rows: Rows, limit: int, token_local: bool) -> list[slice]:
-    """The chunks: cut anywhere, or one for all rows, or, if rollouts must stay whole, cut at their ends: a host sync."""
+def _plan(rows: Rows, limit: int, token_local: bool, lengths: Sequence[int] | None) -> list[slice]:
+    """The chunks: cut anywhere, or one for all rows, or, if rollouts must stay whole, cut at their ends."""
     if token_local or len(rows) <= limit:
         return equal_chunks(len(rows), limit)
     if capturing():
@@ -176,10 +182,10 @@ def _plan(rows: Rows, limit: int, token_local: bool) -> list[slice]:
             f"workspace_bytes holds {limit} of {len(rows)} rows, and where rollouts end can not be asked while "
             "a CUDA graph is captured: give a workspace for all rows, or schedule='two_pass'"
         )
-    return list(rollout_chunks(rows.cu_seqlens.diff().tolist(), limit))
+    return list(rollout_chunks(rows.cu_seqlens.diff().tolist() if lengths is None else lengths, limit))
 
 
-def rollout_chunks(lengths: list[int], limit: int) -> Iterator[slice]:
+def rollout_chunks(lengths: Sequence[int], limit: int) -> Iterator[slice]:
     """Cut rollouts of these lengths into chunks of at most `limit` rows, each of whole rollouts."""
     start = stop = 0
     for length in lengths:
@@ -203,14 +209,19 @@ def _weight_accumulator(weight: torch.Tensor, weight_dtype: torch.dtype, chunks:
     return empty(weight.shape, dtype, weight.device)
 
 
-def _rows_to_keep(coef: torch.Tensor, weight: torch.Tensor, products: int) -> torch.Tensor | None:
-    """The rows (k,), ascending, whose coefficient is not 0; None means all, if dropping the others would not pay.
+def _rows_to_keep(coef: torch.Tensor, weight: torch.Tensor, products: int) -> tuple[torch.Tensor, int] | None:
+    """The rows (k,), ascending, whose coefficient is not 0, and how many of them are not among the first k.
 
-    `products` is the number of matrix products that a dropped row is spared. One host sync.
+    None means all, if dropping the others would not pay. `products` is the number of matrix products that a dropped row is
+    spared. One host sync.
     """
-    keep = coef.nonzero()[:, 0]
-    kept, dropped = keep.shape[0], coef.shape[0] - keep.shape[0]
-    if not dropped:
+    active = coef != 0
+    count = active.sum()
+    after = active & (torch.arange(coef.shape[0], device=coef.device) >= count)
+    kept, moved = torch.stack([count, after.sum()]).tolist()
+    if kept == coef.shape[0]:
         return None
     rates = rates_of(weight.device, weight.dtype)
-    return keep if moving_pays(kept, dropped, weight.shape[1], weight.element_size(), products, rates) else None
+    if not moving_pays(kept, coef.shape[0] - kept, weight.shape[1], weight.element_size(), products, rates):
+        return None
+    return active.to(torch.uint8).argsort(descending=True, stable=True)[:kept], moved

@@ -52,15 +52,15 @@ def bytes_per_logit(device: torch.device, dtype: torch.dtype, backend: str) -> i
 
 
 def default_workspace_bytes(device: torch.device, *, whole_rows: bool = True) -> int:
-    """The workspace if the caller names none: 160 MiB on a CPU, 2.5 GiB or 384 MiB on an accelerator.
+    """The workspace if the caller names none: 160 MiB on a CPU, 2.5 GiB or 256 MiB on an accelerator.
 
     On a CPU more memory saves no time (docs/performance-log.md). The accelerator's sizes are predicted. A single pass, whose
-    tile holds whole rows, adds to d_weight once per tile: it gets 2.5 GiB (and with `cost.single_pass_workspace` takes
-    (8192, 4096, 151936) in one chunk). Slices of the vocabulary get 384 MiB, enough for 8192 rows by 8192 columns.
+    tile holds whole rows, adds to d_weight once per tile: it gets 2.5 GiB, enough for 8192 rows of 151936 bfloat16
+    exponentials. Slices of the vocabulary get 256 MiB, enough for 8192 rows by 16384 columns.
     """
     if device.type == "cpu":
         return 160 << 20
-    return 5 << 29 if whole_rows else 384 << 20
+    return 5 << 29 if whole_rows else 256 << 20
 
 
 def logit_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
@@ -163,9 +163,10 @@ def accumulate(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, first: 
 def multiply_scaled(a: torch.Tensor, b: torch.Tensor, scale: torch.Tensor | None, *, out: torch.Tensor) -> None:
     """Write (a @ b) * scale[:, None], rounded once, to `out`; scale=None means 1. Holds SCALED_BYTES of the product at a time."""
     step = max(1, SCALED_BYTES // (b.shape[1] * accumulator_dtype(a.dtype).itemsize))
+    products = accumulator((min(step, a.shape[0]), b.shape[1]), a)
     for start in range(0, a.shape[0], step):
-        rows = slice(start, start + step)
-        product = accumulator((a[rows].shape[0], b.shape[1]), a)
+        rows = slice(start, min(start + step, a.shape[0]))
+        product = products[: rows.stop - start]
         multiply(a[rows], b, out=product)
         out[rows] = product if scale is None else product.mul_(scale[rows, None])
 
@@ -191,13 +192,13 @@ def accumulator(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
     return empty(shape, accumulator_dtype(like.dtype), like.device)
 
 
-def compact_(tile: torch.Tensor, keep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def compact_(tile: torch.Tensor, keep: torch.Tensor, moved: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Compact the kept rows (k,) into the first k slots in place; return that view and each slot's source row (k,).
 
-    A kept row that lies in the first k slots stays where it is. One host sync.
+    keep ascends. A kept row that lies in the first k slots stays where it is; the last `moved` of them do not.
     """
     count = keep.shape[0]
-    below = keep[keep >= count]
+    below = keep[count - moved :]
     taken = torch.zeros(count, dtype=torch.uint8, device=keep.device)
     taken[keep[: count - below.shape[0]]] = 1
     free = taken.argsort(stable=True)[: below.shape[0]]

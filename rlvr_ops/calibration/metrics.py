@@ -13,7 +13,6 @@ from rlvr_kernels.logits import sum_dtype
 from torch import Tensor
 
 from rlvr_ops.advantages.groups import Groups
-
 from rlvr_ops.rewards.judged import check_confidences, check_correct
 
 
@@ -97,10 +96,14 @@ def reliability_bins(confidences: Tensor, correct: Tensor, *, bins: int = 10) ->
     q, y, dtype = _check(confidences, correct)
     edges = torch.arange(1, bins, device=q.device, dtype=q.dtype) / bins
     bin_of = torch.bucketize(q, edges.to(confidences.dtype).to(q.dtype))  # edges rounded as the confidences are
-    groups = Groups(torch.cat([bin_of, torch.arange(bins, device=q.device)]), bins)  # an answer more in each bin, worth 0
+    groups = Groups(
+        torch.cat([bin_of, torch.arange(bins, device=q.device)]), bins
+    )  # an answer more in each bin, worth 0
     counts = groups.size_each() - 1
     nothing = q.new_zeros(bins)
-    confidence, accuracy = ((groups.sum_each(torch.cat([x, nothing])) / counts).to(dtype) for x in (q, y))  # 0 / 0 = NaN
+    confidence, accuracy = (
+        (groups.sum_each(torch.cat([x, nothing])) / counts).to(dtype) for x in (q, y)
+    )  # 0 / 0 = NaN
     return ReliabilityBins(counts, confidence, accuracy)
 
 

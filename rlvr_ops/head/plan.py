@@ -16,7 +16,7 @@ from rlvr_kernels.tile import bytes_per_logit, default_workspace_bytes, whole_ro
 from rlvr_kernels.weigh import Rows
 from torch import Tensor
 
-from rlvr_ops.rollouts import Layout
+from rlvr_ops.rollouts import Counts, Layout, chosen, count_rows
 
 SCHEDULES = ("auto", "single_pass", "two_pass")
 
@@ -43,12 +43,12 @@ class _Demands(Protocol):
 class Plan:
     """How a loss is computed. Nothing here changes the result beyond rounding.
 
-    schedule: "single_pass" computes gradients while each chunk's logits exist, 6NVH FLOPs. "two_pass" recomputes the logits in
+    schedule: "single_pass" computes gradients while each chunk's tile exists, 6NVH FLOPs. "two_pass" computes the tile again in
         backward for rows with a gradient, up to 8NVH. "auto" takes the one that a model of FLOPs and bytes expects to be faster
         (`rlvr_kernels.cost`). It takes two passes if the longest rollout does not fit the workspace, and for float16, whose
         gradients would underflow before a loss scale reaches them. The metric `head/single_pass` reports the choice.
-    workspace_bytes: the most that logits and their gradient may occupy. None: 160 MiB on a CPU; on an accelerator 2.5 GiB for
-        a single pass (or one chunk, if that takes no more memory) and 384 MiB for two. Two passes may keep logits in it.
+    workspace_bytes: the most that the tile of logits, or of exponentials in their place, may occupy. None: 160 MiB on a CPU; on an accelerator 2.5 GiB for
+        a single pass (or one chunk, if that takes no more memory) and 256 MiB for two.
     backend: "auto", "triton" or "torch"; see `rlvr_ops.explain_backend`.
     score_inactive: also score rollouts without a gradient, for their log-probabilities and metrics.
     with_entropy: report the scored rows' mean entropy in the metrics; no extra product.
@@ -78,7 +78,8 @@ class Plan:
 class Schedule:
     """A plan made up for one call: what runs, in which dtype, with how many bytes.
 
-    A single pass takes chunk_rows rows at a time, of whole rollouts unless the loss is token_local.
+    A single pass takes chunk_rows rows at a time, of whole rollouts unless the loss is token_local. If it `drops` rows, it asks
+    which coefficients are 0.
 
     shard is the place of a vocabulary that several ranks hold: `Shard` says where they talk, after scoring and after pulling
     back. No head has one yet; None means that the weight is whole.
@@ -92,6 +93,7 @@ class Schedule:
     entropy_bonus: bool = False
     token_local: bool = True
     chunk_rows: int = 0
+    drops: bool = True
     shard: Shard | None = None
 
 
@@ -104,6 +106,7 @@ class Call:
     logit_map: LogitMap
     schedule: Schedule
     needs: Needs
+    counts: Counts | None = None
 
     def inputs(self, hidden: Tensor, bias: Tensor | None, index: Tensor | None) -> tuple[Tensor, Tensor, LogitMap]:
         """(hidden (R, H), ids (n,), logit map (n,)) of the rows `index` (n,); None means all.
@@ -119,7 +122,9 @@ class Call:
         return hidden, chosen(ids, index).long(), logit_map
 
 
-def rows_to_score(rows: Rows, layout: Layout, objective: _Demands, plan: Plan) -> tuple[Tensor | None, Tensor | None]:
+def rows_to_score(
+    rows: Rows, layout: Layout, objective: _Demands, score_inactive: bool
+) -> tuple[Tensor | None, Tensor | None]:
     """(rows to score (R,), those of them that can have a gradient (R,)); None means all.
 
     A rollout without such a row is not scored. Any other is scored whole, because its confidence shift needs all of it.
@@ -129,7 +134,7 @@ def rows_to_score(rows: Rows, layout: Layout, objective: _Demands, plan: Plan) -
         return mask, mask
     alive = rows.advantages != 0
     alive = alive if mask is None else alive & mask
-    if plan.score_inactive or objective.entropy.top_quantile < 1:
+    if score_inactive or objective.entropy.top_quantile < 1:
         return mask, alive
     worth = layout.where_any(alive)
     return worth if mask is None else worth & mask, None
@@ -140,27 +145,38 @@ class Planner:
 
     def __init__(
         self, plan: Plan, hidden: Tensor, weight: Tensor, needs: Needs, dtype: torch.dtype, objective: _Demands, rows: Rows,
-        layout: Layout,
+        layout: Layout, advantages: Tensor,
     ):  # fmt: skip
         self.plan, self.hidden, self.weight, self.needs, self.dtype = plan, hidden, weight, needs, dtype
-        self.objective, self.layout = objective, layout
+        self.objective, self.layout, self.advantages = objective, layout, advantages
+        self.counts: Counts | None = None
         self.token_local, self.has_old = objective.is_token_local(rows.old is not None), rows.old is not None
         self.logit_bytes = bytes_per_logit(weight.device, dtype, plan.backend)
         self.room = self._workspace(whole_rows=True)
         self.limit = whole_row_tile(weight.shape[0], self.logit_bytes, self.room)  # whole rows that fit
 
-    def schedule(self, scored: Tensor | None, alive: Tensor | None) -> Schedule:
-        """The schedule of this call. `alive` is given if more rows are scored than can have a gradient.
+    def schedule(self, scored: Tensor | None, alive: Tensor | None) -> tuple[Schedule, Counts | None]:
+        """The schedule of this call, and what its rows counted. `alive` is given if more are scored than can have a gradient.
 
         Raises:
             ValueError: single_pass was asked for and is not possible.
         """
-        single = self._is_single(scored, alive)
+        self.scored, self.alive = scored, alive
+        single = self._is_single()
+        asks = scored is not None and not (self.hidden.is_cpu or torch.compiler.is_compiling() or capturing())
+        counts = self._count() if asks else self.counts
         workspace = self.room if single else self._workspace(whole_rows=False)
         with_entropy = self.plan.with_entropy or self.objective.entropy.wanted
         bonus = self.objective.entropy.coef > 0
-        plan = (workspace, self.plan.backend, with_entropy, bonus, self.token_local, self.limit)
-        return Schedule(single, self.dtype, *plan)
+        known = scored is None or (counts is not None and not counts.read)  # an accelerator is asked once
+        drops = self.hidden.is_cpu or (known and self._may_vanish())
+        plan = (workspace, self.plan.backend, with_entropy, bonus, self.token_local, self.limit, drops)
+        return Schedule(single, self.dtype, *plan), counts
+
+    def _may_vanish(self) -> bool:
+        """Whether coefficients may be 0 where advantages are not."""
+        known = self.objective
+        return self.has_old or known.off_policy_mask_threshold is not None or known.function is not None
 
     def _workspace(self, *, whole_rows: bool) -> int:
         """The caller's workspace, else the default for tiles of whole rows or of vocabulary slices."""
@@ -178,7 +194,7 @@ class Planner:
             needs_hidden=self.needs[0], needs_weight=self.needs[1],
         )  # fmt: skip
 
-    def _is_single(self, scored: Tensor | None, alive: Tensor | None) -> bool:
+    def _is_single(self) -> bool:
         wanted = self.plan.schedule
         if wanted == "two_pass":
             return False
@@ -199,8 +215,9 @@ class Planner:
             return False
         if torch.compiler.is_compiling() or capturing():
             return True
-        rows = self.layout.rows if scored is None or alive is None else int(scored.sum())
-        active = rows if alive is None else int(alive.sum())
+        rows = active = self.layout.rows
+        if self.alive is not None:
+            rows, active = self._count().scored, self._count().active
         if active == rows <= self.limit:
             return True  # one chunk, all active: two passes could save nothing
         slices, rates = self._workspace(whole_rows=False), rates_of(self.hidden.device, self.dtype)
@@ -216,7 +233,24 @@ class Planner:
         at_most = layout.rows if layout.packed else layout.shape[1]
         if at_most <= limit or torch.compiler.is_compiling():
             return at_most <= limit
-        return layout.longest() <= limit
+        return self._longest() <= limit
+
+    def _longest(self) -> int:
+        """The most rows of one rollout that are scored."""
+        return max(self._count().lengths, default=0)
+
+    def _count(self) -> Counts:
+        """Count the rows once, in host memory if the caller's tensors are there."""
+        if self.counts is None:
+            host, advantages = self.layout.host, self.advantages
+            if host is None or not advantages.is_cpu:
+                self.counts = count_rows(self.layout.cu_seqlens, self.scored, self.alive)
+            else:
+                rows = Rows(host.spread(advantages), host.cu_seqlens, advantages, mask=host.mask)
+                self.counts = count_rows(
+                    host.cu_seqlens, *rows_to_score(rows, host, self.objective, self.plan.score_inactive)
+                )
+        return self.counts
 
     def _too_long(self) -> str:
         row = self.weight.shape[0] * self.logit_bytes
@@ -228,7 +262,7 @@ class Planner:
         if capturing():  # asking where rollouts end would sync
             needs, which, longest = "all rows in one chunk in a CUDA graph", "the batch has", self.layout.rows
         else:
-            needs, which, longest = "each rollout in one chunk", "the longest rollout has", self.layout.longest()
+            needs, which, longest = "each rollout in one chunk", "the longest rollout has", self._longest()
         known = self.objective
         needs_rollouts = (
             known.function is not None or known.level != "token" or known.off_policy_mask_threshold is not None
@@ -238,30 +272,6 @@ class Planner:
             f"schedule='single_pass' needs {needs}, and workspace_bytes={workspace} holds {limit} rows "
             f"but {which} {longest}: give workspace_bytes >= {longest * row}, {local}or schedule='two_pass'"
         )
-
-
-def rows_of(which: Tensor | None) -> Tensor | None:
-    """The indices of the true rows; None means all. One host sync, except in a capture, where it is always all."""
-    if which is None or capturing():
-        return None
-    rows = which.nonzero()[:, 0]
-    return None if rows.shape[0] == which.shape[0] else rows
-
-
-def chosen(values: Tensor, rows: Tensor | None) -> Tensor:
-    """Select rows of values (R, ...); None means all."""
-    return values if rows is None else values[rows]
-
-
-def spread(values: Tensor | None, rows: Tensor | None, like: Tensor) -> Tensor:
-    """Scatter values (n, ...) to their rows of zeros (R, ...), R as in `like`; an empty tensor for None."""
-    if values is None:
-        return like.new_empty(0)
-    if rows is None:
-        return values
-    full = values.new_zeros((like.shape[0], *values.shape[1:]))
-    full[rows] = values
-    return full
 
 
 def no_autocast(tensor: Tensor) -> AbstractContextManager[Any]:

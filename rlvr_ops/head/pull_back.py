@@ -8,7 +8,8 @@ from rlvr_kernels.pull_back import pull_back as pull_back_rows
 from torch import Tensor
 
 from rlvr_ops.head.compiled import decode
-from rlvr_ops.head.plan import Call, chosen, no_autocast, or_empty, rows_of, spread
+from rlvr_ops.head.plan import Call, no_autocast, or_empty
+from rlvr_ops.rollouts import chosen, rows_of, spread
 
 Gradients = tuple[Tensor, Tensor, Tensor]
 """d_hidden (R, H), d_weight (V, H), d_bias (V,); empty where not needed."""

@@ -13,19 +13,9 @@ from torch import Tensor
 
 from rlvr_ops.head.compiled import decode, encode
 from rlvr_ops.head.head import Head, check_ids, check_vocabulary
-from rlvr_ops.head.plan import (
-    Call,
-    Plan,
-    Schedule,
-    chosen,
-    no_autocast,
-    refuse_a_second_derivative,
-    rows_of,
-    save,
-    spread,
-)
+from rlvr_ops.head.plan import Call, Plan, Schedule, no_autocast, refuse_a_second_derivative, save
 from rlvr_ops.head.pull_back import pull_back, pull_back_op, saved, wanted
-from rlvr_ops.rollouts import make_layout
+from rlvr_ops.rollouts import chosen, count_rows, make_layout, rows_of, spread
 
 
 class TokenScores(NamedTuple):
@@ -108,7 +98,9 @@ def token_logps(
     leaves = (hidden_states, lm_head_weight, lm_head_bias)
     needs = Needs(*[on and x is not None and x.requires_grad for x in leaves])
     schedule = Schedule(False, dtype, room, plan.backend, with_entropy)
-    call = Call(completion_ids.reshape(-1), layout.mask, head.logit_map(layout, dtype), schedule, needs)
+    host = layout.host
+    counts = None if host is None else count_rows(host.cu_seqlens, host.mask, None)
+    call = Call(completion_ids.reshape(-1), layout.mask, head.logit_map(layout, dtype), schedule, needs, counts)
     job = ScoreCall(call, with_entropy, with_self_certainty, with_top1, with_sum_p_squared)
     hidden = hidden_states.reshape(-1, hidden_states.shape[-1])
     logp, lse, entropy, mean, top1, squares = _run(hidden, lm_head_weight, lm_head_bias, job)
@@ -132,7 +124,7 @@ def _forward(hidden: Tensor, weight: Tensor, bias: Tensor | None, job: ScoreCall
     """(logp, lse, entropy, mean logit, top1, sum p^2), each (R,), 0 where not scored and empty where not asked for."""
     call, schedule = job.call, job.call.schedule
     with no_autocast(hidden):
-        index, dtype = rows_of(call.scored), schedule.dtype
+        index, dtype = rows_of(call.scored, None if call.counts is None else call.counts.scored), schedule.dtype
         states, ids, logit_map = call.inputs(hidden, bias, index)
         states, weight = chosen(states, index).to(dtype), weight.to(dtype)
         found = score(

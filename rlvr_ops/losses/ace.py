@@ -59,7 +59,8 @@ def ace_loss(
         old_per_token_logps: the same under the policy that sampled. None: on policy, rho = 1 with gradient.
         sampling_per_token_logps: the same under the engine that sampled, NaN where it gave none: the correction is then 1.
         completion_mask: like completion_ids, nonzero where a token counts.
-        cu_seqlens: (B + 1,) int: where each rollout begins in the packed rows, then N.
+        cu_seqlens: (B + 1,) int: where each rollout begins in the packed rows, then N. It, completion_mask and advantages may be on
+            the CPU; an accelerator is then not asked which rows count.
         surrogate: a name in `surrogates.SURROGATES`; a record with other numbers, such as `Sapo(tau_negative=1.1)`; or a function
             of (per_token_logps, rows) that gives each token's loss, over `SurrogateRows`.
         importance_sampling_level: "token"; "sequence": rho is its geometric mean over the rollout (GSPO); or

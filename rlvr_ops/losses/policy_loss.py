@@ -24,20 +24,17 @@ from rlvr_ops.head.plan import (
     Call,
     Plan,
     Planner,
-    chosen,
     no_autocast,
     or_empty,
     refuse_a_second_derivative,
-    rows_of,
     rows_to_score,
     save,
-    spread,
 )
 from rlvr_ops.head.pull_back import is_batched, like_inputs, pull_back, pull_back_op, saved, wanted
 from rlvr_ops.objectives.custom import ChunkedFunction, run_untraced, weigh_chosen
 from rlvr_ops.objectives.entropy import top_tokens, weighted_sum
 from rlvr_ops.objectives.objective import LossOutput, Objective
-from rlvr_ops.rollouts import Layout, Rollouts, make_layout
+from rlvr_ops.rollouts import Layout, Rollouts, chosen, count_rows, make_layout, rows_of, spread
 
 
 def policy_loss(
@@ -82,9 +79,10 @@ def policy_loss(
     hidden = hidden_states.reshape(-1, hidden_states.shape[-1])
     on = torch.is_grad_enabled()
     needs = Needs(*[on and x is not None and x.requires_grad for x in (hidden, head.weight, head.bias)])
-    scored, alive = rows_to_score(rows, layout, objective, plan)
-    planner = Planner(plan, hidden, head.weight, needs, dtype, objective, rows, layout)
-    call = Call(ids.reshape(-1), scored, logit_map, planner.schedule(scored, alive), needs)
+    scored, alive = rows_to_score(rows, layout, objective, plan.score_inactive)
+    planner = Planner(plan, hidden, head.weight, needs, dtype, objective, rows, layout, rollouts.advantages)
+    schedule, counts = planner.schedule(scored, alive)
+    call = Call(ids.reshape(-1), scored, logit_map, schedule, needs, counts)
     loss, logp, entropy, sums, pulled_back = _run(hidden, head.weight, head.bias, LossCall(call, rows, objective))
 
     metrics |= objective.metrics(sums, rows.ref is not None)
@@ -143,13 +141,15 @@ def _forward(hidden: Tensor, weight: Tensor, bias: Tensor | None, job: LossCall)
 
 def _single_pass(hidden: Tensor, weight: Tensor, bias: Tensor | None, job: LossCall) -> Outputs:
     call, objective, schedule = job.call, job.objective, job.call.schedule
-    index, coef = rows_of(call.scored), objective.entropy.coef
+    counts, coef = call.counts, objective.entropy.coef
+    index = rows_of(call.scored, None if counts is None else counts.scored)
     rows, (states, ids, logit_map) = _scored_rows(job, index), call.inputs(hidden, bias, index)
     weigher = partial(weigh, objective=objective, backend=schedule.backend)
     by_function = None if objective.function is None else ChunkedFunction(rows, objective, schedule.backend)
     done = single_pass(
         states, weight.to(schedule.dtype), ids, logit_map, rows, by_function or weigher, index=index,
-        token_local=schedule.token_local, needs=Needs(*call.needs), weight_dtype=weight.dtype,
+        lengths=None if counts is None else counts.lengths, drops=schedule.drops, token_local=schedule.token_local,
+        needs=Needs(*call.needs), weight_dtype=weight.dtype,
         with_entropy=schedule.with_entropy, entropy_coef=coef, chunk_rows=schedule.chunk_rows, shard=schedule.shard,
         backend=schedule.backend,
     )  # fmt: skip
@@ -176,7 +176,8 @@ def _scored_rows(job: LossCall, index: Tensor | None) -> Rows:
 
 def _two_pass(hidden: Tensor, weight: Tensor, bias: Tensor | None, job: LossCall) -> Outputs:
     call, objective, schedule = job.call, job.objective, job.call.schedule
-    index, dtype = rows_of(call.scored), schedule.dtype
+    counts, dtype = call.counts, schedule.dtype
+    index = rows_of(call.scored, None if counts is None else counts.scored)
     states, ids, logit_map = call.inputs(hidden, bias, index)
     states = chosen(states, index).to(dtype)
     scores = score(
@@ -249,8 +250,12 @@ def _may_overwrite(saved_tensor: Tensor, upstream: Tensor) -> bool:
 def loss_op(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, tensors: list[Tensor], numbers: Tensor, text: str
 ) -> list[Tensor]:
-    """`_Loss` of an encoded `LossCall`, for torch.compile."""
-    return list(_forward(hidden, weight, bias, decode(tensors, numbers, text)))
+    """`_Loss` of an encoded `LossCall`, for torch.compile, which could not count rows."""
+    job = decode(tensors, numbers, text)
+    if job.call.scored is not None and not (hidden.is_cpu or capturing()):
+        counts = count_rows(job.rows.cu_seqlens, job.call.scored, None)
+        job = replace(job, call=replace(job.call, counts=counts))
+    return list(_forward(hidden, weight, bias, job))
 
 
 @loss_op.register_fake

@@ -131,3 +131,17 @@ def test_more_rows_than_a_grid_dimension_of_65535_and_more_logits_than_int32_hol
     torch.testing.assert_close(
         found[last].double(), exact_logps(hidden[last].detach(), weight, ids[last]), rtol=2e-2, atol=5e-2
     )
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_what_says_which_rows_count_may_be_on_the_host(packed):
+    hidden, weight, ids, advantages, given = make_batch(torch.bfloat16)
+    if packed:
+        hidden, ids = hidden.flatten(0, 1), ids.flatten()
+        given = {name: x.flatten() for name, x in given.items()}
+        given["cu_seqlens"] = torch.arange(B + 1, device=DEVICE) * T
+    here = ("completion_mask", "cu_seqlens")
+    on_host = {name: x.cpu() if name in here else x for name, x in given.items()}
+    found = run(policy_loss, hidden, weight, ids, advantages.cpu(), on_host, alpha=1.0)
+    for a, b in zip(found, run(policy_loss, hidden, weight, ids, advantages, given, alpha=1.0), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-6)

@@ -1,14 +1,18 @@
-"""Whole steps as an NVIDIA GPU would take them in a CUDA graph, without one.
+"""Whole steps as an NVIDIA GPU would take them, without one.
 
-Tensors that have no memory go the way of a capture, which reads nothing on the host; the matmuls check shapes and dtypes, and
-every launch compiles. The branches in which rows leave the batch need values; test_workspace.py has those.
+Tensors have no memory: the matmuls check shapes and dtypes, every launch compiles, and what asks for a value raises. Steps go
+the way of a capture, which asks for none, or the answers are given: each is a host sync, and they are counted.
 """
+
+import weakref
 
 import pytest
 import torch
 from rlvr_kernels.tile import Tile, TileShape
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import rlvr_ops
+from rlvr_ops import rollouts
 from tools.compile_table import TARGETS, recorded
 
 B, T, H, V = 4, 16, 64, 1003
@@ -38,29 +42,107 @@ def meta(*shape, dtype=torch.float32):
 
 
 @pytest.fixture
-def gpu(monkeypatch):
+def eager_gpu(monkeypatch):
     """The meta device is taken for CUDA; the launches' names and kernels."""
     monkeypatch.setattr("rlvr_kernels.tile.widens", lambda device, dtype: dtype.itemsize == 2)
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)
     monkeypatch.setattr("rlvr_kernels.checks._check_data", lambda name: None)
-    with rlvr_ops.cuda_graph_warmup(), recorded(TARGETS["sm_90"]) as launches:
+    with recorded(TARGETS["sm_90"]) as launches:
         yield launches
 
 
-def step(dtype, case):
+@pytest.fixture
+def gpu(eager_gpu):
+    with rlvr_ops.cuda_graph_warmup():
+        yield eager_gpu
+
+
+@pytest.fixture
+def syncs(eager_gpu, monkeypatch):
+    """The questions that were asked: how many rows count, which have a gradient, which coefficients are 0."""
+    asked = []
+
+    def count_rows(cu_seqlens, scored, alive):
+        if cu_seqlens.is_cpu:
+            return rollouts.count_rows(cu_seqlens, scored, alive)
+        asked.append("count")
+        return rollouts.Counts((T, T, 0, T // 2), 2 * T + T // 2, read=True)
+
+    def rows_of(which, count=None):
+        if count is not None or which is None:
+            return rollouts.rows_of(which, count)
+        asked.append("rows")
+        return meta(2 * T, dtype=torch.int64) if which.shape[0] == B * T else None
+
+    def rows_to_keep(coef, weight, products):
+        asked.append("zeros")
+        return meta(T, dtype=torch.int64), 3
+
+    for module in ("head.plan", "head.token_logps", "losses.policy_loss"):
+        monkeypatch.setattr(f"rlvr_ops.{module}.count_rows", count_rows)
+    for module in ("head.pull_back", "head.token_logps", "losses.policy_loss"):
+        monkeypatch.setattr(f"rlvr_ops.{module}.rows_of", rows_of)
+    monkeypatch.setattr("rlvr_kernels.single_pass._rows_to_keep", rows_to_keep)
+    return asked
+
+
+ON_HOST = {"host": True, "mask": True}
+QUESTIONS = {
+    "zero advantages": ({}, ["count"], []),
+    "a mask": ({"mask": True}, ["count"], []),
+    "a mask, off policy": ({"mask": True, "old": True}, ["count"], []),
+    "every row counts": ({"beta": 0.1}, [], []),
+    "every row counts, off policy": ({"beta": 0.1, "old": True}, ["zeros"], []),
+    "a mask on the host": (ON_HOST, [], []),
+    "a mask on the host, off policy": (ON_HOST | {"old": True}, ["zeros"], []),
+    "a mask on the host, in chunks": (ON_HOST | {"workspace_bytes": 40 * V}, [], []),
+    "a mask, in chunks": ({"mask": True, "workspace_bytes": 40 * V}, ["count"], []),
+    "boundaries on the host": ({"host": True, "packed": True}, [], []),
+    "boundaries": ({"packed": True}, ["count"], []),
+    "two passes": (TWICE | {"mask": True}, ["count"], ["rows"]),
+    "two passes, a mask on the host": (TWICE | ON_HOST, [], ["rows"]),
+    "two passes, too long to fit": ({"mask": True, "workspace_bytes": 4 * V}, ["count"], ["rows"]),
+}
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize(("case", "forward", "backward"), QUESTIONS.values(), ids=QUESTIONS)
+def test_an_accelerator_is_asked_once_and_not_at_all_where_the_host_knows(case, forward, backward, syncs):
+    loss = step(torch.bfloat16, case, backward=False)
+    assert syncs == forward
+    syncs.clear()
+    loss.backward()
+    assert syncs == backward
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize(("mask", "questions"), [(None, []), ("host", []), ("meta", ["rows"])])
+def test_scoring_asks_once_at_most(mask, questions, syncs):
+    mask = None if mask is None else torch.ones(B, T) if mask == "host" else meta(B, T)
+    hidden, weight = meta(B, T, H, dtype=torch.bfloat16), meta(V, H, dtype=torch.bfloat16)
+    with torch.no_grad():
+        rlvr_ops.token_logps(hidden, weight, meta(B, T, dtype=torch.int64), completion_mask=mask)
+    assert syncs == questions
+
+
+def step(dtype, case, backward=True):
     given = dict(case)
+    host = given.pop("host", False)
     hidden, weight = meta(B, T, H, dtype=dtype).requires_grad_(), meta(V, H, dtype=dtype)
     weight.requires_grad_(not given.pop("frozen", False))
     ids, ref = meta(B, T, dtype=torch.int64), meta(B, T)
     given["old_per_token_logps"] = ref if given.pop("old", False) else None
     if given.pop("mask", False):
-        given["completion_mask"] = meta(B, T, dtype=torch.bool)
+        given["completion_mask"] = torch.arange(T).expand(B, T) < 9 if host else meta(B, T, dtype=torch.bool)
     if given.get("lm_head_bias"):
         given["lm_head_bias"] = meta(V, dtype=dtype).requires_grad_()
     if given.pop("packed", False):
         hidden, ids, ref = meta(B * T, H, dtype=dtype).requires_grad_(), ids.flatten(), ref.flatten()
-        given["cu_seqlens"] = meta(B + 1, dtype=torch.int64)
-    out = rlvr_ops.ace_loss(hidden, weight, ids, meta(B), ref_per_token_logps=ref, **given)
+        given["cu_seqlens"] = torch.arange(B + 1) * T if host else meta(B + 1, dtype=torch.int64)
+    advantages = torch.tensor([1.0, -1.0, 0.0, 2.0]) if host else meta(B)
+    out = rlvr_ops.ace_loss(hidden, weight, ids, advantages, ref_per_token_logps=ref, **given)
+    if not backward:
+        return out.loss
     out.loss.backward()
     return [x for x in (hidden, weight, given.get("lm_head_bias")) if x is not None and x.requires_grad]
 
@@ -114,3 +196,48 @@ def test_scoring_without_a_gradient_is_one_kernel_and_its_reduction(gpu):
     with torch.no_grad():
         rlvr_ops.token_logps(hidden, weight, meta(B * T, dtype=torch.int64))
     assert [name for name, _ in gpu] == ["linear_lse_kernel", "combine_tiles_kernel"]
+
+
+class Memory(TorchDispatchMode):
+    """Counts the bytes of the tensors that are alive, other than those that were there before, and remembers the most."""
+
+    def __init__(self, *known):
+        super().__init__()
+        self.live, self.peak, self.largest = {x.untyped_storage()._cdata: [None, 0] for x in known}, 0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        for tensor in found if isinstance(found, tuple | list) else [found]:
+            if isinstance(tensor, torch.Tensor):
+                self.add(tensor)
+        return found
+
+    def add(self, tensor):
+        key, size = tensor.untyped_storage()._cdata, tensor.untyped_storage().nbytes()
+        entry = self.live.setdefault(key, [0, size])
+        if entry[0] is not None:
+            entry[0] += 1
+            weakref.finalize(tensor, self.drop, key)
+        self.largest = max(self.largest, entry[1])
+        self.peak = max(self.peak, sum(size for _, size in self.live.values()))
+
+    def drop(self, key):
+        self.live[key][0] -= 1
+        if not self.live[key][0]:
+            del self.live[key]
+
+
+@pytest.mark.compile
+@pytest.mark.usefixtures("syncs")
+@pytest.mark.parametrize(("schedule", "workspace"), [("single_pass", 2.2e9), ("two_pass", 0.5e9)])
+def test_what_a_large_step_holds_beside_its_gradients(schedule, workspace):
+    """(8192, 4096, 131072) in bfloat16. Nothing of the size of the logits exists in float32, and in two passes nothing at all."""
+    n, h, v = 8192, 4096, 131072
+    hidden, weight = (meta(*shape, dtype=torch.bfloat16).requires_grad_() for shape in ((16, n // 16, h), (v, h)))
+    ids, ref, advantages = meta(16, n // 16, dtype=torch.int64), meta(16, n // 16), meta(16)
+    with Memory(hidden, weight, ids, ref, advantages) as memory:
+        out = rlvr_ops.ace_loss(hidden, weight, ids, advantages, ref_per_token_logps=ref, beta=0.1, schedule=schedule)
+        out.loss.backward()
+        gradients = hidden.grad.nbytes + weight.grad.nbytes
+    assert memory.peak - gradients <= workspace
+    assert memory.largest <= (2 * n * v if schedule == "single_pass" else gradients)

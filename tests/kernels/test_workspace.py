@@ -221,7 +221,7 @@ def test_only_rows_from_below_move_and_each_is_where_the_order_says(share, piece
     rows = torch.rand(97, generator=g)
     tile = (rows[:, None] + torch.arange(5)).repeat(1, 1)
     before, keep = tile.clone(), (torch.rand(97, generator=g) < share).nonzero()[:, 0]
-    top, order = compact_(tile, keep)
+    top, order = compact_(tile, keep, int((keep >= len(keep)).sum()))
     assert order.sort().values.equal(keep)
     assert top.equal(before[order])
     stays = keep[keep < len(keep)]

@@ -116,7 +116,7 @@ def test_whole_rollouts_of_a_batch_that_needs_several_chunks_take_two_passes(cap
 
 def test_a_step_that_was_compiled_for_chunks_is_refused_when_it_is_captured(monkeypatch):
     """The choice was made while nothing was captured: pieces of rollouts would be weighed as if they were whole."""
-    monkeypatch.setattr("rlvr_ops.losses.policy_loss.rows_of", lambda which: None)
+    monkeypatch.setattr("rlvr_ops.losses.policy_loss.rows_of", lambda *_: None)
     for module in ("rlvr_ops.losses.policy_loss", "rlvr_kernels.single_pass"):
         monkeypatch.setattr(f"{module}.capturing", lambda: True)
     with pytest.raises(ValueError, match="schedule='two_pass'"):
