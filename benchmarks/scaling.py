@@ -4,6 +4,7 @@ One size at a time varies around a base. The model's rates are fitted from the b
 same run alone. `python -m benchmarks.on_gpu --only scaling` measures, `python -m benchmarks.chart` writes the page.
 """
 
+import itertools
 import json
 import math
 import statistics
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 from rlvr_kernels import cost
-from rlvr_kernels.cost import H100_BF16, Problem, Rates, single_pass_workspace
+from rlvr_kernels.cost import H100_BF16, H200_BF16, Problem, Rates, single_pass_workspace
 from rlvr_kernels.tile import default_workspace_bytes, whole_row_tile
 
 from benchmarks.cases import Case
@@ -27,7 +28,8 @@ BASES["tiny"] = Case("ace", 32, 8, 80, 8)
 FACTORS = (0.25, 0.5, 1, 2, 4)
 SIZES = {"N": "rows", "V": "vocabulary", "H": "hidden"}
 COPIED_BYTES = {"cpu": 1 << 28, "cuda": 1 << 31}
-H100_SHAPES = [*((n, 4096, 131072) for n in (2048, 8192, 32768)), (8192, 4096, 262144), (8192, 1024, 131072)]
+GPU_SHAPES = [(8192, 4096, 131072), (8192, 4096, 151936), (4096, 4096, 128256), (16384, 2048, 151936)]
+GPU_SHAPES += [(65536, 2048, 151936), (8192, 896, 151936), (256, 4096, 151936)]
 
 
 def cases(base: Case, varied: str) -> list[Case]:
@@ -63,7 +65,8 @@ def fitted_rates(points: list[Result], speed: float, base: Case, *, overlapped: 
 def predict(point: Result, rates: Rates, base: Case, device: torch.device) -> Result:
     """The model's time and peak, beside what was measured."""
     size, n = getattr(torch, base.dtype).itemsize, point["rows"]
-    problem = Problem(n, point["hidden"], point["vocabulary"], n, n, size, weight_grad_bytes=size)
+    kind = {"logit_bytes": size, "weight_grad_bytes": size, "fused": device.type != "cpu"}
+    problem = Problem(n, point["hidden"], point["vocabulary"], n, n, size, **kind)
     room, rollout = single_pass_workspace(problem, default_workspace_bytes(device)), n // base.rollouts
     whole = whole_row_tile(problem.vocabulary, problem.logit_bytes, room) // rollout * rollout
     said = cost.single_pass(problem, rates, chunk_rows=whole)
@@ -78,21 +81,26 @@ def exponent(points: list[Result], size: str, value: str) -> float:
 
 
 def predicted() -> str:
-    """Both schedules on an H100 in bf16, all rows active, the default workspaces."""
+    """Both schedules in bf16 with the default workspaces, on two chips: before a GPU has run it."""
     device, rows = torch.device("cuda"), []
-    for n, h, v in H100_SHAPES:
+    room = default_workspace_bytes(device, whole_rows=True)
+    slices = default_workspace_bytes(device, whole_rows=False)
+    for (chip, rates), (n, h, v) in itertools.product({"H100": H100_BF16, "H200": H200_BF16}.items(), GPU_SHAPES):
         p = Problem(n, h, v, scored=n, active=n)
-        room = single_pass_workspace(p, default_workspace_bytes(device, whole_rows=True))
-        slices = default_workspace_bytes(device, whole_rows=False)
-        once = cost.single_pass(p, H100_BF16, chunk_rows=cost.equal_chunks(p, room))
-        twice, chosen = (
-            cost.two_pass(p, H100_BF16, tile_bytes=slices),
-            cost.cheapest(p, room, H100_BF16, slice_bytes=slices),
+        half = replace(p, scored=n // 2, active=n // 2)
+        once, fewer = (
+            cost.single_pass(q, rates, chunk_rows=cost.equal_chunks(q, single_pass_workspace(q, room)))
+            for q in (p, half)
         )
-        figures = (figure for one in (once, twice) for figure in (1e3 * one.seconds, one.peak_bytes / 1e9))
-        rows.append((n, h, v, 6e3 * n * v * h / H100_BF16.matmul_flops, *figures, chosen.schedule))
-    head = "N | H | V | 6NVH ms | single pass ms | peak GB above inputs | two passes ms | peak GB above inputs | chosen"
-    return table(head, "- - - .1f .1f .2f .1f .2f -", rows)
+        twice, scored = cost.two_pass(p, rates, tile_bytes=slices), cost.forward_only(p, rates, tile_bytes=slices)
+        product = 2 * n * v * h / rates.matmul_flops
+        shares = once.seconds / product / 3, twice.seconds / product / 4, scored.seconds / product
+        sizes = (1e-9 * (one.peak_bytes - 2 * h * (n + v)) for one in (once, twice))
+        rows.append((chip, n, h, v, 3e3 * product, 1e3 * once.seconds, *shares, fewer.seconds / once.seconds, *sizes))
+    head = (
+        "chip | N | H | V | 6NVH ms | single pass ms | x 6NVH | two passes x 8NVH | scoring x 2NVH | half active x all"
+    )
+    return table(f"{head} | workspace GB | of two passes", "- - - - .1f .1f .2f .2f .2f .2f .2f .2f", rows)
 
 
 def measured(results: Path) -> str:

@@ -1,8 +1,9 @@
 """Predict what a schedule of the head costs, from counts alone: FLOPs, bytes moved, memory and seconds.
 
 A step is a list of phases. A matrix product takes max(FLOPs / rate, bytes / bandwidth) where loads overlap arithmetic
-(GPUs), and the sum of the two where the library repacks its operands first (CPUs). Every other phase, including adding to
-an accumulator, takes bytes / bandwidth. `cheapest` depends on the FLOPs per byte alone: 240 on an H100, 9 to 18 on a CPU.
+(GPUs), and the sum of the two where the library repacks its operands first (CPUs). A product of this library's own kernels
+reaches a share of that rate, the smaller the fewer steps over H a tile's epilogue follows. Every other phase, including adding
+to an accumulator, takes bytes / bandwidth.
 
 The model leaves out exponentials, first touches of fresh pages, vectors (n,), cache hits, device syncs and the bias.
 docs/scaling.md compares it with measurements.
@@ -13,26 +14,37 @@ from typing import NamedTuple
 
 import torch
 
-from rlvr_kernels.tile import vocabulary_tile, whole_row_tile
+from rlvr_kernels.tile import SCALED_BYTES, vocabulary_tile, whole_row_tile
 
 
 class Rates(NamedTuple):
     """A machine: sustained FLOP/s of a large product, bytes/s read plus written, seconds per launch.
 
-    overlapped: whether a product's traffic hides behind its arithmetic.
+    overlapped: whether a product's traffic hides behind its arithmetic. Our own kernels multiply at own_share of matmul_flops,
+    and a tile's epilogue takes as long as own_tail more elements of H.
     """
 
     matmul_flops: float
     bytes_per_second: float
     overhead_seconds: float = 0.0
     overlapped: bool = True
+    own_share: float = 1.0
+    own_tail: float = 0.0
+
+    def own_flops(self, hidden: int) -> float:
+        """The FLOP/s of our own kernels, for products over H = `hidden`."""
+        return self.matmul_flops * self.own_share * hidden / (hidden + self.own_tail)
 
 
 ACCUMULATOR = 4  # bytes per element of a float32 accumulator
 MOVES = 4  # memory passes of a row that moves in the tile: gathered and copied back, two reads and two writes
 MARGIN = 1.05  # two passes must be this much faster: the model is no more accurate, and they launch more kernels
-# Published: 700 to 798 TFLOP/s for an 8192^3 bf16 product, copies at 3.0 TB/s. Assumed: 5 us per launch. None measured here.
-H100_BF16 = Rates(720e12, 3.0e12, 5e-6)
+OWN_ROWS = 1024  # rows that share a read of the weight in our own kernels
+# H100: published, 700 to 798 TFLOP/s for an 8192^3 bf16 product, copies at 3.0 TB/s. H200: 770 to 800 TFLOP/s and 4.3 TB/s were
+# seen. Assumed: 5 us per launch; of our kernels 0.935, the middle of what other persistent Triton products reach of the
+# vendor's, and 3400 cycles of a tile's epilogue at 16 H cycles a tile (docs/kernels.md). No kernel of ours was timed on a GPU.
+H100_BF16 = Rates(720e12, 3.0e12, 5e-6, own_share=0.935, own_tail=3400 / 16)
+H200_BF16 = H100_BF16._replace(matmul_flops=785e12, bytes_per_second=4.3e12)
 H100_FP32 = H100_BF16._replace(matmul_flops=50e12)  # assumed: three quarters of the published 67 TFLOP/s, without TF32
 
 
@@ -67,8 +79,9 @@ def moving_pays(kept: int, dropped: int, hidden: int, itemsize: int, products: i
 class Problem:
     """The sizes of a step: hidden states (rows, H) and weight (V, H); `scored` rows are scored, `active` have a gradient.
 
-    A logit of the tile takes logit_bytes (`tile.bytes_per_logit`). Its gradient takes operand_bytes of the same memory.
-    The defaults describe bf16 on CUDA, where the tile is float32.
+    A logit of the tile takes logit_bytes (`tile.bytes_per_logit`). Its gradient takes operand_bytes of the same memory. `fused`:
+    our own kernels fill the tile with exponentials, and nothing passes over it but the products. The defaults describe bf16
+    on CUDA.
     """
 
     rows: int
@@ -77,8 +90,9 @@ class Problem:
     scored: int
     active: int
     operand_bytes: int = 2
-    logit_bytes: int = 4
+    logit_bytes: int = 2
     weight_grad_bytes: int = 2
+    fused: bool = True
     needs_hidden: bool = True
     needs_weight: bool = True
 
@@ -107,8 +121,9 @@ class _Phases:
         self.p, self.rates = problem, rates
         self.flops = self.bytes = self.seconds = 0.0
 
-    def add(self, moved: float, *, flops: float = 0.0, launches: float = 1) -> None:
-        arithmetic, traffic = flops / self.rates.matmul_flops, moved / self.rates.bytes_per_second
+    def add(self, moved: float, *, flops: float = 0.0, launches: float = 1, own: bool = False) -> None:
+        rate = self.rates.own_flops(self.p.hidden) if own else self.rates.matmul_flops
+        arithmetic, traffic = flops / rate, moved / self.rates.bytes_per_second
         together = max(arithmetic, traffic) if self.rates.overlapped else arithmetic + traffic
         self.seconds += together + launches * self.rates.overhead_seconds
         self.flops, self.bytes = self.flops + flops, self.bytes + moved
@@ -120,16 +135,20 @@ class _Phases:
             self.add(2 * size)
         return size
 
-    def logits(self, rows: int, pieces: int, slices: int) -> None:
+    def logits(self, rows: int, pieces: int, slices: int, *, stored: bool = True) -> None:
         """Multiply: each piece of rows reads the weight, each slice of the vocabulary reads the hidden states."""
         p = self.p
-        read = (pieces * p.vocabulary + slices * rows) * p.hidden * p.operand_bytes
-        flops = 2.0 * rows * p.vocabulary * p.hidden
-        self.add(read + rows * p.vocabulary * p.logit_bytes, flops=flops, launches=pieces * slices)
+        pieces_read = max(pieces, -(-rows // OWN_ROWS)) if p.fused else pieces
+        read = (pieces_read * p.vocabulary + slices * rows) * p.hidden * p.operand_bytes
+        written, flops = rows * p.vocabulary * p.logit_bytes * stored, 2.0 * rows * p.vocabulary * p.hidden
+        self.add(read + written, flops=flops, launches=pieces * slices, own=p.fused)
 
     def score(self, tile_bytes: int) -> int:
-        """Write the logits and fold them; return the bytes of the tile."""
+        """Write the logits and fold them, or fold them in the registers; return the bytes of the tile."""
         p = self.p
+        if p.fused:
+            self.logits(p.scored, 1, 1, stored=False)
+            return 0
         rows, cols = vocabulary_tile(p.scored, p.vocabulary, p.logit_bytes, tile_bytes)
         pieces, slices = -(-p.scored // rows), -(-p.vocabulary // cols)
         self.logits(p.scored, pieces, slices)
@@ -140,7 +159,8 @@ class _Phases:
         """Differentiate the logits, multiply twice, and accumulate: d_hidden per slice, d_weight per piece."""
         p, launches = self.p, pieces * slices
         logits, d_hidden, d_weight = p.active * p.vocabulary, p.active * p.hidden, p.vocabulary * p.hidden
-        self.add(logits * (p.logit_bytes + p.operand_bytes), launches=launches)
+        if not p.fused:
+            self.add(logits * (p.logit_bytes + p.operand_bytes), launches=launches)
         product = {"flops": 2.0 * logits * p.hidden, "launches": launches}
         if p.needs_hidden:
             self.add((logits + pieces * d_weight) * p.operand_bytes, **product)
@@ -163,11 +183,12 @@ def single_pass(p: Problem, rates: Rates, *, chunk_rows: int) -> Cost:
     pieces, phases = -(-p.scored // chunk_rows), _Phases(p, rates)
     taken = phases.take(p.scored, p.rows)
     phases.logits(p.scored, pieces, 1)
-    phases.add(p.scored * p.vocabulary * p.logit_bytes, launches=pieces)
+    if not p.fused:
+        phases.add(p.scored * p.vocabulary * p.logit_bytes, launches=pieces)
     products = p.needs_hidden + p.needs_weight
     if moving_pays(p.active, p.scored - p.active, p.hidden, p.operand_bytes, products, rates):
-        # Rows are differentiated before they are dropped.
-        phases.add((p.scored - p.active) * p.vocabulary * (p.logit_bytes + p.operand_bytes), launches=0)
+        if not p.fused:  # rows are differentiated before they are dropped
+            phases.add((p.scored - p.active) * p.vocabulary * (p.logit_bytes + p.operand_bytes), launches=0)
         moved = rows_moved(p.active, p.scored - p.active)
         phases.add(MOVES * moved * p.vocabulary * p.operand_bytes, launches=2 * pieces)
         phases.take(p.active, p.scored)
@@ -178,7 +199,7 @@ def single_pass(p: Problem, rates: Rates, *, chunk_rows: int) -> Cost:
     d_hidden = p.needs_hidden * p.rows * p.hidden * p.operand_bytes
     if pieces > 1 and p.weight_grad_bytes < ACCUMULATOR:  # the accumulator is a second tensor
         d_weight += p.needs_weight * p.vocabulary * p.hidden * ACCUMULATOR
-    piece = p.needs_hidden * chunk_rows * p.hidden * ACCUMULATOR + taken // max(pieces, 1)
+    piece = p.needs_hidden * min(chunk_rows * p.hidden * ACCUMULATOR, SCALED_BYTES) + taken // max(pieces, 1)
     return phases.cost(
         "single_pass", chunk_rows * p.vocabulary * p.logit_bytes, d_weight + d_hidden + piece, chunk_rows=chunk_rows
     )
@@ -197,6 +218,7 @@ def two_pass(p: Problem, rates: Rates, *, tile_bytes: int) -> Cost:
     d_weight = p.needs_weight * p.vocabulary * p.hidden * p.weight_grad_bytes
     d_weight += p.needs_weight * (pieces > 1) * cols * p.hidden * ACCUMULATOR
     d_hidden = p.needs_hidden * p.active * p.hidden * ACCUMULATOR
+    d_hidden += p.needs_weight * p.fused * p.active * p.hidden * p.operand_bytes  # the scaled states
     return phases.cost("two_pass", max(tile, rows * cols * p.logit_bytes), d_weight + d_hidden + taken)
 
 

@@ -12,7 +12,7 @@ from rlvr_kernels.logits import LogitMap
 from rlvr_kernels.objective import KL, Ace, Entropy
 from rlvr_kernels.pull_back import Needs
 from rlvr_kernels.shard import Shard
-from rlvr_kernels.tile import bytes_per_logit, default_workspace_bytes, whole_row_tile
+from rlvr_kernels.tile import bytes_per_logit, default_workspace_bytes, leaves_exponentials, whole_row_tile
 from rlvr_kernels.weigh import Rows
 from torch import Tensor
 
@@ -191,6 +191,7 @@ class Planner:
         return Problem(
             rows=self.hidden.shape[0], hidden=self.hidden.shape[1], vocabulary=self.weight.shape[0], scored=scored, active=active,
             operand_bytes=self.dtype.itemsize, logit_bytes=self.logit_bytes, weight_grad_bytes=self.weight.dtype.itemsize,
+            fused=leaves_exponentials(self.weight.device, self.dtype, self.plan.backend) and not self.hidden.is_cpu,
             needs_hidden=self.needs[0], needs_weight=self.needs[1],
         )  # fmt: skip
 
