@@ -29,7 +29,7 @@ import torch
 from rlvr_kernels.gemm import CANDIDATES, Tiling
 from rlvr_kernels.linear_lse import linear_lse
 
-from benchmarks import scaling
+from benchmarks import scaling, targets
 from benchmarks.bench_losses import LOST
 from benchmarks.cases import Case, cases
 from benchmarks.measure import Step, bare_matmuls, interleave, spread
@@ -230,7 +230,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def table(out: Path) -> str:
-    """A line for each product and tuned size, a table for each case, what failed in the tests, and their last lines."""
+    """A line for each product and tuned size, a table for each case, what failed in the tests, and targets met or missed."""
     lines: list[str] = []
     for path in filter(Path.exists, (out / "products.json", out / "tuning.json")):
         lines += [f"{path.stem}: {row}" for row in json.loads(path.read_text())]
@@ -239,6 +239,7 @@ def table(out: Path) -> str:
         said = log.read_text().splitlines()
         kept = [line for line in said[:-1] if re.search(f"^(FAILED|ERROR) |{LOST}", line)]
         lines += [f"{log.stem}: {line.strip()}" for line in kept + said[-1:]]
+    lines += [targets.markdown(load(place)) for place in devices(out)]
     return "\n".join(lines)
 
 
