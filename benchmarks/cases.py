@@ -106,11 +106,12 @@ def cases(device_type: str, *, quick: bool) -> list[Case]:
         small = Case("ace", 2048, 1024, 32768, 16, "bfloat16") if cuda else Case("ace", 128, 256, 4096, 16)
         return [*variations(small), replace(small, rows=32 * small.rows, hidden=small.hidden // 8)]
     if cuda:
-        main, *varied = variations(Case("ace", 8192, 4096, 151936, 16, "bfloat16"))
-        shapes = [(8192, 4096, 131072), (4096, 4096, 128256), (16384, 2048, 151936), (8192, 896, 151936)]
+        main, *varied = variations(Case("ace", 8192, 4096, 131072, 16, "bfloat16"))
+        shapes = [(8192, 896, 151936), (16384, 2048, 151936), (8192, 4096, 151936), (4096, 4096, 128256)]
         others = [replace(main, rows=rows, hidden=hidden, vocabulary=vocabulary) for rows, hidden, vocabulary in shapes]
-        few = [replace(main, rows=256, rollouts=4, hidden=hidden) for hidden in (4096, 896)]
-        return [main, *varied[:3], *others, Case("ace", 65536, 2048, 151936, 64, "bfloat16"), *varied[3:], *few]
+        few = [replace(main, rows=256, rollouts=4, hidden=hidden, vocabulary=151936) for hidden in (4096, 896)]
+        last = [*others[2:], Case("ace", 65536, 2048, 151936, 64, "bfloat16")]
+        return [main, *others[:2], *varied[:3], *few, *last, *varied[3:]]
     large, small = Case("ace", 1024, 896, 151936, 8), Case("ace", 256, 256, 32000, 16)
     first = [large, replace(large, active=0.5), replace(large, loss="grpo"), replace(large, dtype="bfloat16")]
     return [*first, *variations(small), replace(small, dtype="bfloat16"), Case("ace", 8192, 64, 8192, 16)]

@@ -11,6 +11,7 @@ named after the device, ready to be copied into benchmarks/results/. Tables of a
 import argparse
 import itertools
 import json
+import math
 import os
 import re
 import signal
@@ -26,8 +27,11 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
-from rlvr_kernels.gemm import CANDIDATES, Tiling
+from rlvr_kernels.gemm import FOLD_CANDIDATES, LEAVE_CANDIDATES
+from rlvr_kernels.linear_exp import linear_exp
 from rlvr_kernels.linear_lse import linear_lse
+from rlvr_kernels.logits import LogitMap
+from rlvr_kernels.tile import Tile, TileShape
 
 from benchmarks import scaling, targets
 from benchmarks.bench_losses import LOST
@@ -39,12 +43,16 @@ from benchmarks.systems import reason, systems
 SHARES = {"tests": 0.3, "products": 0.1, "suite": 0.7, "launches": 0.2, "graphs": 0.2, "scaling": 0.4, "tuning": 1.0}
 """How much of the time that is left a stage may take; the last one may take all."""
 TESTS = {  # no others, which need more packages; a failed capture may leave its process unable to do more
-    "tests": ("tests/kernels/test_linear_lse.py", "tests/gpu/test_on_an_accelerator.py"),
+    "tests": (
+        "tests/kernels/test_linear_exp.py",
+        "tests/kernels/test_linear_lse.py",
+        "tests/gpu/test_on_an_accelerator.py",
+    ),
     "graphs": ("tests/gpu/test_cuda_graph.py",),
 }
 TIMED_OUT = 124  # exit code
 LAST_WORDS = 15  # seconds for what was interrupted to say what it has found so far
-FEW = ("rlvr_ops", "rlvr_ops-two_pass", "trl")
+FEW = ("rlvr_ops", "trl")
 SHAPES = [(n, 4096, c) for n in (2048, 4096, 8192) for c in (8192, 16384, 32768, 131072)]
 Choice = tuple[dict[str, Any], float, Step, Step]  # a label, FLOPs, what is timed, and bare products beside it
 
@@ -96,18 +104,35 @@ def products(here: Stage) -> Iterator[Choice]:
 
 
 def tilings(here: Stage) -> Iterator[Choice]:
-    """linear_lse as it is tiled, as it could be on this GPU, and with tiles that any GPU takes."""
-    case = Case("logps", 16, 8, 50, 4) if here.tiny else Case("logps", 8192, 4096, 131072, 16, "bfloat16")
-    batch = case.batch(here.device)
-    bare = bare_matmuls(case, batch)
-    step = partial(linear_lse, batch.hidden.flatten(0, 1), batch.weight, batch.ids.flatten())
-    yield {"what": "linear_lse as chosen"}, case.flops, step, bare
-    if here.device.type == "cuda":
-        sizes = itertools.product(((128, 256), (128, 128), (64, 256)), (32, 64), (4, 8), (3, 4))
-        plain = (Tiling(*tile, inner, warps, stages) for tile, inner, warps, stages in sizes)
-        for tiling in (*CANDIDATES.get(("cuda", 10 * torch.cuda.get_device_capability()[0]), ()), *plain):
-            tiled = mock.patch("rlvr_kernels.linear_lse.tiling", return_value=tiling)(step)
-            yield {"what": "linear_lse", "tiling": str(tiling)}, case.flops, tiled, bare
+    """linear_lse and linear_exp with each tiling that could be the one for this GPU, at three shapes."""
+    shapes = [(16, 8, 50)] if here.tiny else [(8192, 4096, 131072), (8192, 896, 151936), (16384, 2048, 151936)]
+    target = ("cuda", 10 * torch.cuda.get_device_capability()[0]) if here.device.type == "cuda" else ("cpu", 0)
+    for n, h, v in shapes:
+        case = Case("logps", n, h, v, 4 if here.tiny else 16, "float32" if target[0] == "cpu" else "bfloat16")
+        batch = case.batch(here.device)
+        hidden, weight, ids = batch.hidden.flatten(0, 1), batch.weight, batch.ids.flatten()
+        tile = Tile(TileShape(n, v), hidden.dtype, here.device).part(n, v)
+        leave = partial(linear_exp, hidden, weight, ids, LogitMap(torch.ones(n, device=here.device)), tile)
+        fold, bare = partial(linear_lse, hidden, weight, ids), bare_matmuls(case, batch)
+        for table, module, step, known in (
+            ("FOLD", "linear_lse", fold, FOLD_CANDIDATES),
+            ("LEAVE", "linear_exp", leave, LEAVE_CANDIDATES),
+        ):
+            for one in known.get(target, (None,)):
+                tiled = step if one is None else mock.patch(f"rlvr_kernels.{module}.tiling", return_value=one)(step)
+                yield {"table": table, "shape": (n, h, v), "tiling": str(one)}, case.flops, tiled, bare
+
+
+def winners(rows: list[dict[str, Any]]) -> list[str]:
+    """For each table of gemm.py, the line of the tiling that was fastest over all shapes, as multiples of the products."""
+    found: dict[tuple[str, str], list[float]] = {}
+    for row in rows:
+        found.setdefault((row["table"], row["tiling"]), []).append(math.log(row.get("x_products", math.inf)))
+    best = {
+        table: min((sum(x) / len(x), tiling) for (name, tiling), x in found.items() if name == table)
+        for table, _ in found
+    }
+    return [f"fastest: {table}[...] = {tiling}  # {math.exp(x):.3f} x products" for table, (x, tiling) in best.items()]
 
 
 IN_PROCESS: dict[str, Callable[[Stage], None]] = {
@@ -130,7 +155,7 @@ def remaining(here: Stage, few: bool, lost: Collection[str]) -> list[str]:
     """pytest's names of what is still to be measured, without lost systems and cases."""
     suite, found = cases(here.device.type, quick=here.tiny), []
     short = [case for case in suite if case.rows < 1024][:2]  # so short that the launches count
-    chosen = short if here.name == "launches" else suite[:4] if few else suite
+    chosen = short if here.name == "launches" else suite[:3] if few else suite
     for case in (one for one in chosen if one.name not in lost):
         keys = [one.key for one in systems(case) if one.key not in lost and (one.key in FEW or not few)]
         if not is_there(here.out / device_folder(here.device) / f"{case.name}.json", keys):
@@ -233,7 +258,8 @@ def table(out: Path) -> str:
     """A line for each product and tuned size, a table for each case, what failed in the tests, and targets met or missed."""
     lines: list[str] = []
     for path in filter(Path.exists, (out / "products.json", out / "tuning.json")):
-        lines += [f"{path.stem}: {row}" for row in json.loads(path.read_text())]
+        rows = json.loads(path.read_text())
+        lines += [f"{path.stem}: {row}" for row in rows] + (winners(rows) if path.stem == "tuning" else [])
     lines += [markdown(load(place)) for place in devices(out)]
     for log in filter(Path.exists, (out / f"{stage}.log" for stage in SHARES if stage not in IN_PROCESS)):
         said = log.read_text().splitlines()

@@ -10,7 +10,7 @@ docs/scaling.md compares it with measurements.
 """
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -161,7 +161,7 @@ class _Phases:
         logits, d_hidden, d_weight = p.active * p.vocabulary, p.active * p.hidden, p.vocabulary * p.hidden
         if not p.fused:
             self.add(logits * (p.logit_bytes + p.operand_bytes), launches=launches)
-        product = {"flops": 2.0 * logits * p.hidden, "launches": launches}
+        product: dict[str, Any] = {"flops": 2.0 * logits * p.hidden, "launches": launches}
         if p.needs_hidden:
             self.add((logits + pieces * d_weight) * p.operand_bytes, **product)
             self.add(accumulation_bytes(d_hidden, slices, ACCUMULATOR))

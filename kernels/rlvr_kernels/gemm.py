@@ -5,7 +5,7 @@ Programs walk the tiles of GROUP row blocks side by side, so a slice of the weig
 L2 after that. Which tiles there are depends on V and never on N: a row's bits do not depend on the rows beside it.
 
 The sizes come from registers, shared memory and counted cycles (docs/kernels.md). No timing on a GPU has confirmed them
-yet; CANDIDATES lists what such a timing should compare.
+yet; FOLD_CANDIDATES and LEAVE_CANDIDATES list what such a timing should compare.
 """
 
 from dataclasses import dataclass
@@ -88,7 +88,7 @@ LEAVE_TWO_SUMS = {  # the same with the sums of an entropy
     HOPPER: LEAVE[HOPPER],
     BLACKWELL: Tiling(128, 64, 64, 4, 3, described=True, parts=2, per_processor=2),
 }
-CANDIDATES = {  # all compile without spills under Triton 3.7.1, with a bias and a softcap too
+FOLD_CANDIDATES = {  # all compile without spills under Triton 3.7.1, with a bias and a softcap too
     HOPPER: (
         FOLD[HOPPER],
         Tiling(128, 256, 64, 8, 3, described=True, parts=2),
@@ -103,6 +103,17 @@ CANDIDATES = {  # all compile without spills under Triton 3.7.1, with a bias and
         Tiling(128, 256, 64, 8, 4, described=True, parts=2),
         Tiling(128, 128, 64, 8, 6, described=True),
     ),
+}
+LEAVE_CANDIDATES = {
+    HOPPER: (
+        LEAVE[HOPPER],
+        Tiling(128, 256, 64, 8, 4, described=True, parts=4),
+        Tiling(128, 256, 64, 8, 3, described=True, parts=2),
+        Tiling(256, 128, 64, 8, 3, described=True, parts=2),
+        Tiling(128, 128, 64, 8, 5, described=True, parts=2),
+        Tiling(128, 128, 64, 4, 3, described=True, parts=2, per_processor=2),
+    ),
+    BLACKWELL: (LEAVE[BLACKWELL], Tiling(128, 256, 64, 8, 3, described=True, parts=4)),
 }
 
 

@@ -272,7 +272,8 @@ def linear_exp_kernel(
             )  # fmt: skip
             rows = first_row + tl.arange(0, BLOCK_N)  # not before the product, where they would occupy registers
             present = rows < n_rows
-            ids = (tl.load(ids_ptr + rows, mask=present, other=-1) - first_col_id).to(tl.int32)
+            ids = tl.load(ids_ptr + rows, mask=present, other=-1) - first_col_id
+            ids = tl.where((ids >= 0) & (ids < n_cols), ids, -1).to(tl.int32)  # no id can equal a column past the last
             inv_temperature = tl.load(inv_temperature_ptr + rows, mask=present, other=0.0)
             anchor = tl.load(anchor_ptr + rows, mask=present, other=0.0)
             entry = tl.zeros((BLOCK_N,), tl.float32)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from rlvr_kernels.gemm import CANDIDATES, FOLD, tiling
+from rlvr_kernels.gemm import FOLD, FOLD_CANDIDATES, LEAVE, LEAVE_CANDIDATES, tiling
 
 
 @pytest.mark.interpret
@@ -25,7 +25,8 @@ def test_descriptors_stand_for_aligned_dense_rows_alone(operand, described):
 
 
 @pytest.mark.parametrize("target", FOLD)
-def test_what_is_launched_is_the_first_of_the_candidates(target):
-    assert CANDIDATES[target][0] == FOLD[target]
-    assert len(set(CANDIDATES[target])) == len(CANDIDATES[target])
-    assert all(tile.described and not tile.upcast for tile in CANDIDATES[target])
+@pytest.mark.parametrize(("chosen", "candidates"), [(FOLD, FOLD_CANDIDATES), (LEAVE, LEAVE_CANDIDATES)])
+def test_what_is_launched_is_the_first_of_the_candidates(target, chosen, candidates):
+    assert candidates[target][0] == chosen[target]
+    assert len(set(candidates[target])) == len(candidates[target])
+    assert all(tile.described and not tile.upcast for tile in candidates[target])

@@ -179,6 +179,17 @@ def test_nan_stays_in_its_row(backend):
         assert found.logp.isnan().nonzero().tolist() == found.entropy.isnan().nonzero().tolist() == [[3]]
 
 
+@pytest.mark.parametrize("backend", KERNELS, indirect=True)
+def test_an_id_outside_the_vocabulary_matches_no_column(backend):
+    hidden, weight, ids, logit_map = make()
+    ids[0], ids[1], ids[2], ids[3] = V, V + 1, -100, 2**32 + 7  # the last is 7 to 32 bits
+    out = tile()
+    found = linear_exp.linear_exp(hidden, weight, ids, logit_map, out, backend=backend)
+    p = truth(hidden, weight, ids.clamp(0, V - 1), logit_map)[3]
+    assert (found.logp[:4] == -float("inf")).all()
+    torch.testing.assert_close(out[:4].double(), p[:4], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 def test_a_row_without_a_possible_token_is_nan(backend):
     hidden, weight, ids, _ = make(temperature=False)
@@ -230,3 +241,90 @@ def test_nothing_is_computed_again_where_every_anchor_holds(monkeypatch):
     monkeypatch.setattr(linear_exp, "_launch", poison)
     linear_exp.linear_exp(hidden, weight, ids, logit_map, out, backend="triton")
     assert torch.equal(out, expected)
+
+
+def on_gpu(hidden, weight, ids, logit_map):
+    device = torch.accelerator.current_accelerator()
+    bias = None if logit_map.bias is None else logit_map.bias.to(device)
+    numbers = replace(logit_map, inv_temperature=logit_map.inv_temperature.to(device), bias=bias)
+    return hidden.to(device), weight.to(device), ids.to(device), numbers
+
+
+def large(n, h, v, **head):
+    """Logits with a standard deviation of about 3, in bfloat16."""
+    hidden, weight = torch.randn(n, h).bfloat16(), (3 * torch.randn(v, h) / h**0.5).bfloat16()
+    if "bias" in head:
+        head["bias"] = torch.linspace(-1, 1, v)
+    return on_gpu(hidden, weight, torch.randint(v, (n,)), LogitMap(torch.linspace(0.5, 2, n), **head))
+
+
+def room(n, v):
+    return torch.full((n, -(-v // 64) * 64), float("nan"), dtype=torch.bfloat16, device="cuda")[:, :v]
+
+
+def check_on_gpu(arguments, **options):
+    logp, lse, entropy, _, gradient = truth(*arguments)
+    out, again = room(*gradient.shape), room(*gradient.shape)
+    found = linear_exp.linear_exp(*arguments, out, entropy=True, **options)
+    torch.testing.assert_close(found.logp.double(), logp, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(found.entropy.double(), entropy, rtol=1e-4, atol=1e-3)
+    linear_probabilities(*arguments[:3], 0, arguments[3], again, lse.float())
+    for tile in (normalised(out, found), again.double()):
+        assert (tile - gradient).norm() <= 4e-3 * gradient.norm()  # bfloat16 rounds to 2^-9
+    return out, found
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize(("n", "h", "v"), [(1000, 896, 32003), (37, 40, 131), (512, 4096, 131072)])
+def test_on_a_gpu_what_is_left_is_the_gradient(n, h, v, options):
+    check_on_gpu(large(n, h, v, **options))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", ["one-hot", "logits of 1e4", "an impossible target", "one row of the first block"])
+def test_on_a_gpu_rows_whose_anchor_does_not_hold_are_left_again(case):
+    hidden, weight, *rest = far(case)
+    arguments = on_gpu(hidden.bfloat16(), weight.bfloat16(), *rest)
+    logp, _, _, _, gradient = truth(*arguments)
+    out = room(*gradient.shape)
+    found = linear_exp.linear_exp(*arguments, out)
+    torch.testing.assert_close(found.logp.double(), logp, rtol=1e-4, atol=5e-3)
+    torch.testing.assert_close(normalised(out, found), gradient, rtol=1e-2, atol=5e-3)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_every_candidate_and_either_way_of_reading_gives_the_numbers(monkeypatch):
+    arguments, (major, minor) = large(1000, 896, 32003), torch.cuda.get_device_capability()
+    for tiling_of in gemm.LEAVE_CANDIDATES.get(("cuda", 10 * major + minor), ()):
+        with monkeypatch.context() as patch:
+            patch.setattr(linear_exp, "tiling", lambda *operands, chosen=tiling_of: chosen)
+            check_on_gpu(arguments)
+    monkeypatch.setattr(gemm, "_describable", lambda matrix: False)
+    check_on_gpu(arguments)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_bits_are_the_same_on_every_run_and_in_any_company():
+    hidden, weight, ids, logit_map = large(1000, 896, 32003)
+    out, found = check_on_gpu((hidden, weight, ids, logit_map))
+    again, _ = check_on_gpu((hidden, weight, ids, logit_map))
+    assert torch.equal(out, again)
+    rows = slice(130, 150)
+    alone = room(20, 32003)
+    mine = linear_exp.linear_exp(hidden[rows], weight, ids[rows], logit_map[rows, :], alone, entropy=True)
+    assert torch.equal(mine.logp, found.logp[rows])
+    assert torch.equal(alone, out[rows])
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_nothing_overflows_32_bits():
+    n, v = 70_000, 40_000
+    hidden, weight, ids, logit_map = large(n, 64, v)
+    out = room(n, v)
+    found = linear_exp.linear_exp(hidden, weight, ids, logit_map, out)
+    for rows in (slice(0, 100), slice(n - 100, n)):
+        alone = room(100, v)
+        mine = linear_exp.linear_exp(hidden[rows].clone(), weight, ids[rows], logit_map[rows, :], alone)
+        assert torch.equal(mine.logp, found.logp[rows])
+        assert torch.equal(alone, out[rows])

@@ -7,7 +7,7 @@ import torch
 from kernel_cases import KERNELS
 from rlvr_kernels import gemm
 from rlvr_kernels import linear_lse as module
-from rlvr_kernels.gemm import CANDIDATES, tiling
+from rlvr_kernels.gemm import FOLD_CANDIDATES, tiling
 from rlvr_kernels.linear_lse import linear_lse
 
 N, H, V = 37, 40, 131  # nothing divides anything: three row blocks, five column tiles, three steps of H
@@ -275,7 +275,7 @@ def test_on_a_gpu_descriptors_and_pointers_agree(n, h, v, options, monkeypatch):
 def test_on_a_gpu_every_candidate_gives_the_numbers(monkeypatch):
     tensors = on_gpu(*make(1000, 896, 32003, dtype=torch.bfloat16, spread=0.1))
     expected, target = truth(*tensors), torch.cuda.get_device_capability()
-    for tile in CANDIDATES.get(("cuda", 10 * target[0] + target[1]), ()):
+    for tile in FOLD_CANDIDATES.get(("cuda", 10 * target[0] + target[1]), ()):
         monkeypatch.setattr(module, "tiling", lambda *operands, tile=tile: tile)
         for name, a, b in zip(("logp", "lse"), linear_lse(*tensors), expected, strict=True):
             torch.testing.assert_close(
