@@ -173,9 +173,21 @@ def test_the_stages_that_run_in_a_process_of_their_own_write_what_they_find(tmp_
     tiny = ["--tiny", "--device", "cpu", "--minutes", "1", "--out", str(tmp_path)]
     assert not on_gpu.main(["--stage", "tuning", *tiny])
     rows = json.loads((tmp_path / "tuning.json").read_text())
-    assert {row["what"] for row in rows} == {"linear_lse as chosen"}, "the others are for a GPU"
+    assert {(row["table"], row["tiling"]) for row in rows} == {("FOLD", "None"), ("LEAVE", "None")}, (
+        "others are for a GPU"
+    )
     assert not [row for row in rows if isinstance(row["ms"], str)]
     assert "x_products" in on_gpu.table(tmp_path)
+
+
+def test_the_winner_is_the_tiling_that_is_fastest_over_all_shapes():
+    times = [("FOLD", "a", 1.2), ("FOLD", "a", 1.2), ("FOLD", "b", 1.1), ("FOLD", "b", 1.4), ("LEAVE", "a", 2.0)]
+    rows = [{"table": table, "tiling": tiling, "x_products": x} for table, tiling, x in times]
+    rows.append({"table": "LEAVE", "tiling": "c", "ms": "out of resources"})
+    assert on_gpu.winners(rows) == [
+        "fastest: FOLD[...] = a  # 1.200 x products",
+        "fastest: LEAVE[...] = a  # 2.000 x products",
+    ]
 
 
 def test_a_stage_runs_in_a_process_of_its_own_and_is_ended_when_its_time_is_up(tmp_path, capsys):
