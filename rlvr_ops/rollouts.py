@@ -24,8 +24,9 @@ class Rollouts:
     completion_mask: nonzero where a token counts.
     cu_seqlens: (B + 1,) int: where each rollout begins in the packed rows, then N.
 
-    advantages, completion_mask and cu_seqlens may be on the CPU while the rest is on an accelerator. If all that are given are,
-    the host knows which rows count without asking the device.
+    advantages, completion_mask and cu_seqlens may be on the CPU while the rest is on an accelerator, except in a CUDA graph.
+    If all that are given are, the host knows which rows count without asking the device, unless a sampling correction
+    decides it.
     num_items_in_batch: the global batch's active tokens (dapo) or rollouts (grpo, dr_grpo, luspo). None: this batch's.
     """
 
@@ -120,8 +121,10 @@ class Layout:
 
     def check_finite(self, name: str, values: Tensor | None) -> None:
         """Raise if a value that counts is NaN or infinite. Reads the values on the host."""
-        per_token = values is not None and values.shape[: len(self.shape)] == self.shape and self.mask is not None
-        check_finite(name, values, self.mask.view(self.shape) if per_token and self.mask is not None else None)
+        if values is None or self.mask is None or values.shape[: len(self.shape)] != self.shape:
+            check_finite(name, values)
+        else:
+            check_finite(name, values.to(self.mask.device), self.mask.view(self.shape))
 
 
 def make_layout(like_name: str, like: Tensor, completion_mask: Tensor | None, cu_seqlens: Tensor | None) -> Layout:
@@ -159,9 +162,23 @@ def _with_host(layout: Layout, device: torch.device) -> Layout:
     cu_seqlens, mask = layout.cu_seqlens, layout.mask
     on_host = cu_seqlens if layout.packed else torch.arange(layout.rollouts + 1) * layout.shape[1]
     known = on_host.is_cpu and (mask is None or mask.is_cpu)
-    moved = None if mask is None else mask.to(device, non_blocking=True)
+    moved = None if mask is None else _moved("completion_mask", mask, device)
     host = Layout(layout.shape, on_host, mask) if known else None
-    return Layout(layout.shape, cu_seqlens.to(device, non_blocking=True), moved, host)
+    return Layout(layout.shape, _moved("cu_seqlens", cu_seqlens, device), moved, host)
+
+
+def _moved(name: str, values: Tensor, device: torch.device) -> Tensor:
+    """The values on the device, by way of pinned memory of our own: without waiting, and whatever becomes of the caller's."""
+    if not values.is_cpu or device.type == "cpu":
+        return values
+    if capturing():
+        raise ValueError(
+            f"{name} must be on {device} in a CUDA graph, which would replay a copy of it, got a CPU tensor"
+        )
+    if device.type != "cuda":
+        return values.to(device)
+    staged = values.clone() if values.is_pinned() else values
+    return staged.pin_memory().to(device, non_blocking=True)
 
 
 def _check_cu_seqlens(cu_seqlens: Tensor | None, rows: int, like: Tensor) -> Tensor:
@@ -169,7 +186,9 @@ def _check_cu_seqlens(cu_seqlens: Tensor | None, rows: int, like: Tensor) -> Ten
         raise ValueError(
             f"cu_seqlens is needed for packed rows (N,) = ({rows},): where each rollout begins, and N at the end"
         )
-    check_tensor("cu_seqlens", cu_seqlens, None if cu_seqlens.is_cpu else like.device, floating=False)
+    check_tensor(
+        "cu_seqlens", cu_seqlens, None if getattr(cu_seqlens, "is_cpu", False) else like.device, floating=False
+    )
     if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 1 or cu_seqlens.dtype not in (torch.int64, torch.int32):
         raise ValueError(
             f"cu_seqlens must have shape (B + 1,) and dtype int32 or int64, got {shape_of(cu_seqlens)} {cu_seqlens.dtype}"
@@ -212,7 +231,8 @@ def per_rollout_or_token(name: str, values: Tensor, layout: Layout, device: torc
             f"{name} must have one value per rollout (B,) = ({layout.rollouts},) or {letters} = {layout.shape}, "
             f"got {shape_of(values)}"
         )
-    return layout.spread(values.detach().to(device, dtype, non_blocking=True))
+    values = values.detach()
+    return layout.spread((values if values.device == device else _moved(name, values, device)).to(dtype))
 
 
 @dataclass(frozen=True)
@@ -248,7 +268,7 @@ def rows_of(which: Tensor | None, count: int | None = None) -> Tensor | None:
     if which is None or capturing() or count == which.shape[0]:
         return None
     if count is not None and which.device.type != "cpu":
-        return which.to(torch.uint8).argsort(descending=True, stable=True)[:count]
+        return which.to(torch.uint8).argsort(descending=True, stable=True)[:count].sort().values
     rows = which.nonzero()[:, 0]
     return None if rows.shape[0] == which.shape[0] else rows
 

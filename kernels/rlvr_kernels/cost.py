@@ -80,8 +80,8 @@ class Problem:
     """The sizes of a step: hidden states (rows, H) and weight (V, H); `scored` rows are scored, `active` have a gradient.
 
     A logit of the tile takes logit_bytes (`tile.bytes_per_logit`). Its gradient takes operand_bytes of the same memory. `fused`:
-    our own kernels fill the tile with exponentials, and nothing passes over it but the products. The defaults describe bf16
-    on CUDA.
+    our own kernels fill the tile with exponentials, and nothing passes over it but the products. `drops`: a single pass leaves out
+    the rows without a gradient before its last two products. The defaults describe bf16 on CUDA.
     """
 
     rows: int
@@ -93,6 +93,7 @@ class Problem:
     logit_bytes: int = 2
     weight_grad_bytes: int = 2
     fused: bool = True
+    drops: bool = True
     needs_hidden: bool = True
     needs_weight: bool = True
 
@@ -186,7 +187,7 @@ def single_pass(p: Problem, rates: Rates, *, chunk_rows: int) -> Cost:
     if not p.fused:
         phases.add(p.scored * p.vocabulary * p.logit_bytes, launches=pieces)
     products = p.needs_hidden + p.needs_weight
-    if moving_pays(p.active, p.scored - p.active, p.hidden, p.operand_bytes, products, rates):
+    if p.drops and moving_pays(p.active, p.scored - p.active, p.hidden, p.operand_bytes, products, rates):
         if not p.fused:  # rows are differentiated before they are dropped
             phases.add((p.scored - p.active) * p.vocabulary * (p.logit_bytes + p.operand_bytes), launches=0)
         moved = rows_moved(p.active, p.scored - p.active)

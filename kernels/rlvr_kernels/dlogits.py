@@ -54,14 +54,21 @@ def _write_block(
 ) -> None:  # fmt: skip
     """Write dL/d(h W^T) of raw h W^T (r, c) to `out`, which may be `raw` itself. by_entropy is (H, dL/dH) of the rows."""
     in_place = out.data_ptr() == raw.data_ptr() and out.dtype == raw.dtype and logit_map.softcap is None
-    exponent = None if anchor is None else raw.to(anchor.dtype).log().add_(anchor[:, None])
-    z = logit_map.logits(raw, overwrite=in_place) if exponent is None else exponent
+    z = logit_map.logits(raw, overwrite=in_place) if anchor is None else _logits_of(raw, anchor, logit_map)
     # A softcap's derivative reads the logits, so they stay. Without one the gradient takes their memory.
     spent = in_place or (z is not raw and logit_map.softcap is None)
     gradient = softmax_gradient(torch.sub(z, lse[:, None], out=z if spent else None), local_ids, coef, by_entropy)
     logit_map.chain_(gradient, z)
     if gradient.data_ptr() != out.data_ptr():
         out.copy_(gradient)
+
+
+def _logits_of(exponentials: torch.Tensor, anchor: torch.Tensor, logit_map: LogitMap) -> torch.Tensor:
+    """The logits (r, c) of exp(z - anchor)."""
+    z = exponentials.to(anchor.dtype).log().add_(anchor[:, None])
+    if logit_map.softcap is not None:  # log 0 = -inf, which no softcapped logit is
+        torch.maximum(z, (-logit_map.softcap * logit_map.inv_temperature)[:, None], out=z)
+    return z
 
 
 def is_overlaid(tile: torch.Tensor, out: torch.Tensor) -> bool:
@@ -131,6 +138,8 @@ def dlogits_kernel(
         inside = cols < n_cols
         if ANCHORED:
             z = tl.log(tl.load(row_ptr + cols, mask=inside, other=0.0).to(tl.float32)) + anchor
+            if HAS_SOFTCAP:  # log 0 = -inf, which no softcapped logit is
+                z = tl.maximum(z, -softcap * inv_temperature)
         else:
             z = load_logits(
                 row_ptr, bias_ptr, cols, inside, logit_scale, softcap, inv_temperature, HAS_BIAS, HAS_SOFTCAP

@@ -142,8 +142,8 @@ def fold_rows(
         tile = tiling(hidden, weight)
         wanted = {"ENTROPY": scores.entropy is not None, "MEAN": scores.mean_logit is not None}
         wanted |= {"SQUARES": scores.sum_p_squared is not None, "FLAGGED": flags is not None}
-        tiles, at_once = triton.cdiv(v, tile.cols), tile.rows_at_once(v, 2)
         count = 2 + sum([wanted["ENTROPY"], wanted["MEAN"], wanted["SQUARES"]])
+        tiles, at_once = triton.cdiv(v, tile.cols), tile.rows_at_once(v, count)
         partials = torch.empty((count, tiles, min(rows, at_once)), dtype=torch.float32, device=hidden.device)
         for start in range(0, rows, at_once):
             part = slice(start, start + at_once)

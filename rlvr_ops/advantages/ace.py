@@ -39,6 +39,7 @@ def ace_advantages(
     device, dtype = per_token_logps.device, accumulator_dtype(per_token_logps.dtype)
     ref: Tensor = per_token("ref_per_token_logps", ref_per_token_logps, layout, "per_token_logps", device, dtype)  # type: ignore[assignment]
     per_rollout_or_token("advantages", advantages, layout, device, dtype)
+    advantages = advantages.to(device)
     gap = layout.zero_where_masked(per_token_logps.detach().reshape(-1).to(dtype) - ref).reshape(-1)
     weight = ace.weight(ace.shift(layout.per_rollout(gap), layout.tokens()))
     if advantages.shape != (layout.rollouts,):

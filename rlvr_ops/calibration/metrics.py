@@ -96,14 +96,9 @@ def reliability_bins(confidences: Tensor, correct: Tensor, *, bins: int = 10) ->
     q, y, dtype = _check(confidences, correct)
     edges = torch.arange(1, bins, device=q.device, dtype=q.dtype) / bins
     bin_of = torch.bucketize(q, edges.to(confidences.dtype).to(q.dtype))  # edges rounded as the confidences are
-    groups = Groups(
-        torch.cat([bin_of, torch.arange(bins, device=q.device)]), bins
-    )  # an answer more in each bin, worth 0
-    counts = groups.size_each() - 1
-    nothing = q.new_zeros(bins)
-    confidence, accuracy = (
-        (groups.sum_each(torch.cat([x, nothing])) / counts).to(dtype) for x in (q, y)
-    )  # 0 / 0 = NaN
+    in_bins = Groups(bin_of, bins)
+    counts = in_bins.size_each()
+    confidence, accuracy = ((in_bins.sum_each(x) / counts).to(dtype) for x in (q, y))  # 0 / 0 = NaN
     return ReliabilityBins(counts, confidence, accuracy)
 
 

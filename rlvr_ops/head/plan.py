@@ -8,7 +8,7 @@ import torch
 from rlvr_kernels.backend import BACKENDS, capturing
 from rlvr_kernels.checks import check_types, choose
 from rlvr_kernels.cost import Problem, cheapest, rates_of, single_pass_workspace
-from rlvr_kernels.logits import LogitMap
+from rlvr_kernels.logits import LogitMap, accumulator_dtype
 from rlvr_kernels.objective import KL, Ace, Entropy
 from rlvr_kernels.pull_back import Needs
 from rlvr_kernels.shard import Shard
@@ -34,6 +34,8 @@ class _Demands(Protocol):
     def function(self) -> Any: ...
     @property
     def level(self) -> str: ...
+    @property
+    def sampling(self) -> Any: ...
     @property
     def off_policy_mask_threshold(self) -> float | None: ...
     def is_token_local(self, has_old: bool) -> bool: ...
@@ -150,6 +152,7 @@ class Planner:
         self.plan, self.hidden, self.weight, self.needs, self.dtype = plan, hidden, weight, needs, dtype
         self.objective, self.layout, self.advantages = objective, layout, advantages
         self.counts: Counts | None = None
+        self.drops = True
         self.token_local, self.has_old = objective.is_token_local(rows.old is not None), rows.old is not None
         self.logit_bytes = bytes_per_logit(weight.device, dtype, plan.backend)
         self.room = self._workspace(whole_rows=True)
@@ -162,21 +165,27 @@ class Planner:
             ValueError: single_pass was asked for and is not possible.
         """
         self.scored, self.alive = scored, alive
+        if not (self.hidden.is_cpu or torch.compiler.is_compiling() or capturing()):
+            long = not self.token_local and self.layout.rows > self.limit
+            if scored is not None or alive is not None or long:
+                self._count()
+        self.drops = self.hidden.is_cpu or self._may_drop()
         single = self._is_single()
-        asks = scored is not None and not (self.hidden.is_cpu or torch.compiler.is_compiling() or capturing())
-        counts = self._count() if asks else self.counts
         workspace = self.room if single else self._workspace(whole_rows=False)
         with_entropy = self.plan.with_entropy or self.objective.entropy.wanted
         bonus = self.objective.entropy.coef > 0
-        known = scored is None or (counts is not None and not counts.read)  # an accelerator is asked once
-        drops = self.hidden.is_cpu or (known and self._may_vanish())
-        plan = (workspace, self.plan.backend, with_entropy, bonus, self.token_local, self.limit, drops)
-        return Schedule(single, self.dtype, *plan), counts
+        plan = (workspace, self.plan.backend, with_entropy, bonus, self.token_local, self.limit, self.drops)
+        return Schedule(single, self.dtype, *plan), self.counts
 
-    def _may_vanish(self) -> bool:
-        """Whether coefficients may be 0 where advantages are not."""
-        known = self.objective
-        return self.has_old or known.off_policy_mask_threshold is not None or known.function is not None
+    def _may_drop(self) -> bool:
+        """Whether a single pass on an accelerator asks for coefficients of 0: if there may be some, and nothing was asked yet."""
+        known, counts = self.objective, self.counts
+        off_policy = self.has_old or known.off_policy_mask_threshold is not None
+        if not (off_policy or known.function is not None or self.alive is not None):
+            return False
+        if counts is None:
+            return self.scored is None and self.layout.rows <= self.limit
+        return counts.scored <= self.limit and not counts.read
 
     def _workspace(self, *, whole_rows: bool) -> int:
         """The caller's workspace, else the default for tiles of whole rows or of vocabulary slices."""
@@ -192,6 +201,7 @@ class Planner:
             rows=self.hidden.shape[0], hidden=self.hidden.shape[1], vocabulary=self.weight.shape[0], scored=scored, active=active,
             operand_bytes=self.dtype.itemsize, logit_bytes=self.logit_bytes, weight_grad_bytes=self.weight.dtype.itemsize,
             fused=leaves_exponentials(self.weight.device, self.dtype, self.plan.backend) and not self.hidden.is_cpu,
+            drops=self.drops,
             needs_hidden=self.needs[0], needs_weight=self.needs[1],
         )  # fmt: skip
 
@@ -243,15 +253,21 @@ class Planner:
     def _count(self) -> Counts:
         """Count the rows once, in host memory if the caller's tensors are there."""
         if self.counts is None:
-            host, advantages = self.layout.host, self.advantages
-            if host is None or not advantages.is_cpu:
-                self.counts = count_rows(self.layout.cu_seqlens, self.scored, self.alive)
-            else:
-                rows = Rows(host.spread(advantages), host.cu_seqlens, advantages, mask=host.mask)
-                self.counts = count_rows(
-                    host.cu_seqlens, *rows_to_score(rows, host, self.objective, self.plan.score_inactive)
-                )
+            self.counts = self._count_on_host() or count_rows(self.layout.cu_seqlens, self.scored, self.alive)
         return self.counts
+
+    def _count_on_host(self) -> Counts | None:
+        """The counts from what lies in host memory; None if the device must be asked."""
+        host, mask, advantages = self.layout.host, self.layout.mask, self.advantages
+        if host is None:
+            return None
+        if self.scored is mask and (self.alive is None or self.alive is mask):  # advantages do not matter
+            return count_rows(host.cu_seqlens, host.mask, None)
+        if not advantages.is_cpu or self.objective.sampling is not None:  # whose weights may be 0 where they are not
+            return None
+        values = host.spread(advantages.detach().to(accumulator_dtype(self.dtype)))
+        rows = Rows(values, host.cu_seqlens, advantages, mask=host.mask)
+        return count_rows(host.cu_seqlens, *rows_to_score(rows, host, self.objective, self.plan.score_inactive))
 
     def _too_long(self) -> str:
         row = self.weight.shape[0] * self.logit_bytes

@@ -83,7 +83,10 @@ def token_logps(
         hidden_states=hidden_states, lm_head_weight=lm_head_weight, lm_head_bias=lm_head_bias, temperature=temperature
     )
     check_ids(completion_ids, hidden_states)
-    one = torch.arange(2, device=completion_ids.device) * completion_ids.shape[0] if completion_ids.ndim == 1 else None
+    one = None
+    if completion_ids.ndim == 1:
+        place = "cpu" if getattr(completion_mask, "is_cpu", False) else completion_ids.device
+        one = torch.arange(2, device=place) * completion_ids.shape[0]
     layout = make_layout("completion_ids", completion_ids, completion_mask, one)
     if validate or (completion_ids.device.type == "cpu" and not torch.compiler.is_compiling()):
         check_vocabulary(completion_ids, layout, lm_head_weight.shape[0])
@@ -99,7 +102,7 @@ def token_logps(
     needs = Needs(*[on and x is not None and x.requires_grad for x in leaves])
     schedule = Schedule(False, dtype, room, plan.backend, with_entropy)
     host = layout.host
-    counts = None if host is None else count_rows(host.cu_seqlens, host.mask, None)
+    counts = None if host is None or torch.compiler.is_compiling() else count_rows(host.cu_seqlens, host.mask, None)
     call = Call(completion_ids.reshape(-1), layout.mask, head.logit_map(layout, dtype), schedule, needs, counts)
     job = ScoreCall(call, with_entropy, with_self_certainty, with_top1, with_sum_p_squared)
     hidden = hidden_states.reshape(-1, hidden_states.shape[-1])
