@@ -141,7 +141,9 @@ def tiling(hidden: torch.Tensor, weight: torch.Tensor, out: torch.Tensor | None 
         return table[family]
     if not wide:
         return Tiling(64, 64, 32, 4, 2)  # one address per element: a larger tile would spill
-    return Tiling(128, 128, 32, 8, 4) if target.backend == "cuda" else Tiling(128, 128, 64, 8, 2)
+    if target.backend != "cuda":
+        return Tiling(128, 128, 64, 8, 2)
+    return Tiling(128, 128, 32, 8, 4, parts=1 if out is None else 2)
 
 
 def _aligned(matrix: torch.Tensor) -> bool:

@@ -5,6 +5,9 @@
     S'_n = sum of E_nv over v != y_n,   S_n = 1 + S'_n,   logp_n = -log1p(S'_n)
     E[n, y_n] := -S'_n               so that  dL/dz_n = (-coef_n / S_n) E_n
 
+The anchor and the product add up the same H numbers, but not alike: tensor cores may truncate where a dot product rounds. So
+the tile that holds the target says how far its logit lies from the anchor, d_n, and exp(d_n) takes the place of the 1 above.
+
 The tile is the gradient but for a factor of each row, which goes on H elements of the row's hidden state rather than on V of
 the tile. Nothing cancels where p is near 1. A bf16 E is a relative rounding of 2^-9, whatever the logit's size.
 A row whose target is so unlikely that S' >= 2^60 (-logp > 41) is flagged on the device and computed again with its log-sum-exp
@@ -138,43 +141,44 @@ def _linear_exp_triton(
     raw: bool, shard: Shard | None,
 ) -> Exponentials:  # fmt: skip
     rows, like = hidden.shape[0], logit_map.inv_temperature
-    logp, total, anchor = torch.empty_like(like), torch.empty_like(like), torch.empty_like(like)
+    logp, total, anchor, shift = (torch.empty_like(like) for _ in range(4))
     found = Exponentials(logp, total, anchor, torch.empty_like(like) if entropy else None)
     flags = Flags(torch.empty_like(ids, dtype=torch.int32), torch.zeros(1, dtype=torch.int32, device=ids.device))
     at_once = tiling(hidden, weight, out, 1 + entropy).rows_at_once(weight.shape[0], 1 + entropy)
     for start in range(0, rows, at_once):
         part = slice(start, start + at_once)
         mine = Exponentials(*(None if x is None else x[part] for x in found))  # type: ignore[arg-type]
-        _leave_part(hidden[part], weight, ids[part], logit_map[part, :], out[part], mine, flags.part(part), raw, shard)
+        local = logit_map[part, :]
+        _leave_part(hidden[part], weight, ids[part], local, out[part], mine, shift[part], flags.part(part), raw, shard)
     return found
 
 
 def _leave_part(
     hidden: torch.Tensor, weight: torch.Tensor, ids: torch.Tensor, logit_map: LogitMap, out: torch.Tensor,
-    found: Exponentials, flags: Flags, raw: bool, shard: Shard | None,
+    found: Exponentials, shift: torch.Tensor, flags: Flags, raw: bool, shard: Shard | None,
 ) -> None:  # fmt: skip
-    """Write `found` and `out` of as many rows as have room for their partial sums."""
+    """Write `found` and `out` of as many rows as have room for their partial sums. shift (n,) is d in log2 units."""
     (ids,) = dense(ids)  # type: ignore[assignment]
     numbers, entropy = logit_map.kernel_arguments(), found.entropy
     with device_guard(out):
         anchor_kernel[(hidden.shape[0],)](
-            hidden, weight, ids, found.anchor, weight.shape[0], hidden.shape[1], *hidden.stride(), *weight.stride(),
+            hidden, weight, ids, found.anchor, shift, weight.shape[0], hidden.shape[1], *hidden.stride(), *weight.stride(),
             SHARD=shard is not None, BLOCK=ANCHOR_BLOCK, num_warps=4, **numbers,
         )  # fmt: skip
         if shard is not None:
             found.anchor.copy_(shard.total(found.anchor))
         partials = _launch(
-            hidden, weight, ids, 0, logit_map, out, found.anchor, raw=raw, sums=1 + (entropy is not None)
+            hidden, weight, ids, 0, logit_map, out, found.anchor, shift, raw=raw, sums=1 + (entropy is not None)
         )
         if shard is not None:
-            partials = shard.total(partials.sum(1))[:, None]
+            partials, shift = shard.total(partials.sum(1))[:, None], shard.total(shift)
         combine_exp_kernel[(triton.cdiv(hidden.shape[0], COMBINE_ROWS),)](
-            partials, out, ids, *found, *flags, *out.shape, partials.shape[1], out.stride(0), partials.stride(0),
+            partials, out, ids, *found, shift, *flags, *out.shape, partials.shape[1], out.stride(0), partials.stride(0),
             LIMIT=LIMIT, RAW=raw, ENTROPY=entropy is not None, BLOCK_N=COMBINE_ROWS, BLOCK_S=COMBINE_TILES, num_warps=4,
             **numbers,
         )  # fmt: skip
         _fold_flagged(hidden, weight, ids, logit_map, found, flags, shard)
-        _launch(hidden, weight, ids, 0, logit_map, out, found.anchor, found.logp, flags, raw=raw)
+        _launch(hidden, weight, ids, 0, logit_map, out, found.anchor, shift, found.logp, flags, raw=raw)
 
 
 def _fold_flagged(
@@ -196,23 +200,24 @@ def _fold_flagged(
 
 def _launch(
     hidden: torch.Tensor, weight: torch.Tensor, ids: torch.Tensor, first_col: int, logit_map: LogitMap, out: torch.Tensor,
-    anchor: torch.Tensor, logp: torch.Tensor | None = None, flags: Flags | None = None, *, raw: bool, sums: int = 0,
+    anchor: torch.Tensor, shift: torch.Tensor | None = None, logp: torch.Tensor | None = None, flags: Flags | None = None, *,
+    raw: bool, sums: int = 0,
 ) -> torch.Tensor:  # fmt: skip
-    """Launch the product; return its partial sums (sums, tiles, n). Without sums, the anchor is the log-sum-exp.
+    """Launch the product; return its partial sums (sums, tiles, n), and write shift. Without sums, the anchor is the log-sum-exp.
 
-    With flags, it is that of the flagged rows alone, and the entry at each target is made of logp.
+    With flags, it is that of the flagged rows alone, and the entry at each target is made of logp and shift.
     """
     (n, h), v, tile = hidden.shape, weight.shape[0], tiling(hidden, weight, out, sums)
     partials = torch.empty((sums, triton.cdiv(v, tile.cols), n), dtype=torch.float32, device=out.device)
-    ids, inv_temperature, anchor, logp, bias = dense(ids, logit_map.inv_temperature, anchor, logp, logit_map.bias)  # type: ignore[assignment]
+    ids, inv_temperature, anchor, bias = dense(ids, logit_map.inv_temperature, anchor, logit_map.bias)  # type: ignore[assignment]
     flag_rows, flag_any = (None, None) if flags is None else flags
     if n:
         with device_guard(out):
             linear_exp_kernel[(tile.programs(n, v, out.device, flags is not None),)](
                 tile.operand(hidden, tile.rows), tile.operand(weight, tile.cols),
-                tile.operand(out, tile.rows, tile.cols // tile.parts), bias, ids, inv_temperature, anchor, logp, flag_rows,
-                flag_any, partials, n, v, h, first_col, *hidden.stride(), *weight.stride(), out.stride(0), partials.stride(0),
-                HAS_BIAS=bias is not None, SUMS=sums > 0, ENTROPY=sums > 1, KNOWN=not sums and flags is None,
+                tile.operand(out, tile.rows, tile.cols // tile.parts), bias, ids, inv_temperature, anchor, shift, logp,
+                flag_rows, flag_any, partials, n, v, h, first_col, *hidden.stride(), *weight.stride(), out.stride(0),
+                partials.stride(0), HAS_BIAS=bias is not None, SUMS=sums > 0, ENTROPY=sums > 1, KNOWN=not sums and flags is None,
                 FLAGGED=flags is not None, RAW=raw, **tile.constants(h, flags is not None), **logit_map.kernel_numbers(),
             )  # fmt: skip
     return partials
@@ -220,7 +225,7 @@ def _launch(
 
 @jit
 def anchor_kernel(
-    hidden_ptr, weight_ptr, ids_ptr, anchor_ptr, n_cols, n_inner, hidden_stride, hidden_inner_stride, weight_stride,
+    hidden_ptr, weight_ptr, ids_ptr, anchor_ptr, shift_ptr, n_cols, n_inner, hidden_stride, hidden_inner_stride, weight_stride,
     weight_inner_stride, bias_ptr, inv_temperature_ptr, logit_scale, softcap,
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, SHARD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -240,12 +245,13 @@ def anchor_kernel(
         z += tl.load(bias_ptr + col, mask=held, other=0.0).to(tl.float32)
     z = logit_of(z, tl.load(inv_temperature_ptr + row), logit_scale, softcap, HAS_SOFTCAP)
     tl.store(anchor_ptr + row, tl.where(held, z, 0.0 if SHARD else -float("inf")))
+    tl.store(shift_ptr + row, 0.0)  # the tile that holds the target says how far its logit lies from this
 
 
 @jit
 def linear_exp_kernel(
-    hidden, weight, out, bias_ptr, ids_ptr, inv_temperature_ptr, anchor_ptr, logp_ptr, flags_ptr, any_ptr, partials_ptr, n_rows,
-    n_cols, n_inner, first_col_id, hidden_stride, hidden_inner_stride, weight_stride, weight_inner_stride, out_stride,
+    hidden, weight, out, bias_ptr, ids_ptr, inv_temperature_ptr, anchor_ptr, shift_ptr, logp_ptr, flags_ptr, any_ptr, partials_ptr,
+    n_rows, n_cols, n_inner, first_col_id, hidden_stride, hidden_inner_stride, weight_stride, weight_inner_stride, out_stride,
     partial_stride, logit_scale, softcap,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr,
     EVEN_H: tl.constexpr, UPCAST: tl.constexpr, DESCRIBED: tl.constexpr, FLATTENED: tl.constexpr, SPECIALIZED: tl.constexpr,
@@ -280,11 +286,12 @@ def linear_exp_kernel(
             if FLAGGED:
                 flagged = tl.load(flags_ptr + rows, mask=present, other=0) != 0
                 logp = tl.load(logp_ptr + rows, mask=present, other=0.0)
-                entry = target_entry(logp, anchor, flagged, inv_temperature, softcap, HAS_SOFTCAP, RAW)
+                shift = tl.load(shift_ptr + rows, mask=present, other=0.0)
+                entry = target_entry(logp, anchor, shift, flagged, inv_temperature, softcap, HAS_SOFTCAP, RAW)
             anchor *= 1.4426950408889634
             total, weighted = _leave_tile(
-                z, first_row, first_col, out, out_stride, rows, present, ids, inv_temperature, anchor, entry, bias_ptr,
-                n_cols, logit_scale, softcap, HAS_BIAS, HAS_SOFTCAP, ENTROPY, KNOWN, RAW, DESCRIBED, PARTS,
+                z, first_row, first_col, out, out_stride, rows, present, ids, inv_temperature, anchor, entry, shift_ptr,
+                bias_ptr, n_cols, logit_scale, softcap, HAS_BIAS, HAS_SOFTCAP, SUMS, ENTROPY, KNOWN, RAW, DESCRIBED, PARTS,
             )  # fmt: skip
             if SUMS:
                 at = partials_ptr + tile.to(tl.int64) * n_rows
@@ -295,20 +302,21 @@ def linear_exp_kernel(
 
 @jit
 def _leave_tile(
-    z, first_row, first_col, out, out_stride, rows, present, ids, inv_temperature, anchor, entry, bias_ptr, n_cols,
-    logit_scale, softcap, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, KNOWN: tl.constexpr,
-    RAW: tl.constexpr, DESCRIBED: tl.constexpr, PARTS: tl.constexpr,
+    z, first_row, first_col, out, out_stride, rows, present, ids, inv_temperature, anchor, entry, shift_ptr, bias_ptr, n_cols,
+    logit_scale, softcap, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, SUMS: tl.constexpr, ENTROPY: tl.constexpr,
+    KNOWN: tl.constexpr, RAW: tl.constexpr, DESCRIBED: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Store raw z (n, c) as exponentials, part after part; sums (n,) of e and e (z - a) without the target, in log2 units."""
     if PARTS > 1:
         left, right = halves(z)
         t0, w0 = _leave_tile(
-            left, first_row, first_col, out, out_stride, rows, present, ids, inv_temperature, anchor, entry, bias_ptr,
-            n_cols, logit_scale, softcap, HAS_BIAS, HAS_SOFTCAP, ENTROPY, KNOWN, RAW, DESCRIBED, PARTS // 2,
+            left, first_row, first_col, out, out_stride, rows, present, ids, inv_temperature, anchor, entry, shift_ptr,
+            bias_ptr, n_cols, logit_scale, softcap, HAS_BIAS, HAS_SOFTCAP, SUMS, ENTROPY, KNOWN, RAW, DESCRIBED, PARTS // 2,
         )  # fmt: skip
         t1, w1 = _leave_tile(
             right, first_row, first_col + z.shape[1] // 2, out, out_stride, rows, present, ids, inv_temperature, anchor,
-            entry, bias_ptr, n_cols, logit_scale, softcap, HAS_BIAS, HAS_SOFTCAP, ENTROPY, KNOWN, RAW, DESCRIBED, PARTS // 2,
+            entry, shift_ptr, bias_ptr, n_cols, logit_scale, softcap, HAS_BIAS, HAS_SOFTCAP, SUMS, ENTROPY, KNOWN, RAW,
+            DESCRIBED, PARTS // 2,
         )  # fmt: skip
         total, weighted = t0 + t1, w0 + w1
     else:
@@ -321,6 +329,10 @@ def _leave_tile(
         if first_col + z.shape[1] > n_cols:
             e = tl.where((cols < n_cols)[None, :], e, 0.0)
         target = cols[None, :] == ids[:, None]
+        if SUMS:
+            held = (ids >= first_col) & (ids < first_col + z.shape[1])  # true in one tile at most
+            if tl.max(held.to(tl.int32), 0) > 0:  # most tiles hold no row's target
+                tl.store(shift_ptr + rows, tl.max(tl.where(target, below, -float("inf")), 1), mask=held)
         if not KNOWN:
             e = tl.where(target, 0.0, e)
         elif not RAW:
@@ -349,22 +361,22 @@ def add_both(a, b, c, d):
 
 
 @jit
-def target_entry(logp, anchor, known, inv_temperature, softcap, HAS_SOFTCAP: tl.constexpr, RAW: tl.constexpr):
-    """E (n,) at the target from logp; `known`: the anchor is the log-sum-exp."""
+def target_entry(logp, anchor, shift, known, inv_temperature, softcap, HAS_SOFTCAP: tl.constexpr, RAW: tl.constexpr):
+    """E (n,) at the target from logp, with shift in log2 units; `known`: the anchor is the log-sum-exp."""
     if RAW:
-        entry = tl.where(known, tl.exp(logp), 1.0)
+        entry = tl.where(known, tl.exp(logp), tl.exp2(shift))
     else:
-        entry = tl.where(known, expm1(logp), -expm1(-logp))
+        entry = tl.where(known, expm1(logp), -tl.exp2(shift) * expm1(-logp))
         if HAS_SOFTCAP:
-            capped = (anchor + tl.where(known, logp, 0.0)) / (inv_temperature * softcap)
+            capped = (anchor + tl.where(known, logp, shift * 0.6931471805599453)) / (inv_temperature * softcap)
             entry *= 1.0 - capped * capped
     return entry
 
 
 @jit
 def combine_exp_kernel(
-    partials_ptr, out_ptr, ids_ptr, logp_ptr, total_ptr, anchor_ptr, entropy_ptr, flags_ptr, any_ptr, n_rows, n_cols,
-    n_tiles, out_stride, partial_stride, bias_ptr, inv_temperature_ptr, logit_scale, softcap,
+    partials_ptr, out_ptr, ids_ptr, logp_ptr, total_ptr, anchor_ptr, entropy_ptr, shift_ptr, flags_ptr, any_ptr, n_rows,
+    n_cols, n_tiles, out_stride, partial_stride, bias_ptr, inv_temperature_ptr, logit_scale, softcap,
     LIMIT: tl.constexpr, RAW: tl.constexpr, ENTROPY: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
@@ -384,17 +396,21 @@ def combine_exp_kernel(
         if ENTROPY:
             weighted += tl.sum(tl.load(at + partial_stride, mask=inside, other=0.0), 0)
     holds = rest < LIMIT
-    logp = -log1p(rest)
+    shift = tl.load(shift_ptr + rows, mask=present, other=0.0)
+    own = tl.exp2(shift)
+    total = own + rest
+    logp = -log1p(rest / own)
     tl.store(logp_ptr + rows, tl.where(holds, logp, -float("inf")), mask=present)
-    tl.store(total_ptr + rows, tl.where(holds, 1.0 + rest, 1.0), mask=present)
+    tl.store(total_ptr + rows, tl.where(holds, total, 1.0), mask=present)
     if ENTROPY:
-        tl.store(entropy_ptr + rows, -logp - 0.6931471805599453 * weighted / (1.0 + rest), mask=present)
+        spread = 0.6931471805599453 * (shift - (weighted + own * shift) / total) - logp
+        tl.store(entropy_ptr + rows, spread, mask=present)
     tl.store(flags_ptr + rows, (~holds).to(tl.int32), mask=present)
     if tl.max((present & ~holds).to(tl.int32), 0) > 0:
         tl.store(any_ptr, 1)  # by any number of programs, all the same
     anchor = tl.load(anchor_ptr + rows, mask=present, other=0.0)
     inv_temperature = tl.load(inv_temperature_ptr + rows, mask=present, other=1.0)
-    entry = target_entry(logp, anchor, rows < 0, inv_temperature, softcap, HAS_SOFTCAP, RAW)
+    entry = target_entry(logp, anchor, shift, rows < 0, inv_temperature, softcap, HAS_SOFTCAP, RAW)
     cols = tl.load(ids_ptr + rows, mask=present, other=-1).to(tl.int64)
     held = present & (cols >= 0) & (cols < n_cols)
     tl.store(out_ptr + rows.to(tl.int64) * out_stride + cols, entry.to(out_ptr.dtype.element_ty), mask=held)

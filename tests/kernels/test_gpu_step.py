@@ -99,6 +99,11 @@ QUESTIONS = {
     "a mask, in chunks": ({"mask": True, "workspace_bytes": 40 * V}, ["count"], []),
     "boundaries on the host": ({"host": True, "packed": True}, [], []),
     "boundaries": ({"packed": True}, ["count"], []),
+    "inactive rows are scored": ({"score_inactive": True}, ["count"], []),
+    "inactive rows are scored, off policy": ({"score_inactive": True, "old": True}, ["count"], []),
+    "every row counts, in chunks": ({"beta": 0.1, "workspace_bytes": 40 * V}, [], []),
+    "every row counts, and a rollout is too long to fit": ({"beta": 0.1, "workspace_bytes": 4 * V}, [], ["rows"]),
+    "a sampling correction": (ON_HOST | {"old": True, "sampling_correction": "token_mask"}, ["count"], []),
     "two passes": (TWICE | {"mask": True}, ["count"], ["rows"]),
     "two passes, a mask on the host": (TWICE | ON_HOST, [], ["rows"]),
     "two passes, too long to fit": ({"mask": True, "workspace_bytes": 4 * V}, ["count"], ["rows"]),
@@ -134,6 +139,8 @@ def step(dtype, case, backward=True):
     given["old_per_token_logps"] = ref if given.pop("old", False) else None
     if given.pop("mask", False):
         given["completion_mask"] = torch.arange(T).expand(B, T) < 9 if host else meta(B, T, dtype=torch.bool)
+    if given.get("sampling_correction"):
+        given["sampling_per_token_logps"] = ref
     if given.get("lm_head_bias"):
         given["lm_head_bias"] = meta(V, dtype=dtype).requires_grad_()
     if given.pop("packed", False):

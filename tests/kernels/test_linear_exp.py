@@ -9,6 +9,7 @@ from kernel_cases import KERNELS
 from rlvr_kernels import gemm, linear_exp
 from rlvr_kernels.gemm import tiling
 from rlvr_kernels.linear_exp import linear_probabilities
+from rlvr_kernels.linear_lse import linear_scores
 from rlvr_kernels.logits import LogitMap
 
 N, H, V = 37, 40, 131  # nothing divides anything: three row blocks, five column tiles, three steps of H
@@ -177,6 +178,37 @@ def test_nan_stays_in_its_row(backend):
         )
         assert out.isnan().any(1).nonzero().tolist() == [[3]]
         assert found.logp.isnan().nonzero().tolist() == found.entropy.isnan().nonzero().tolist() == [[3]]
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("options", [{}, {"softcap": 3.0}], ids=str)
+@pytest.mark.parametrize("raw", [False, True])
+def test_an_anchor_that_rounds_otherwise_than_the_product_does_no_harm(options, raw, monkeypatch):
+    """Tensor cores may truncate where a dot product rounds, always to the same side: here the anchors are off by 0.1."""
+    arguments, out = far("one row of the first block"), tile()
+    arguments = (*arguments[:3], replace(arguments[3], **options))
+    launch = linear_exp._launch
+
+    def off(*args, **kwargs):
+        if kwargs.get("sums"):
+            args[6].add_(0.1)
+        return launch(*args, **kwargs)
+
+    monkeypatch.setattr(linear_exp, "_launch", off)
+    found = linear_exp.linear_exp(*arguments, out, entropy=True, raw=raw, backend="triton")
+    logp, _, entropy, p, gradient = truth(*arguments)
+    torch.testing.assert_close(found.logp.double(), logp, rtol=1e-5, atol=3e-5)
+    torch.testing.assert_close(found.entropy.double(), entropy, rtol=1e-5, atol=3e-5)
+    torch.testing.assert_close(normalised(out, found), p if raw else gradient, rtol=1e-4, atol=3e-5)
+
+
+@pytest.mark.parametrize("backend", KERNELS, indirect=True)
+def test_log_probabilities_are_those_of_scoring_to_a_few_units_in_the_last_place(backend):
+    """Both have the target's logit from their product: a policy and its reference agree where they are one."""
+    hidden, weight, ids, logit_map = make()
+    found = linear_exp.linear_exp(hidden, weight, ids, logit_map, tile(), backend=backend)
+    scores = linear_scores(hidden, weight, ids, logit_map)
+    torch.testing.assert_close(found.logp, scores.logp, rtol=4e-7, atol=2e-6)
 
 
 @pytest.mark.parametrize("backend", KERNELS, indirect=True)

@@ -159,6 +159,12 @@ def test_bad_packing_is_named(case):
     refused(exactly(message), good_packed(**changes))
 
 
+def test_boundaries_that_are_no_tensor_are_named():
+    refused(
+        exactly("cu_seqlens must be a torch.Tensor, got list"), good_packed(cu_seqlens=[0, 4, 4, 9]), error=TypeError
+    )
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -300,6 +300,18 @@ def test_a_reference_scored_by_the_same_call_shifts_by_exactly_zero(schedule):
     assert again.metrics["ace/weight/max"].item() == pytest.approx(1.6931472, rel=1e-6)
 
 
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_entropy_bonus_under_a_softcap_has_no_nan_where_exponentials_underflow(schedule, dtype):
+    """Logits near both caps, 120 apart: exp(-120) is 0 in float32, and log 0 no logit."""
+    hidden, weight, ids, advantages, _ = dense_batch()
+    leaves = [(30 * x).to(dtype).detach().requires_grad_() for x in (hidden, weight)]
+    options = {"entropy_coef": 0.01, "softcap": 30.0, "temperature": 0.5, "schedule": schedule}
+    out = rlvr_ops.grpo_loss(*leaves, ids, advantages, **options)
+    for gradient in torch.autograd.grad(out.loss, leaves):
+        assert gradient.isfinite().all()
+
+
 # The reference
 
 
