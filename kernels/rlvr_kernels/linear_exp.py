@@ -171,7 +171,8 @@ def _leave_part(
             hidden, weight, ids, 0, logit_map, out, found.anchor, shift, raw=raw, sums=1 + (entropy is not None)
         )
         if shard is not None:
-            partials, shift = shard.total(partials.sum(1))[:, None], shard.total(shift)
+            both = shard.total(torch.cat([partials.sum(1), shift[None]]))
+            partials, shift = both[:-1, None], both[-1]
         combine_exp_kernel[(triton.cdiv(hidden.shape[0], COMBINE_ROWS),)](
             partials, out, ids, *found, shift, *flags, *out.shape, partials.shape[1], out.stride(0), partials.stride(0),
             LIMIT=LIMIT, RAW=raw, ENTROPY=entropy is not None, BLOCK_N=COMBINE_ROWS, BLOCK_S=COMBINE_TILES, num_warps=4,
