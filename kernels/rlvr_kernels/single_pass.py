@@ -99,17 +99,18 @@ def single_pass(
             where = keep + part.start if index is None else index[part][keep]
         if d_bias is not None:
             d_bias += sum_of_rows(gradient, scale, d_bias.dtype)
-        rows_out = None if d_hidden is None or isinstance(where, torch.Tensor) else d_hidden[where]
+        # The scaled states, and then d_hidden, take memory that is there: rows of d_hidden, or a chunk's own copy of its states.
+        room = states if isinstance(where, torch.Tensor) or d_hidden is None else d_hidden[where]
         if d_weight is not None:
-            if scale is not None:  # written where d_hidden will be
-                fits = rows_out is not None and rows_out.dtype == states.dtype
-                states = torch.mul(states, scale[:, None], out=rows_out if fits else torch.empty_like(states))
+            if scale is not None:
+                free = room.dtype == states.dtype and (isinstance(where, torch.Tensor) or d_hidden is not None)
+                states = torch.mul(states, scale[:, None], out=room if free else torch.empty_like(states))
             accumulate(d_weight, gradient.T, states, first=i == 0)
         if d_hidden is not None:
-            out = torch.empty_like(states, dtype=d_hidden.dtype) if rows_out is None else rows_out
-            multiply_scaled(gradient, weight, scale, out=out)
-            if rows_out is None:
-                d_hidden[where] = out
+            room = room if room.dtype == d_hidden.dtype else torch.empty_like(states, dtype=d_hidden.dtype)
+            multiply_scaled(gradient, weight, scale, out=room)
+            if isinstance(where, torch.Tensor):
+                d_hidden[where] = room
     if d_hidden is not None and shard is not None:
         d_hidden = shard.total(d_hidden)
     if not plan:
