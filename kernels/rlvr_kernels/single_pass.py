@@ -99,18 +99,20 @@ def single_pass(
             where = keep + part.start if index is None else index[part][keep]
         if d_bias is not None:
             d_bias += sum_of_rows(gradient, scale, d_bias.dtype)
-        # The scaled states, and then d_hidden, take memory that is there: rows of d_hidden, or a chunk's own copy of its states.
-        room = states if isinstance(where, torch.Tensor) or d_hidden is None else d_hidden[where]
+        # Gathered states are a copy, whose memory is free after the last read; others lie where d_hidden has its own.
+        gathered = isinstance(where, torch.Tensor)
+        room = states if gathered else None if d_hidden is None else d_hidden[where]
         if d_weight is not None:
             if scale is not None:
-                free = room.dtype == states.dtype and (isinstance(where, torch.Tensor) or d_hidden is not None)
-                states = torch.mul(states, scale[:, None], out=room if free else torch.empty_like(states))
+                fits = room is not None and room.dtype == states.dtype
+                states = torch.mul(states, scale[:, None], out=room if fits else torch.empty_like(states))
             accumulate(d_weight, gradient.T, states, first=i == 0)
         if d_hidden is not None:
-            room = room if room.dtype == d_hidden.dtype else torch.empty_like(states, dtype=d_hidden.dtype)
-            multiply_scaled(gradient, weight, scale, out=room)
-            if isinstance(where, torch.Tensor):
-                d_hidden[where] = room
+            fits = room is not None and room.dtype == d_hidden.dtype
+            out: Any = room if fits else torch.empty_like(states, dtype=d_hidden.dtype)
+            multiply_scaled(gradient, weight, scale, out=out)
+            if gathered:
+                d_hidden[where] = out
     if d_hidden is not None and shard is not None:
         d_hidden = shard.total(d_hidden)
     if not plan:
