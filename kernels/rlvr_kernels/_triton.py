@@ -51,3 +51,12 @@ def expm1(x):
     """exp(x) - 1 without cancellation: a fifth-order series where |x| < 0.05, whose relative error there is below 1e-9."""
     series = x * (1.0 + x * (0.5 + x * (0.16666667 + x * (0.041666668 + x * 0.0083333333))))
     return tl.where(tl.abs(x) < 0.05, series, tl.exp(x) - 1.0)
+
+
+@jit
+def log1p(x):
+    """log(1 + x) of x >= 0 without cancellation: a series in x / (2 + x) where x < 0.5, whose relative error is below 1e-7."""
+    s = x / (2.0 + x)
+    q = s * s
+    series = 2.0 * s * (1.0 + q * (0.33333334 + q * (0.2 + q * (0.14285715 + q * 0.11111111))))
+    return tl.where(x < 0.5, series, tl.log(1.0 + x))

@@ -20,11 +20,11 @@ from typing import NamedTuple
 
 import torch
 
-from rlvr_kernels._triton import dense, device_guard, expm1, jit, tl, triton
+from rlvr_kernels._triton import dense, device_guard, expm1, jit, log1p, tl, triton
 from rlvr_kernels.backend import use_triton
 from rlvr_kernels.gemm import any_flagged, halves, locate, product, tiling
 from rlvr_kernels.linear_lse import COMBINE_ROWS, COMBINE_TILES, Flags, fold_rows
-from rlvr_kernels.logits import LogitMap, log2_logits, row_blocks, subtract_at
+from rlvr_kernels.logits import LogitMap, log2_logits, logit_of, row_blocks, subtract_at
 from rlvr_kernels.lse_fold import RowState, Scores, state_of
 from rlvr_kernels.shard import Shard
 from rlvr_kernels.tile import multiply
@@ -415,21 +415,3 @@ def combine_exp_kernel(
     cols = tl.load(ids_ptr + rows, mask=present, other=-1).to(tl.int64)
     held = present & (cols >= 0) & (cols < n_cols)
     tl.store(out_ptr + rows.to(tl.int64) * out_stride + cols, entry.to(out_ptr.dtype.element_ty), mask=held)
-
-
-@jit
-def log1p(x):
-    """log(1 + x) of x >= 0 without cancellation: a series in x / (2 + x) where x < 0.5, whose relative error is below 1e-7."""
-    s = x / (2.0 + x)
-    q = s * s
-    series = 2.0 * s * (1.0 + q * (0.33333334 + q * (0.2 + q * (0.14285715 + q * 0.11111111))))
-    return tl.where(x < 0.5, series, tl.log(1.0 + x))
-
-
-@jit
-def logit_of(z, inv_temperature, logit_scale, softcap, HAS_SOFTCAP: tl.constexpr):
-    """A logit from h W^T + b."""
-    z *= logit_scale
-    if HAS_SOFTCAP:
-        z = softcap - 2.0 * softcap / (1.0 + tl.exp(2.0 * z / softcap))
-    return z * inv_temperature

@@ -131,6 +131,15 @@ def load_logits(
 
 
 @jit
+def logit_of(z, inv_temperature, logit_scale, softcap, HAS_SOFTCAP: tl.constexpr):
+    """A logit from h W^T + b."""
+    z *= logit_scale
+    if HAS_SOFTCAP:
+        z = softcap - 2.0 * softcap / (1.0 + tl.exp(2.0 * z / softcap))
+    return z * inv_temperature
+
+
+@jit
 def log2_logits(
     z, cols, bias_ptr, bias_stride, inv_temperature, n_cols, logit_scale, softcap, HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
