@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+LEADING = [(8192, 4096, 131072), (8192, 896, 151936), (16384, 2048, 151936)]  # what to know first of a GPU
+
 
 class Batch(NamedTuple):
     """hidden (B, T, H); weight (V, H); ids, old, ref (B, T); advantages (B,)."""
@@ -99,6 +101,16 @@ def variations(case: Case) -> list[Case]:
     return [replace(case, **change) for change in changes]
 
 
+def sizes(shape: tuple[int, int, int]) -> dict[str, Any]:
+    return dict(zip(("rows", "hidden", "vocabulary"), shape, strict=True))
+
+
+def leading(suite: list[Case]) -> list[Case]:
+    """The cases of a suite with the leading shapes and nothing varied, or the first of a suite without them."""
+    found = [case for case in suite if case in {replace(suite[0], **sizes(shape)) for shape in LEADING}]
+    return sorted(found, key=lambda case: LEADING.index((case.rows, case.hidden, case.vocabulary))) or suite[:1]
+
+
 def cases(device_type: str, *, quick: bool) -> list[Case]:
     """The suite for a device, the most telling case first; `quick` has small shapes, for a run under 3 minutes."""
     cuda = device_type == "cuda"
@@ -106,12 +118,12 @@ def cases(device_type: str, *, quick: bool) -> list[Case]:
         small = Case("ace", 2048, 1024, 32768, 16, "bfloat16") if cuda else Case("ace", 128, 256, 4096, 16)
         return [*variations(small), replace(small, rows=32 * small.rows, hidden=small.hidden // 8)]
     if cuda:
-        main, *varied = variations(Case("ace", 8192, 4096, 131072, 16, "bfloat16"))
-        shapes = [(8192, 896, 151936), (16384, 2048, 151936), (8192, 4096, 151936), (4096, 4096, 128256)]
-        others = [replace(main, rows=rows, hidden=hidden, vocabulary=vocabulary) for rows, hidden, vocabulary in shapes]
+        main, *varied = variations(replace(Case("ace", 0, 0, 0, 16, "bfloat16"), **sizes(LEADING[0])))
+        shapes = [*LEADING[1:], (8192, 4096, 151936), (4096, 4096, 128256)]
+        others = [replace(main, **sizes(shape)) for shape in shapes]
         few = [replace(main, rows=256, rollouts=4, hidden=hidden, vocabulary=151936) for hidden in (4096, 896)]
         last = [*others[2:], Case("ace", 65536, 2048, 151936, 64, "bfloat16")]
-        return [main, *others[:2], *varied[:3], *few, *last, *varied[3:]]
+        return [main, *varied[:3], *few, *others[:2], *last, *varied[3:]]
     large, small = Case("ace", 1024, 896, 151936, 8), Case("ace", 256, 256, 32000, 16)
     first = [large, replace(large, active=0.5), replace(large, loss="grpo"), replace(large, dtype="bfloat16")]
     return [*first, *variations(small), replace(small, dtype="bfloat16"), Case("ace", 8192, 64, 8192, 16)]

@@ -1,47 +1,60 @@
 """Everything that a machine with an accelerator can tell, in one command and a given time, the most valuable first.
 
-    python -m benchmarks.on_gpu --minutes 20 --out results [--only tests products suite launches graphs scaling tuning]
+    python -m benchmarks.on_gpu --minutes 15 --out results [--only kernels main waits suite rows tuning ...]
 
 Needs no network. Each stage runs in processes of its own: what crashes one leaves the others. JSON is written after
-every case, so that a run that is cut off counts, and the suite goes on where an earlier run of the same commit with the
-same --out has stopped; a copy without .git is told its commit by RLVR_OPS_COMMIT. The suite's files lie in a folder
-named after the device, ready to be copied into benchmarks/results/. Tables of all come last.
+every case, so that a run that is cut off counts, and goes on where an earlier run of the same commit with the same --out
+has stopped; a copy without .git is told its commit by RLVR_OPS_COMMIT. The suite's files lie in a folder named after the
+device, ready to be copied into benchmarks/results/. What failed and the table of targets come last.
 """
 
 import argparse
-import itertools
 import json
-import math
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from contextlib import suppress
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
-from unittest import mock
+from typing import Any
 
 import torch
-from rlvr_kernels.gemm import FOLD_CANDIDATES, LEAVE_CANDIDATES
-from rlvr_kernels.linear_exp import linear_exp
-from rlvr_kernels.linear_lse import linear_lse
-from rlvr_kernels.logits import LogitMap
-from rlvr_kernels.tile import Tile, TileShape
 
-from benchmarks import scaling, targets
-from benchmarks.bench_losses import LOST
-from benchmarks.cases import Case, cases
-from benchmarks.measure import Step, bare_matmuls, interleave, spread
+from benchmarks import correct, scaling, sweeps, targets, training
+from benchmarks.bench_losses import LOST as LOST_BY
+from benchmarks.cases import cases, leading
 from benchmarks.results import ROOT, commit, device_folder, devices, load, markdown, provenance, write
-from benchmarks.systems import reason, systems
+from benchmarks.stage import LOST, TIMED_OUT, Stage, collect, kept
+from benchmarks.systems import systems
 
-SHARES = {"tests": 0.3, "products": 0.1, "suite": 0.7, "launches": 0.2, "graphs": 0.2, "scaling": 0.4, "tuning": 1.0}
-"""How much of the time that is left a stage may take; the last one may take all."""
+PLAN = {
+    "kernels": 45,
+    "main": 120,
+    "waits": 15,
+    "suite": 110,
+    "rows": 15,
+    "tuning": 60,
+    "demo": 40,
+    "training": 120,
+    "tests": 120,
+    "graphs": 30,
+    "products": 30,
+    "scaling": 60,
+}
+"""Seconds of a stage's turn. A stage that has more to do gets another turn when all others had theirs."""
+IN_PROCESS: dict[str, Callable[[Stage], None]] = {
+    "kernels": lambda here: collect(here, correct.kernels(here)),
+    "waits": lambda here: collect(here, correct.waits(here)),
+    "rows": lambda here: collect(here, sweeps.few_rows(here)),
+    "tuning": lambda here: collect(here, sweeps.tilings(here)),
+    "training": lambda here: collect(here, training.runs(here)),
+    "products": lambda here: collect(here, sweeps.products(here)),
+    "scaling": lambda here: scaling.measure(here.device, here.out / device_folder(here.device), tiny=here.tiny),
+}
 TESTS = {  # no others, which need more packages; a failed capture may leave its process unable to do more
     "tests": (
         "tests/kernels/test_linear_exp.py",
@@ -50,96 +63,8 @@ TESTS = {  # no others, which need more packages; a failed capture may leave its
     ),
     "graphs": ("tests/gpu/test_cuda_graph.py",),
 }
-TIMED_OUT = 124  # exit code
 LAST_WORDS = 15  # seconds for what was interrupted to say what it has found so far
 FEW = ("rlvr_ops", "trl")
-SHAPES = [(n, 4096, c) for n in (2048, 4096, 8192) for c in (8192, 16384, 32768, 131072)]
-Choice = tuple[dict[str, Any], float, Step, Step]  # a label, FLOPs, what is timed, and bare products beside it
-
-
-class Stage(NamedTuple):
-    """Which one, where to write, on what to run, until when (time.monotonic), and whether on toy shapes."""
-
-    name: str
-    out: Path
-    device: torch.device
-    end: float
-    tiny: bool = False
-
-    @property
-    def log(self) -> Path:
-        return self.out / f"{self.name}.log"
-
-    def left(self) -> float:
-        return max(0.0, self.end - time.monotonic())
-
-
-def timed(here: Stage, choices: Iterator[Choice]) -> None:
-    """Measure each choice in turns with its bare products, by which those minutes apart compare, until time is up."""
-    rows: list[dict[str, Any]] = []
-    for label, flops, *steps in itertools.takewhile(lambda _: here.left() > 0, choices):
-        try:
-            interleave(steps, here.device, seconds=0, least=2, most=2)  # warm up
-            times = interleave(steps, here.device, seconds=0.3, least=1 if here.tiny else 10, most=50)
-            ms, products = (spread(mine)["median_ms"] for mine in times)
-            found = {"ms": ms, "tflops": 1e-9 * flops / ms, "x_products": ms / products}
-            rows.append(label | {key: round(value, 4) for key, value in found.items()})
-        except Exception as error:  # a tile that does not fit, a compiler that gives up
-            rows.append(label | {"ms": reason(error)})
-        write(here.out / f"{here.name}.json", rows)
-
-
-def products(here: Stage) -> Iterator[Choice]:
-    """The products that the head is made of, written in their operands' dtype, in float32, and added to float32."""
-    low, wide = (torch.bfloat16, {"out_dtype": torch.float32}) if here.device.type == "cuda" else (torch.float32, {})
-    for n, h, c in [(16, 8, 50)] if here.tiny else SHAPES:
-        hidden, weight, tile = (torch.randn(s, device=here.device).to(low) for s in ((n, h), (c, h), (n, c)))
-        bare = partial(torch.mm, hidden, weight.T, out=torch.empty_like(tile))
-        for name, x, y in (("logits", hidden, weight.T), ("d_hidden", tile, weight), ("d_weight", tile.T, hidden)):
-            out, total = (torch.empty(len(x), y.shape[1], device=here.device, dtype=t) for t in (low, torch.float32))
-            forms = {name: partial(torch.mm, x, y, out=out), f"{name} fp32": partial(torch.mm, x, y, out=total, **wide)}
-            forms[f"{name} += fp32"] = partial(torch.addmm, total, x, y, out=total, **wide)
-            for form, step in forms.items():
-                yield {"n": n, "h": h, "c": c, "form": form}, 2.0 * n * h * c, step, bare
-
-
-def tilings(here: Stage) -> Iterator[Choice]:
-    """linear_lse and linear_exp with each tiling that could be the one for this GPU, at three shapes."""
-    shapes = [(16, 8, 50)] if here.tiny else [(8192, 4096, 131072), (8192, 896, 151936), (16384, 2048, 151936)]
-    target = ("cuda", 10 * torch.cuda.get_device_capability()[0]) if here.device.type == "cuda" else ("cpu", 0)
-    for n, h, v in shapes:
-        case = Case("logps", n, h, v, 4 if here.tiny else 16, "float32" if target[0] == "cpu" else "bfloat16")
-        batch = case.batch(here.device)
-        hidden, weight, ids = batch.hidden.flatten(0, 1), batch.weight, batch.ids.flatten()
-        tile = Tile(TileShape(n, v), hidden.dtype, here.device).part(n, v)
-        leave = partial(linear_exp, hidden, weight, ids, LogitMap(torch.ones(n, device=here.device)), tile)
-        fold, bare = partial(linear_lse, hidden, weight, ids), bare_matmuls(case, batch)
-        for table, module, step, known in (
-            ("FOLD", "linear_lse", fold, FOLD_CANDIDATES),
-            ("LEAVE", "linear_exp", leave, LEAVE_CANDIDATES),
-        ):
-            for one in known.get(target, (None,)):
-                tiled = step if one is None else mock.patch(f"rlvr_kernels.{module}.tiling", return_value=one)(step)
-                yield {"table": table, "shape": (n, h, v), "tiling": str(one)}, case.flops, tiled, bare
-
-
-def winners(rows: list[dict[str, Any]]) -> list[str]:
-    """For each table of gemm.py, the line of the tiling that was fastest over all shapes, as multiples of the products."""
-    found: dict[tuple[str, str], list[float]] = {}
-    for row in rows:
-        found.setdefault((row["table"], row["tiling"]), []).append(math.log(row.get("x_products", math.inf)))
-    best = {
-        table: min((sum(x) / len(x), tiling) for (name, tiling), x in found.items() if name == table)
-        for table, _ in found
-    }
-    return [f"fastest: {table}[...] = {tiling}  # {math.exp(x):.3f} x products" for table, (x, tiling) in best.items()]
-
-
-IN_PROCESS: dict[str, Callable[[Stage], None]] = {
-    "products": lambda here: timed(here, products(here)),
-    "scaling": lambda here: scaling.measure(here.device, here.out / device_folder(here.device), tiny=here.tiny),
-    "tuning": lambda here: timed(here, tilings(here)),
-}
 
 
 def is_there(path: Path, keys: Collection[str]) -> bool:
@@ -151,11 +76,10 @@ def is_there(path: Path, keys: Collection[str]) -> bool:
     return stored["commit"] == commit() and {row["key"] for row in stored["systems"]} | absent >= set(keys)
 
 
-def remaining(here: Stage, few: bool, lost: Collection[str]) -> list[str]:
+def remaining(here: Stage, lost: Collection[str]) -> list[str]:
     """pytest's names of what is still to be measured, without lost systems and cases."""
-    suite, found = cases(here.device.type, quick=here.tiny), []
-    short = [case for case in suite if case.rows < 1024][:2]  # so short that the launches count
-    chosen = short if here.name == "launches" else suite[:3] if few else suite
+    suite, found, few = cases(here.device.type, quick=here.tiny), [], here.name == "main" or here.tiny
+    chosen = leading(suite) if here.name == "main" else suite[1:2] if here.tiny else suite
     for case in (one for one in chosen if one.name not in lost):
         keys = [one.key for one in systems(case) if one.key not in lost and (one.key in FEW or not few)]
         if not is_there(here.out / device_folder(here.device) / f"{case.name}.json", keys):
@@ -164,37 +88,38 @@ def remaining(here: Stage, few: bool, lost: Collection[str]) -> list[str]:
 
 
 def measure(here: Stage) -> int:
-    """The suite's first cases with few systems, which takes seconds, then all with all; some compile for minutes.
+    """The leading cases with few systems, or the suite with all; some compile for minutes.
 
     pytest ends when a system has broken the device for all, and begins again without it.
     """
-    options = [
-        "--benchmark",
-        f"--benchmark-results={os.path.relpath(here.out, ROOT)}",
-        *["--benchmark-quick"] * here.tiny,
-    ]
-    lost, codes = set[str](), [0]
-    for few in (True, False) if here.name == "suite" and not here.tiny else (True,):
-        while tests := remaining(here, few, lost):
-            codes.append(run(here, "pytest", "-q", *options, *tests))
-            named = set(re.findall(LOST, here.log.read_text()))
-            if named <= lost:
-                break
-            lost |= named
-    return max(codes)
+    options = ["--benchmark", f"--benchmark-results={os.path.relpath(here.out, ROOT)}"]
+    options += ["--benchmark-quick"] * here.tiny
+    lost, code = set[str](), 0
+    while tests := remaining(here, lost):
+        code = run(here, "pytest", "-q", *options, *tests)
+        named = set(re.findall(LOST_BY, here.log.read_text()))
+        if named <= lost:
+            break
+        lost |= named
+    return code
 
 
 def perform(here: Stage) -> int:
     """A stage in processes of its own; its exit code."""
-    if here.name in ("suite", "launches"):
+    if here.name in ("main", "suite"):
         return measure(here)
+    if here.name == "demo":
+        model, given = training.demo(tiny=here.tiny)
+        return run(here, "rlvr_trainer", "demo", "--model", model, "--out", str(here.out / "runs" / "demo"), *given)
     if here.name in TESTS:
         parallel = ["-n", "8"] if here.name == "tests" and find_spec("xdist") else []
         some = ["-k", "two_runs or captured"] if here.tiny else parallel
         # A device on which everything fails says so after 25 tests; the time is then better spent on measurements.
         return run(here, "pytest", "-q", "-m", "gpu", "--maxfail=25", *some, *TESTS[here.name])
     options = ["--minutes", str(0.95 * here.left() / 60), "--out", str(here.out), "--device", str(here.device)]
-    return run(here, "benchmarks.on_gpu", "--stage", here.name, *options, *["--tiny"] * here.tiny)
+    while (code := run(here, "benchmarks.on_gpu", "--stage", here.name, *options, *["--tiny"] * here.tiny)) == LOST:
+        pass  # each time with a row more, which is not tried again
+    return code
 
 
 def run(here: Stage, *command: str) -> int:
@@ -225,9 +150,9 @@ def ended(process: subprocess.Popen[bytes], seconds: float) -> int:
 def main(arguments: list[str] | None = None) -> int:
     """Run the stages and print the table; 0 unless a stage failed. One that was out of time has not."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.on_gpu", description=main.__doc__)
-    parser.add_argument("--minutes", type=float, default=20.0, help="when to have finished")
+    parser.add_argument("--minutes", type=float, default=15.0, help="when to have finished")
     parser.add_argument("--out", type=Path, default=Path("results"), help="where the JSON goes")
-    parser.add_argument("--only", nargs="+", choices=SHARES, default=list(SHARES), help="stages to run")
+    parser.add_argument("--only", nargs="+", choices=PLAN, default=list(PLAN), help="stages to run")
     parser.add_argument("--device", type=torch.device, default="cuda")
     parser.add_argument("--tiny", action="store_true", help="toy shapes, to see that the script itself works")
     parser.add_argument("--stage", choices=IN_PROCESS, help="run this stage in this process")
@@ -239,34 +164,45 @@ def main(arguments: list[str] | None = None) -> int:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background jobs and what they start
     if device.type == "cuda" and not torch.cuda.is_available():
         parser.error("no CUDA device is available here; --device cpu --tiny shows that the script works")
-    write(out / "machine.json", provenance(device, "python -m benchmarks.on_gpu"))
-    failed = False
-    for stage in given.only:
-        began = time.monotonic()
-        seconds = (end - began) * (1 if stage == given.only[-1] else SHARES[stage])
-        here = Stage(stage, out, device, began + seconds, given.tiny)
-        here.log.unlink(missing_ok=True)
-        code = perform(here)
-        failed |= code not in (0, TIMED_OUT)
-        said = "out of time" if code == TIMED_OUT else f"exit {code}"
-        print(f"{stage}: {said}, {time.monotonic() - began:.0f} s of {seconds:.0f}, see {here.log}", flush=True)
-    print(table(out))
-    return int(failed)
+    codes = take_turns(out, device, end, given.only, tiny=given.tiny)
+    print(report(out))
+    return int(any(code not in (0, TIMED_OUT) for code in codes.values()))
 
 
-def table(out: Path) -> str:
-    """A line for each product and tuned size, a table for each case, what failed in the tests, and targets met or missed."""
-    lines: list[str] = []
-    for path in filter(Path.exists, (out / "products.json", out / "tuning.json")):
-        rows = json.loads(path.read_text())
-        lines += [f"{path.stem}: {row}" for row in rows] + (winners(rows) if path.stem == "tuning" else [])
-    lines += [markdown(load(place)) for place in devices(out)]
-    for log in filter(Path.exists, (out / f"{stage}.log" for stage in SHARES if stage not in IN_PROCESS)):
+def take_turns(out: Path, device: torch.device, end: float, stages: list[str], *, tiny: bool) -> dict[str, int]:
+    """Each stage's exit code: a turn each, and again those that were out of time; the last one left may take all."""
+    path, head = out / "stages.json", provenance(device, "python -m benchmarks.on_gpu")
+    codes = {row["stage"]: row["exit"] for row in kept(path) if row["exit"] == 0}
+    write(path, head | {"rows": [{"stage": name, "exit": code} for name, code in codes.items()]})
+    while todo := [stage for stage in stages if codes.get(stage, TIMED_OUT) == TIMED_OUT]:
+        for stage in todo:
+            began = time.monotonic()
+            seconds = end - began if len(todo) == 1 else min(end - began, PLAN[stage])
+            if seconds < 1:
+                return codes
+            here = Stage(stage, out, device, began + seconds, tiny)
+            here.log.unlink(missing_ok=True)
+            codes[stage] = code = perform(here)
+            write(path, head | {"rows": [{"stage": name, "exit": code} for name, code in codes.items()]})
+            said = "out of time" if code == TIMED_OUT else f"exit {code}"
+            print(f"{stage}: {said}, {time.monotonic() - began:.0f} s of {seconds:.0f}, see {here.log}", flush=True)
+    return codes
+
+
+def report(out: Path) -> str:
+    """Tables of the cases, what was found besides, what failed, and targets met or missed."""
+    found = {stage: json.loads(path.read_text())["rows"] for stage in PLAN if (path := out / f"{stage}.json").exists()}
+    lines = [markdown(load(place)) for place in devices(out)]
+    lines += [f"{row['shape']} {row['kernel']}: {row.get('x_products')} x products" for row in found.get("rows", [])]
+    lines += sweeps.winners(found.get("tuning", [])) + [f"training: {row}" for row in found.get("training", [])]
+    for stage in ("kernels", "waits"):
+        bad = [row for row in found.get(stage, []) if "wrong" in row or "error" in row]
+        lines += [f"{stage}: {len(found.get(stage, [])) - len(bad)} right", *(f"{stage}: {row}" for row in bad)]
+    for log in filter(Path.exists, (out / f"{stage}.log" for stage in PLAN if stage not in IN_PROCESS)):
         said = log.read_text().splitlines()
-        kept = [line for line in said[:-1] if re.search(f"^(FAILED|ERROR) |{LOST}", line)]
-        lines += [f"{log.stem}: {line.strip()}" for line in kept + said[-1:]]
-    lines += [targets.markdown(load(place)) for place in devices(out)]
-    return "\n".join(lines)
+        kept_lines = [line for line in said[:-1] if re.search(f"^(FAILED|ERROR) |{LOST_BY}", line)]
+        lines += [f"{log.stem}: {line.strip()}" for line in kept_lines + said[-1:]]
+    return "\n".join(lines + [targets.markdown(load(place)) for place in devices(out)])
 
 
 if __name__ == "__main__":

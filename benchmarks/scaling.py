@@ -18,8 +18,9 @@ from rlvr_kernels import cost
 from rlvr_kernels.cost import H100_BF16, H200_BF16, Problem, Rates, single_pass_workspace
 from rlvr_kernels.tile import default_workspace_bytes, whole_row_tile
 
-from benchmarks.cases import Case
+from benchmarks.cases import LEADING, Case
 from benchmarks.measure import bare_matmuls, interleave, milliseconds, peak_bytes, spread
+from benchmarks.peers import PEERS
 from benchmarks.results import Result, devices, provenance, table, write
 from benchmarks.systems import compute, ours
 
@@ -80,27 +81,33 @@ def exponent(points: list[Result], size: str, value: str) -> float:
     return statistics.linear_regression(*zip(*logs, strict=True)).slope
 
 
+def of_a_step(p: Problem, rates: Rates) -> cost.Cost:
+    """A single pass with the default workspace of a GPU."""
+    room = single_pass_workspace(p, default_workspace_bytes(torch.device("cuda"), whole_rows=True))
+    return cost.single_pass(p, rates, chunk_rows=cost.equal_chunks(p, room))
+
+
 def predicted() -> str:
-    """Both schedules in bf16 with the default workspaces, on two chips: before a GPU has run it."""
-    device, rows = torch.device("cuda"), []
-    room = default_workspace_bytes(device, whole_rows=True)
-    slices = default_workspace_bytes(device, whole_rows=False)
+    """Both schedules in bf16 with the default workspaces, and peers, on two chips: before a GPU has run it."""
+    rows, others, slices = [], [], default_workspace_bytes(torch.device("cuda"), whole_rows=False)
     for (chip, rates), (n, h, v) in itertools.product({"H100": H100_BF16, "H200": H200_BF16}.items(), GPU_SHAPES):
         p = Problem(n, h, v, scored=n, active=n)
-        half = replace(p, scored=n // 2, active=n // 2)
-        once, fewer = (
-            cost.single_pass(q, rates, chunk_rows=cost.equal_chunks(q, single_pass_workspace(q, room)))
-            for q in (p, half)
-        )
+        once, fewer = (of_a_step(q, rates) for q in (p, replace(p, scored=n // 2, active=n // 2)))
         twice, scored = cost.two_pass(p, rates, tile_bytes=slices), cost.forward_only(p, rates, tile_bytes=slices)
         product = 2 * n * v * h / rates.matmul_flops
         shares = once.seconds / product / 3, twice.seconds / product / 4, scored.seconds / product
         sizes = (1e-9 * (one.peak_bytes - 2 * h * (n + v)) for one in (once, twice))
         rows.append((chip, n, h, v, 3e3 * product, 1e3 * once.seconds, *shares, fewer.seconds / once.seconds, *sizes))
+        if (n, h, v) in LEADING:
+            theirs = [peer.seconds(n, h, v, rates) for peer in PEERS]
+            half = fewer.seconds / theirs[[peer.key for peer in PEERS].index("trl")]
+            others.append((chip, n, h, v, *(once.seconds / seconds for seconds in theirs), half))
     head = (
         "chip | N | H | V | 6NVH ms | single pass ms | x 6NVH | two passes x 8NVH | scoring x 2NVH | half active x all"
     )
-    return table(f"{head} | workspace GB | of two passes", "- - - - .1f .1f .2f .2f .2f .2f .2f .2f", rows)
+    ours = table(f"{head} | workspace GB | of two passes", "- - - - .1f .1f .2f .2f .2f .2f .2f .2f", rows)
+    head = " | ".join(["chip | N | H | V", *(f"x {peer.name}" for peer in PEERS), "half active x TRL, all active"])
+    return f"{ours}\n\n{table(head, '- - - - ' + '.2f ' * (len(PEERS) + 1), others)}"
 
 
 def measured(results: Path) -> str:

@@ -12,13 +12,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import bench_losses, on_gpu
+import rlvr_ops
+from benchmarks import bench_losses, correct, on_gpu, stage, sweeps, training
 from benchmarks.bench_losses import interleaved, record
-from benchmarks.cases import Case, cases
+from benchmarks.cases import LEADING, Case, cases, leading
 from benchmarks.measure import DeviceLostError, Measured
-from benchmarks.on_gpu import Stage
 from benchmarks.results import ROOT, device_folder, save
-from benchmarks.systems import systems
+from benchmarks.stage import LOST, TIMED_OUT, Stage, collect
+from benchmarks.systems import Missing, systems
 
 CPU = torch.device("cpu")
 CASE, LOSS = Case("logps", 16, 8, 50, 4), Case("ace", 16, 8, 50, 4)
@@ -160,8 +161,9 @@ def result_of(place):
 
 @pytest.fixture
 def clean_commit(monkeypatch):
-    monkeypatch.setattr(on_gpu, "commit", lambda: {"id": "abc", "dirty": False})
-    monkeypatch.setattr("benchmarks.results.commit", on_gpu.commit)
+    this = lambda: {"id": "abc", "dirty": False}  # noqa: E731
+    for module in ("on_gpu", "results", "stage"):
+        monkeypatch.setattr(f"benchmarks.{module}.commit", this)
 
 
 @pytest.fixture
@@ -169,45 +171,135 @@ def tiny_stage(tmp_path, clean_commit):
     return Stage("suite", tmp_path, CPU, time.monotonic() + 60, tiny=True)
 
 
-def test_the_stages_that_run_in_a_process_of_their_own_write_what_they_find(tmp_path):
-    tiny = ["--tiny", "--device", "cpu", "--minutes", "1", "--out", str(tmp_path)]
-    assert not on_gpu.main(["--stage", "tuning", *tiny])
-    rows = json.loads((tmp_path / "tuning.json").read_text())
-    assert {(row["table"], row["tiling"]) for row in rows} == {("FOLD", "None"), ("LEAVE", "None")}, (
-        "others are for a GPU"
-    )
-    assert not [row for row in rows if isinstance(row["ms"], str)]
-    assert "x_products" in on_gpu.table(tmp_path)
+def test_every_stage_is_rehearsed_in_under_two_minutes(tmp_path, capsys):
+    began = time.monotonic()
+    assert on_gpu.main(["--tiny", "--device", "cpu", "--minutes", "4", "--out", str(tmp_path)]) == 0
+    assert time.monotonic() - began < 120
+    said = capsys.readouterr().out
+    assert [line.split(":")[0] for line in said.splitlines() if ": exit 0," in line] == list(on_gpu.PLAN)
+    rows = {
+        name: json.loads((tmp_path / f"{name}.json").read_text())["rows"]
+        for name in on_gpu.IN_PROCESS.keys() - {"scaling"}
+    }
+    kernels = {row["kernel"] for row in rows["kernels"]}
+    assert kernels >= {
+        "linear_lse",
+        "linear_exp",
+        "linear_exp, dlogits",
+        "two steps, single_pass",
+        "two steps, two_pass",
+    }
+    assert all(row["errors"].keys() == row["eager"].keys() for row in rows["kernels"])
+    assert {row["given"] for row in rows["waits"]} == set(correct.WAITS)
+    assert {row["form"] for row in rows["products"]} >= {"logits", "d_weight += fp32"}
+    assert {(row["table"], row["tiling"]) for row in rows["tuning"]} == {("FOLD", "None"), ("LEAVE", "None")}
+    assert 0 < rows["training"][0]["share_of_loss"] < 1
+    assert {path.stem for path in tmp_path.glob("cpu-*/*.json")} == {
+        "scaling", *(case.name for case in cases("cpu", quick=True)[:2])
+    }  # fmt: skip
+    assert "| **rlvr_ops** |" in said
+    assert f"kernels: {len(rows['kernels'])} right" in said
+    assert said.splitlines()[-1].startswith("| "), "targets come last"
+
+
+def test_a_check_that_is_off_is_wrong_and_so_is_one_that_is_not_a_number():
+    head = correct.make(correct.TINY, torch.empty(0), full=True)
+    found = correct.scores(head, everything=True)
+    assert "wrong" not in correct.distances(head, found)
+    assert correct.distances(head, found | {"lse": found["lse"] + 0.01})["wrong"] == "lse"
+    assert correct.distances(head, found | {"entropy": found["entropy"] * float("nan")})["wrong"] == "entropy"
+
+
+def test_rows_of_this_commit_are_not_measured_again_and_those_of_another_are(tiny_stage, monkeypatch):
+    asked = []
+
+    def works(*names):
+        return iter([({"name": name}, lambda name=name: asked.append(name) or {"ms": 1.0}) for name in names])
+
+    collect(tiny_stage, works("a"))
+    collect(tiny_stage, works("a", "b"))
+    assert asked == ["a", "b"]
+    monkeypatch.setattr(stage, "commit", lambda: {"id": "def", "dirty": False})
+    collect(tiny_stage, works("a", "b"))
+    assert asked == ["a", "b", "a", "b"]
+
+
+def test_a_row_says_why_it_has_no_numbers_and_only_what_is_wrong_fails_the_stage(tiny_stage, monkeypatch):
+    def raises(error):
+        raise error
+
+    absent = [({"name": "a"}, lambda: raises(Missing("needs the package gguf"))), ({"name": "b"}, dict)]
+    collect(tiny_stage, iter(absent))
+    with pytest.raises(SystemExit, match="1"):
+        collect(tiny_stage, iter([*absent, ({"name": "c"}, lambda: raises(RuntimeError("too many registers")))]))
+    rows = json.loads(tiny_stage.rows.read_text())["rows"]
+    assert [row.get("missing") or row.get("error") for row in rows] == [
+        "needs the package gguf", None, "RuntimeError: too many registers"
+    ]  # fmt: skip
+    monkeypatch.setattr(stage, "check", lambda device: "an illegal memory access")
+    with pytest.raises(SystemExit, match=str(LOST)):
+        collect(tiny_stage, iter([({"name": "d"}, dict), ({"name": "e"}, dict)]))
+    assert [row["name"] for row in json.loads(tiny_stage.rows.read_text())["rows"]] == ["a", "b", "c", "d"]
+    with pytest.raises(SystemExit, match=str(TIMED_OUT)):
+        collect(tiny_stage._replace(end=0.0), iter([({"name": "f"}, dict)]))
+
+
+def test_a_stage_that_has_lost_its_device_begins_again(tiny_stage, monkeypatch):
+    codes = [LOST, LOST, 1]
+    monkeypatch.setattr(on_gpu, "run", lambda here, *command: codes.pop(0))
+    assert on_gpu.perform(tiny_stage._replace(name="kernels")) == 1
+    assert not codes
+
+
+def test_stages_out_of_time_get_another_turn_and_what_has_ended_well_is_not_done_again(
+    tmp_path, monkeypatch, clean_commit
+):
+    done = []
+    monkeypatch.setattr(on_gpu, "perform", lambda here: done.append(here.name) or codes[here.name].pop(0))
+    turns = lambda: on_gpu.take_turns(tmp_path, CPU, time.monotonic() + 600, list(codes), tiny=True)  # noqa: E731
+    codes = {"kernels": [0], "suite": [TIMED_OUT, TIMED_OUT, 0], "tests": [1], "tuning": [TIMED_OUT, 0]}
+    assert turns() == {"kernels": 0, "suite": 0, "tests": 1, "tuning": 0}
+    assert done == ["kernels", "suite", "tests", "tuning", "suite", "tuning", "suite"]
+    codes["tests"] = [0]
+    assert turns()["tests"] == 0
+    assert done[7:] == ["tests"]
+
+
+def test_the_trainers_updates_say_what_they_spend_in_the_head(tmp_path):
+    def update(policy, step):
+        rlvr_ops.token_logps(torch.zeros(2, 3), torch.ones(5, 3), torch.tensor([0, 1]))
+        return {"loss": 1.0}
+
+    path = tmp_path / "head.jsonl"
+    assert training.watched(update, CPU, path)("policy", 6) == {"loss": 1.0}
+    (row,) = training.read(path)
+    assert row["step"] == 7
+    assert row["scores"] > 0 == row["loss"]
+    metrics = [{"step": 7, "perf/seconds_step": 4 * row["scores"], "perf/seconds_generate": 0.5, "num_tokens": 10}]
+    found = training.shown([*metrics, {"step": 7, "eval/pass@1": 0.5}], [row])
+    assert found["share_of_scores"] == pytest.approx(0.25)
+    assert found["steps"] == 1
 
 
 def test_the_winner_is_the_tiling_that_is_fastest_over_all_shapes():
     times = [("FOLD", "a", 1.2), ("FOLD", "a", 1.2), ("FOLD", "b", 1.1), ("FOLD", "b", 1.4), ("LEAVE", "a", 2.0)]
     rows = [{"table": table, "tiling": tiling, "x_products": x} for table, tiling, x in times]
     rows.append({"table": "LEAVE", "tiling": "c", "ms": "out of resources"})
-    assert on_gpu.winners(rows) == [
+    assert sweeps.winners(rows) == [
         "fastest: FOLD[...] = a  # 1.200 x products",
         "fastest: LEAVE[...] = a  # 2.000 x products",
     ]
 
 
-def test_a_stage_runs_in_a_process_of_its_own_and_is_ended_when_its_time_is_up(tmp_path, capsys):
-    tiny = ["--tiny", "--device", "cpu", "--out", str(tmp_path)]
-    assert on_gpu.main([*tiny, "--minutes", "10", "--only", "products", "launches"]) == 0
-    said = capsys.readouterr().out
-    assert "products: exit 0" in said
-    assert "launches: exit 0" in said
-    assert "| **rlvr_ops** |" in said
-    forms = {row["form"] for row in json.loads((tmp_path / "products.json").read_text())}
-    assert forms >= {"logits", "d_weight += fp32"}
-    suite = {path.stem for path in tmp_path.glob("cpu-*/*.json")}
-    assert suite == {case.name for case in cases("cpu", quick=True)[:2]}
-    on_gpu.main([*tiny, "--minutes", "0.005", "--only", "scaling"])
+def test_a_stage_is_ended_when_its_time_is_up(tmp_path, capsys):
+    on_gpu.main(["--tiny", "--device", "cpu", "--out", str(tmp_path), "--minutes", "0.03", "--only", "scaling"])
     assert "scaling: out of time" in capsys.readouterr().out
 
 
 def test_the_suite_goes_on_where_an_earlier_run_has_stopped(tiny_stage, monkeypatch):
-    case, folder = cases("cpu", quick=True)[0], tiny_stage.out / device_folder(CPU)
-    every = on_gpu.remaining(tiny_stage, few=True, lost=())
+    case, folder = cases("cpu", quick=True)[1], tiny_stage.out / device_folder(CPU)
+    every = on_gpu.remaining(tiny_stage, lost=())
+    assert every == [f"benchmarks/bench_losses.py::bench_loss[{case.name}-{key}]" for key in on_gpu.FEW]
     rows = {key: {"key": key} for key in on_gpu.FEW if key != "trl"}
     absent = {"trl": {"key": "trl", "name": "TRL", "reason": "trl is not installed"}}
     path = folder / f"{case.name}.json"
@@ -215,24 +307,18 @@ def test_the_suite_goes_on_where_an_earlier_run_has_stopped(tiny_stage, monkeypa
     save(case, Measured(rows, absent, {}), CPU, "c", folder)
     assert on_gpu.is_there(path, on_gpu.FEW)
     assert not on_gpu.is_there(path, {system.key for system in systems(case)}), "most were not asked for"
-    left = on_gpu.remaining(tiny_stage, few=True, lost=())
-    assert {one for one in every if one not in left} == {
-        f"benchmarks/bench_losses.py::bench_loss[{case.name}-{key}]" for key in on_gpu.FEW
-    }
+    assert on_gpu.remaining(tiny_stage, lost=()) == []
     for other in ({"id": "another", "dirty": False}, {"id": "abc", "dirty": True}, {"id": None, "dirty": None}):
         monkeypatch.setattr(on_gpu, "commit", lambda other=other: other)
         assert not on_gpu.is_there(path, on_gpu.FEW)
 
 
-def test_the_first_cases_come_with_few_systems_first_and_then_with_all(tiny_stage, monkeypatch):
-    asked = []
-    monkeypatch.setattr(on_gpu, "run", lambda here, *command: asked.append([x for x in command if "::" in x]) or 0)
-    tiny_stage.log.touch()
-    assert on_gpu.measure(tiny_stage._replace(tiny=False)) == 0
-    few, everything = asked
-    suite = cases("cpu", quick=False)
-    assert len(few) < 4 * len(on_gpu.FEW) + 1
-    assert len(everything) == sum(len(systems(case)) for case in suite)
+def test_the_leading_cases_come_with_few_systems_and_the_suite_with_all(tiny_stage):
+    real = tiny_stage._replace(tiny=False)
+    assert len(on_gpu.remaining(real._replace(name="main"), ())) == len(on_gpu.FEW)
+    assert len(on_gpu.remaining(real, ())) == sum(len(systems(case)) for case in cases("cpu", quick=False))
+    shapes = [(case.rows, case.hidden, case.vocabulary) for case in leading(cases("cuda", quick=False))]
+    assert shapes == LEADING
 
 
 @pytest.mark.parametrize(
@@ -262,8 +348,8 @@ def test_a_system_that_every_case_needs_and_that_breaks_the_device_names_the_cas
 
 
 def test_a_session_that_has_lost_the_device_begins_again_without_what_broke_it(tiny_stage, monkeypatch):
-    suite = cases("cpu", quick=True)
-    lost, asked = ["trl", suite[1].name], []
+    suite = cases("cpu", quick=False)
+    lost, asked = ["trl", suite[0].name], []
 
     def run(here, *command):
         asked.append([one for one in command if "::" in one])
@@ -274,10 +360,10 @@ def test_a_session_that_has_lost_the_device_begins_again_without_what_broke_it(t
         return 1 if len(asked) < 3 else 0
 
     monkeypatch.setattr(on_gpu, "run", run)
-    on_gpu.measure(tiny_stage)
+    on_gpu.measure(tiny_stage._replace(tiny=False))
     first, second, third = asked
     assert [one for one in first if one not in second] == [one for one in first if one.endswith("-trl]")] != []
-    assert [one for one in second if one not in third] == [one for one in second if f"[{suite[1].name}-" in one] != []
+    assert [one for one in second if one not in third] == [one for one in second if f"[{suite[0].name}-" in one] != []
 
 
 def test_the_last_stage_may_take_all_that_is_left(tmp_path, monkeypatch):
@@ -285,8 +371,10 @@ def test_the_last_stage_may_take_all_that_is_left(tmp_path, monkeypatch):
     left = lambda here: here.end - time.monotonic()  # noqa: E731
     monkeypatch.setattr(on_gpu, "perform", lambda here: given.setdefault(here.name, left(here)) and 0)
     on_gpu.main(["--device", "cpu", "--minutes", "10", "--out", str(tmp_path), "--only", "tests", "suite"])
-    assert given["tests"] == pytest.approx(180, abs=5)
-    assert given["suite"] == pytest.approx(600, abs=5)
+    assert given["tests"] == pytest.approx(on_gpu.PLAN["tests"], abs=5)
+    assert given["suite"] == pytest.approx(on_gpu.PLAN["suite"], abs=5)
+    on_gpu.main(["--device", "cpu", "--minutes", "10", "--out", str(tmp_path), "--only", "graphs"])
+    assert given["graphs"] == pytest.approx(600, abs=5)
 
 
 def test_what_is_interrupted_has_time_for_its_last_words_and_leaves_nobody_behind(tmp_path):
@@ -303,7 +391,7 @@ except KeyboardInterrupt:
     process = subprocess.Popen([sys.executable, "-c", talks], stdout=subprocess.PIPE, start_new_session=True)
     while not (pid.exists() and pid.read_text()):
         time.sleep(0.05)
-    assert on_gpu.ended(process, 0.5) == on_gpu.TIMED_OUT
+    assert on_gpu.ended(process, 0.5) == TIMED_OUT
     assert process.stdout.read() == b"failed so far: 3\n"
     state, end = Path(f"/proc/{pid.read_text()}/stat"), time.monotonic() + 5  # a killed process is gone a moment later
     while state.exists() and state.read_text().split()[2] != "Z":

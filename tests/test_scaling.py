@@ -10,9 +10,10 @@ import torch
 from rlvr_kernels.cost import H100_BF16, Problem, Rates, forward_only, single_pass, two_pass
 
 from benchmarks import scaling
-from benchmarks.cases import Case
+from benchmarks.cases import LEADING, Case
 from benchmarks.measure import peak_bytes
-from benchmarks.systems import Outputs, compute, ours
+from benchmarks.peers import PEERS
+from benchmarks.systems import SYSTEMS, Outputs, compute, ours
 from rlvr_ops import token_logps
 
 CPU = torch.device("cpu")
@@ -201,7 +202,9 @@ def test_one_command_measures_and_keeps_what_the_page_needs(tmp_path, monkeypatc
 
 
 def test_the_prediction_has_every_shape_on_both_chips_and_stays_within_memory():
-    rows = [line.strip("| ").split(" | ") for line in scaling.predicted().splitlines()[2:]]
+    ours, peers = scaling.predicted().split("\n\n")
+    assert len(peers.splitlines()) == 2 + 2 * len(LEADING)
+    rows = [line.strip("| ").split(" | ") for line in ours.splitlines()[2:]]
     assert len(rows) == 2 * len(scaling.GPU_SHAPES)
     for i, (n, h, v) in enumerate(2 * scaling.GPU_SHAPES):
         assert rows[i][1:4] == [str(n), str(h), str(v)]
@@ -210,3 +213,15 @@ def test_the_prediction_has_every_shape_on_both_chips_and_stays_within_memory():
     (large,) = {tuple(row[10:]) for row in rows if row[1:4] == ["8192", "4096", "131072"]}
     assert float(large[0]) <= 2.2
     assert float(large[1]) <= 0.5
+
+
+@pytest.mark.parametrize(
+    ("key", "vocabulary", "published"), [("eager", 151936, 59.0), ("verl-torch", 131072, 128.8)]
+)  # docs/scaling.md
+def test_what_the_peers_would_take_is_near_the_published_times(key, vocabulary, published):
+    (peer,) = (one for one in PEERS if one.key == key)
+    assert 1e3 * peer.seconds(8192, 4096, vocabulary, H100_BF16) == pytest.approx(published, rel=0.15)
+
+
+def test_the_peers_are_systems_of_the_suite():
+    assert {peer.key for peer in PEERS} <= {system.key for system in SYSTEMS} | {"eager"}

@@ -5,6 +5,7 @@ dtypes matter to the compiler.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,14 +28,20 @@ def objective(surrogate: Surrogate, alpha: float = 0.0, kl: KL | None = None, **
 
 
 GRPO = objective(Clip())
-ACE = objective(Clip(0.2, 0.2, delta=4.0), alpha=1.0, kl=KL("k3", 0.001))
-GSPO = objective(
-    Clip(),
-    kl=KL("k3", 0.001, bias_correction=True),
-    importance_sampling_level="sequence",
-    off_policy_mask_threshold=0.5,
-)
-GMPO = objective(Gmpo(), alpha=1.0)
+OBJECTIVES = {
+    "ACE, KL": objective(Clip(0.2, 0.2, delta=4.0), alpha=1.0, kl=KL("k3", 0.001)),
+    "GSPO, drops, KL": objective(
+        Clip(),
+        kl=KL("k3", 0.001, bias_correction=True),
+        importance_sampling_level="sequence",
+        off_policy_mask_threshold=0.5,
+    ),
+    "GMPO": objective(Gmpo(), alpha=1.0),
+    "VESPO": objective(Vespo()),
+    "SAPO": objective(Sapo()),
+    "CISPO": objective(Cispo()),
+    "DPPO by KL": objective(Dppo("kl")),
+}
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -83,7 +90,7 @@ def _linear_exp(*, h: int = H, bias: bool = False, softcap: float | None = None,
 def _linear_probabilities(*, bias: bool = False, softcap: float | None = None, raw: bool = False) -> None:
     part, logit_map = meta(TILE, H, dtype=_bf16), LogitMap(meta(N), meta(TILE) if bias else None, softcap=softcap)
     out = meta(N, TILE, dtype=_bf16)
-    linear_probabilities(meta(N, H, dtype=_bf16), part, _ids(), TILE, logit_map, out, meta(N), raw=raw)
+    linear_probabilities(meta(N, H, dtype=_bf16), part, _ids(), TILE, logit_map, out, meta(N), None if raw else meta(N))
 
 
 _bf16, _fp32 = torch.bfloat16, torch.float32
@@ -96,13 +103,7 @@ LAUNCHES: dict[str, Callable[[], Any]] = {
     "dlogits fp32, fp16 over it": lambda: _dlogits(_fp32, full=False, over=torch.float16),
     "dlogits of exponentials": lambda: _dlogits(_bf16, full=True, anchored=True),
     "weigh GRPO on policy": lambda: _weigh(GRPO, full=False),
-    "weigh ACE, KL, mask": lambda: _weigh(ACE),
-    "weigh GSPO, drops, KL": lambda: _weigh(GSPO),
-    "weigh GMPO": lambda: _weigh(GMPO),
-    "weigh VESPO": lambda: _weigh(objective(Vespo())),
-    "weigh SAPO": lambda: _weigh(objective(Sapo())),
-    "weigh CISPO": lambda: _weigh(objective(Cispo())),
-    "weigh DPPO by KL": lambda: _weigh(objective(Dppo("kl"))),
+    **{f"weigh {name}": partial(_weigh, one) for name, one in OBJECTIVES.items()},
     "scale_ bf16": lambda: scale_(meta(V, H, dtype=_bf16), meta(1)),
     "linear_lse bf16": lambda: _linear_lse(_bf16, _bf16),
     "linear_lse bf16, bias": lambda: _linear_lse(_bf16, _bf16, bias=meta(V)),

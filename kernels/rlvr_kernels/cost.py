@@ -219,7 +219,6 @@ def two_pass(p: Problem, rates: Rates, *, tile_bytes: int) -> Cost:
     d_weight = p.needs_weight * p.vocabulary * p.hidden * p.weight_grad_bytes
     d_weight += p.needs_weight * (pieces > 1) * cols * p.hidden * ACCUMULATOR
     d_hidden = p.needs_hidden * p.active * p.hidden * ACCUMULATOR
-    d_hidden += p.needs_weight * p.fused * p.active * p.hidden * p.operand_bytes  # the scaled states
     return phases.cost("two_pass", max(tile, rows * cols * p.logit_bytes), d_weight + d_hidden + taken)
 
 

@@ -9,10 +9,11 @@ The anchor and the product add up the same H numbers, but not alike: tensor core
 the tile that holds the target says how far its logit lies from the anchor, d_n, and exp(d_n) takes the place of the 1 above.
 
 The tile is the gradient but for a factor of each row, which goes on H elements of the row's hidden state rather than on V of
-the tile. Nothing cancels where p is near 1. A bf16 E is a relative rounding of 2^-9, whatever the logit's size.
+the tile. Nothing cancels where p is near 1. A bf16 E is a relative rounding of 2^-9, whatever the logit's size. The target's
+entry outweighs all others together, so `total` is S times what rounding did to that entry: its product with -coef / S is exact.
 A row whose target is so unlikely that S' >= 2^60 (-logp > 41) is flagged on the device and computed again with its log-sum-exp
 as anchor, by launches that return at once where nothing is flagged. Beyond, coef h / S would underflow in bf16.
-Where the log-sum-exp is known, it is the anchor of all rows, and E are probabilities.
+Where the log-sum-exp is known, it is the anchor of all rows, E are probabilities, and the factor is known, too.
 FLOPs: 2NVH. Bytes: those of linear_lse, and the tile once.
 """
 
@@ -34,7 +35,10 @@ ANCHOR_BLOCK = 1024
 
 
 class Exponentials(NamedTuple):
-    """Of a tile's rows, all (n,): logp; total, the S of the factor -coef / S; anchor; entropy in nats, if asked for."""
+    """Of a tile's rows, all (n,): logp; total, the S of the factor -coef / S; anchor; entropy in nats, if asked for.
+
+    total is the sum of exp(z - anchor), but for the target's rounding unless the tile is `raw`.
+    """
 
     logp: torch.Tensor
     total: torch.Tensor
@@ -64,18 +68,20 @@ def linear_exp(
 
 def linear_probabilities(
     hidden: torch.Tensor, weight: torch.Tensor, ids: torch.Tensor, first_col: int, logit_map: LogitMap, out: torch.Tensor,
-    lse: torch.Tensor, *, raw: bool = False, backend: str = "auto",
+    lse: torch.Tensor, factor: torch.Tensor | None = None, *, backend: str = "auto",
 ) -> None:  # fmt: skip
-    """`linear_exp` of rows whose log-sum-exp (n,) is known: E is p, and p - 1 at the target; S is 1.
+    """Leave factor (p - 1[v = y]), or p without a factor (n,), of rows whose log-sum-exp (n,) is known.
 
-    weight (c, H), logit_map and out (n, c) are of the slice of the vocabulary that begins at `first_col`.
+    The derivative of a softcap belongs to the former. weight (c, H), logit_map and out (n, c) are of the slice of the vocabulary
+    that begins at `first_col`.
     """
     if use_triton(logit_map.inv_temperature, backend):
-        _launch(hidden, weight, ids, first_col, logit_map, out, lse, raw=raw)
+        _launch(hidden, weight, ids, first_col, logit_map, out, lse, given=factor, raw=factor is None)
         return
     multiply(hidden, weight.T, out=out)
     for rows in row_blocks(*out.shape):
-        _leave_known(out[rows], ids[rows] - first_col, logit_map[rows, :], lse[rows], raw)
+        mine = None if factor is None else factor[rows]
+        _leave_known(out[rows], ids[rows] - first_col, logit_map[rows, :], lse[rows], mine)
 
 
 def _linear_exp_torch(
@@ -110,21 +116,31 @@ def _linear_exp_torch(
         factor = state.total * (state.maximum - anchor).exp()
         found = Exponentials(state.logp(), factor, anchor, state.entropy())
     if not raw:
+        entry = (target - anchor).exp() - factor
         if logit_map.softcap is not None:
-            factor = factor * logit_map.softcap_slope(target[:, None])[:, 0]
-        subtract_at(out, ids, factor)
+            entry *= logit_map.softcap_slope(target[:, None])[:, 0]
+        found = found._replace(total=found.total * _enter(entry, out, ids))
     return found
 
 
+def _enter(entry: torch.Tensor, out: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Write the targets' entries (n,); return what rounding multiplies them with, 1 where a target is another shard's."""
+    inside = ids.clamp(0, out.shape[1] - 1)
+    stored, here = entry.to(out.dtype), inside == ids
+    out.scatter_(1, inside[:, None], stored.where(here, out.gather(1, inside[:, None])[:, 0])[:, None])
+    return (stored / entry).where(here & (entry != 0), 1)
+
+
 def _leave_known(
-    block: torch.Tensor, local_ids: torch.Tensor, logit_map: LogitMap, lse: torch.Tensor, raw: bool
+    block: torch.Tensor, local_ids: torch.Tensor, logit_map: LogitMap, lse: torch.Tensor, factor: torch.Tensor | None
 ) -> None:
-    """Overwrite raw products (r, c) with p, and p - 1 at the target."""
+    """Overwrite raw products (r, c) with factor (p - 1[v = y]), or with p."""
     z = logit_map.logits(block, overwrite=True)
-    slope = None if raw or logit_map.softcap is None else logit_map.softcap_slope(z)
+    slope = None if factor is None or logit_map.softcap is None else logit_map.softcap_slope(z)
     p = torch.sub(z, lse[:, None], out=z).exp_()
-    if not raw:
+    if factor is not None:
         subtract_at(p, local_ids, torch.ones_like(lse))
+        p.mul_(factor[:, None])
     _store(p, slope, block)
 
 
@@ -201,22 +217,23 @@ def _fold_flagged(
 
 def _launch(
     hidden: torch.Tensor, weight: torch.Tensor, ids: torch.Tensor, first_col: int, logit_map: LogitMap, out: torch.Tensor,
-    anchor: torch.Tensor, shift: torch.Tensor | None = None, logp: torch.Tensor | None = None, flags: Flags | None = None, *,
+    anchor: torch.Tensor, shift: torch.Tensor | None = None, given: torch.Tensor | None = None, flags: Flags | None = None, *,
     raw: bool, sums: int = 0,
 ) -> torch.Tensor:  # fmt: skip
     """Launch the product; return its partial sums (sums, tiles, n), and write shift. Without sums, the anchor is the log-sum-exp.
 
-    With flags, it is that of the flagged rows alone, and the entry at each target is made of logp and shift.
+    With flags, it is that of the flagged rows alone, and the entry at each target is made of the logp given, and shift. Without
+    sums and flags, the factor is given.
     """
     (n, h), v, tile = hidden.shape, weight.shape[0], tiling(hidden, weight, out, sums)
     partials = torch.empty((sums, triton.cdiv(v, tile.cols), n), dtype=torch.float32, device=out.device)
-    ids, inv_temperature, anchor, bias = dense(ids, logit_map.inv_temperature, anchor, logit_map.bias)  # type: ignore[assignment]
+    ids, inv_temperature, anchor, bias, given = dense(ids, logit_map.inv_temperature, anchor, logit_map.bias, given)  # type: ignore[assignment]
     flag_rows, flag_any = (None, None) if flags is None else flags
     if n:
         with device_guard(out):
             linear_exp_kernel[(tile.programs(n, v, out.device, flags is not None),)](
                 tile.operand(hidden, tile.rows), tile.operand(weight, tile.cols),
-                tile.operand(out, tile.rows, tile.cols // tile.parts), bias, ids, inv_temperature, anchor, shift, logp,
+                tile.operand(out, tile.rows, tile.cols // tile.parts), bias, ids, inv_temperature, anchor, shift, given,
                 flag_rows, flag_any, partials, n, v, h, first_col, *hidden.stride(), *weight.stride(), out.stride(0),
                 partials.stride(0), HAS_BIAS=bias is not None, SUMS=sums > 0, ENTROPY=sums > 1, KNOWN=not sums and flags is None,
                 FLAGGED=flags is not None, RAW=raw, **tile.constants(h, flags is not None), **logit_map.kernel_numbers(),
@@ -251,7 +268,7 @@ def anchor_kernel(
 
 @jit
 def linear_exp_kernel(
-    hidden, weight, out, bias_ptr, ids_ptr, inv_temperature_ptr, anchor_ptr, shift_ptr, logp_ptr, flags_ptr, any_ptr, partials_ptr,
+    hidden, weight, out, bias_ptr, ids_ptr, inv_temperature_ptr, anchor_ptr, shift_ptr, given_ptr, flags_ptr, any_ptr, partials_ptr,
     n_rows, n_cols, n_inner, first_col_id, hidden_stride, hidden_inner_stride, weight_stride, weight_inner_stride, out_stride,
     partial_stride, logit_scale, softcap,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr,
@@ -284,9 +301,11 @@ def linear_exp_kernel(
             inv_temperature = tl.load(inv_temperature_ptr + rows, mask=present, other=0.0)
             anchor = tl.load(anchor_ptr + rows, mask=present, other=0.0)
             entry = tl.zeros((BLOCK_N,), tl.float32)
+            if KNOWN and not RAW:
+                entry = tl.load(given_ptr + rows, mask=present, other=0.0)
             if FLAGGED:
                 flagged = tl.load(flags_ptr + rows, mask=present, other=0) != 0
-                logp = tl.load(logp_ptr + rows, mask=present, other=0.0)
+                logp = tl.load(given_ptr + rows, mask=present, other=0.0)
                 shift = tl.load(shift_ptr + rows, mask=present, other=0.0)
                 entry = target_entry(logp, anchor, shift, flagged, inv_temperature, softcap, HAS_SOFTCAP, RAW)
             anchor *= 1.4426950408889634
@@ -307,7 +326,10 @@ def _leave_tile(
     logit_scale, softcap, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, SUMS: tl.constexpr, ENTROPY: tl.constexpr,
     KNOWN: tl.constexpr, RAW: tl.constexpr, DESCRIBED: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Store raw z (n, c) as exponentials, part after part; sums (n,) of e and e (z - a) without the target, in log2 units."""
+    """Store raw z (n, c) as exponentials, part after part; sums (n,) of e and e (z - a) without the target, in log2 units.
+
+    entry (n,) is that of the target, or, where the log-sum-exp is known, the factor.
+    """
     if PARTS > 1:
         left, right = halves(z)
         t0, w0 = _leave_tile(
@@ -345,6 +367,8 @@ def _leave_tile(
             total = tl.sum(e, 1)
         if HAS_SOFTCAP and not RAW:
             e *= slope
+        if KNOWN and not RAW:
+            e *= entry[:, None]
         if not KNOWN:
             e = tl.where(target, entry[:, None], e)
         if DESCRIBED:
@@ -402,7 +426,6 @@ def combine_exp_kernel(
     total = own + rest
     logp = -log1p(rest / own)
     tl.store(logp_ptr + rows, tl.where(holds, logp, -float("inf")), mask=present)
-    tl.store(total_ptr + rows, tl.where(holds, total, 1.0), mask=present)
     if ENTROPY:
         spread = 0.6931471805599453 * (shift - (weighted + own * shift) / total) - logp
         tl.store(entropy_ptr + rows, spread, mask=present)
@@ -412,6 +435,10 @@ def combine_exp_kernel(
     anchor = tl.load(anchor_ptr + rows, mask=present, other=0.0)
     inv_temperature = tl.load(inv_temperature_ptr + rows, mask=present, other=1.0)
     entry = target_entry(logp, anchor, shift, rows < 0, inv_temperature, softcap, HAS_SOFTCAP, RAW)
+    stored = entry.to(out_ptr.dtype.element_ty)
+    if not RAW:
+        total *= tl.where(entry == 0.0, 1.0, stored.to(tl.float32) / entry)
+    tl.store(total_ptr + rows, tl.where(holds, total, 1.0), mask=present)
     cols = tl.load(ids_ptr + rows, mask=present, other=-1).to(tl.int64)
     held = present & (cols >= 0) & (cols < n_cols)
-    tl.store(out_ptr + rows.to(tl.int64) * out_stride + cols, entry.to(out_ptr.dtype.element_ty), mask=held)
+    tl.store(out_ptr + rows.to(tl.int64) * out_stride + cols, stored, mask=held)

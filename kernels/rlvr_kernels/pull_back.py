@@ -3,8 +3,7 @@
 FLOPs: 6NVH, a third of them to compute the tile again.
 
 The vocabulary is the outer loop. The matmul's own float32 accumulator writes each slice of d_weight once, so no float32 copy
-of all of it exists. d_hidden accumulates in float32 over the slices. A tile of probabilities misses a factor of each row, which
-the hidden states carry to d_weight, and which d_hidden gets at the end.
+of all of it exists. d_hidden accumulates in float32 over the slices.
 """
 
 from typing import NamedTuple
@@ -23,7 +22,6 @@ from rlvr_kernels.tile import (
     column_slices,
     empty,
     multiply,
-    sum_of_rows,
     vocabulary_tile,
 )
 
@@ -75,21 +73,16 @@ def pull_back(
     )
     shape = vocabulary_tile(rows, vocabulary, bytes_per_logit(hidden.device, hidden.dtype, backend), workspace_bytes)
     tile = Tile(shape, hidden.dtype, hidden.device, backend)
-    scale, scaled = None, hidden
-    if tile.holds_exponentials and entropy_coef is None:
-        scale = -coef * logit_map.inv_temperature * logit_map.logit_scale
-        scaled = torch.mul(hidden, scale[:, None], out=torch.empty_like(hidden)) if needs.weight else hidden
+    factor = None if entropy_coef is not None else -coef * logit_map.inv_temperature * logit_map.logit_scale
 
     def gradient_of(some: slice, part: slice) -> torch.Tensor:
-        """dL/d(h W^T) of some rows and columns, but for the scale."""
+        """dL/d(h W^T) of some rows and columns."""
         states, columns, local_map, anchor = hidden[some], weight[part], logit_map[some, part], None
         if tile.holds_exponentials:
             out = logits = tile.part(states.shape[0], columns.shape[0])
-            anchor, raw = lse[some], entropy_coef is not None
-            linear_probabilities(
-                states, columns, ids[some], part.start, local_map, out, anchor, raw=raw, backend=backend
-            )
-            if not raw:
+            anchor, mine = lse[some], None if factor is None else factor[some]
+            linear_probabilities(states, columns, ids[some], part.start, local_map, out, anchor, mine, backend=backend)
+            if mine is not None:
                 return out
         else:
             logits = tile.fill(states, columns)
@@ -108,18 +101,16 @@ def pull_back(
             if d_hidden is not None:
                 accumulate(d_hidden[some], gradient, weight[part], first=part.start == 0)
             if d_weight is not None and shape.rows >= rows:
-                multiply(gradient.T, scaled[some], out=d_weight[part])
+                multiply(gradient.T, hidden[some], out=d_weight[part])
             elif d_weight is not None:
                 slice_total = (
                     accumulator((part.stop - part.start, hidden.shape[1]), hidden) if row == 0 else slice_total
                 )
-                accumulate(slice_total, gradient.T, scaled[some], first=row == 0)  # type: ignore[arg-type]
+                accumulate(slice_total, gradient.T, hidden[some], first=row == 0)  # type: ignore[arg-type]
             if d_bias is not None:
-                d_bias[part] += sum_of_rows(gradient, None if scale is None else scale[some], d_bias.dtype)
+                d_bias[part] += gradient.sum(0, dtype=d_bias.dtype)
         if slice_total is not None and d_weight is not None:
             d_weight[part] = slice_total
-    if d_hidden is not None and scale is not None:
-        d_hidden.mul_(scale[:, None])
     if d_hidden is not None and shard is not None:
         d_hidden = shard.total(d_hidden)
     return Gradients(d_hidden, d_weight, d_bias)
