@@ -234,7 +234,7 @@ def on_head(run: Callable[[Head], Any], make_head: Callable[[], Head]) -> Row:
 
 WAITS: dict[str, tuple[dict[str, Any], int, int]] = {
     "every row counts": ({}, 0, 0),
-    "every row counts, off policy": ({"old": True}, 0, 1),
+    "every row counts, off policy": ({"old": True}, 1, 0),
     "advantages of 0": ({"zeros": True}, 1, 0),
     "a mask": ({"mask": True}, 1, 0),
     "a mask, off policy": ({"mask": True, "old": True}, 1, 0),

@@ -189,10 +189,12 @@ def _plan(rows: Rows, limit: int, token_local: bool, lengths: Sequence[int] | No
 
 
 def rollout_chunks(lengths: Sequence[int], limit: int) -> Iterator[slice]:
-    """Cut rollouts of these lengths into chunks of at most `limit` rows, each of whole rollouts."""
+    """Cut rollouts of these lengths into chunks of at most `limit` rows, each of whole rollouts, about equal in size."""
+    rows = sum(lengths)
+    enough = -(-rows // -(-rows // max(limit, 1))) if rows else 0
     start = stop = 0
     for length in lengths:
-        if stop > start and stop + length - start > limit:
+        if stop > start and (stop - start >= enough or stop + length - start > limit):
             yield slice(start, stop)
             start = stop
         stop += length

@@ -52,15 +52,15 @@ def bytes_per_logit(device: torch.device, dtype: torch.dtype, backend: str) -> i
 
 
 def default_workspace_bytes(device: torch.device, *, whole_rows: bool = True) -> int:
-    """The workspace if the caller names none: 240 MiB on a CPU, 2.5 GiB or 256 MiB on an accelerator.
+    """The workspace if the caller names none: 300 MiB on a CPU, 2.5 GiB or 256 MiB on an accelerator.
 
-    On a CPU 240 MiB hold 384 rows of 151936 logits in float32. Fewer rows multiply more slowly, on AMD more so than on Intel;
+    On a CPU 300 MiB hold 512 rows of 151936 logits in float32. Fewer rows multiply more slowly, on AMD more so than on Intel;
     more save no time (docs/performance-log.md). The accelerator's sizes are predicted. A single pass, whose
     tile holds whole rows, adds to d_weight once per tile: it gets 2.5 GiB, enough for 8192 rows of 151936 bfloat16
     exponentials. Slices of the vocabulary get 256 MiB, enough for 8192 rows by 16384 columns.
     """
     if device.type == "cpu":
-        return 240 << 20
+        return 300 << 20
     return 5 << 29 if whole_rows else 256 << 20
 
 

@@ -49,7 +49,7 @@ class Plan:
         backward for rows with a gradient, up to 8NVH. "auto" takes the one that a model of FLOPs and bytes expects to be faster
         (`rlvr_kernels.cost`). It takes two passes if the longest rollout does not fit the workspace, and for float16, whose
         gradients would underflow before a loss scale reaches them. The metric `head/single_pass` reports the choice.
-    workspace_bytes: the most that the tile of logits, or of exponentials in their place, may occupy. None: 240 MiB on a CPU;
+    workspace_bytes: the most that the tile of logits, or of exponentials in their place, may occupy. None: 300 MiB on a CPU;
         on an accelerator 2.5 GiB for a single pass (or one chunk, if that takes no more memory) and 256 MiB for two.
     backend: "auto", "triton" or "torch"; see `rlvr_ops.explain_backend`.
     score_inactive: also score rollouts without a gradient, for their log-probabilities and metrics.

@@ -1,5 +1,7 @@
 """A single pass over whole rows: what it leaves in a tile, and all of it against float64."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from kernel_cases import BACKENDS, CLIPS, COLS, HEADS, OTHERS, ROWS, make_rows, policy_rows, truth
@@ -8,7 +10,7 @@ from rlvr_kernels.linear_exp import linear_exp
 from rlvr_kernels.logits import LogitMap
 from rlvr_kernels.lse_fold import RowState, lse_fold
 from rlvr_kernels.pull_back import Needs
-from rlvr_kernels.single_pass import single_pass
+from rlvr_kernels.single_pass import rollout_chunks, single_pass
 from rlvr_kernels.weigh import Rows, weigh
 
 HIDDEN = 11
@@ -19,6 +21,23 @@ def scored(raw, ids, logit_map, backend="torch"):
     state = RowState.empty(len(ids), raw)
     lse_fold(raw, ids, 0, state, logit_map, backend)
     return state
+
+
+@pytest.mark.parametrize(
+    ("lengths", "limit", "rows"),
+    [
+        ([128] * 8, 517, [512, 512]),
+        ([96] * 8, 517, [384, 384]),
+        ([128] * 8, 414, [384, 384, 256]),
+        ([300, 300, 300], 517, [300, 300, 300]),
+        ([0, 5, 0, 7], 12, [12]),
+        ([], 12, []),
+    ],
+)
+def test_whole_rollouts_are_dealt_out_evenly_over_as_few_chunks_as_there_must_be(lengths, limit, rows):
+    chunks = list(rollout_chunks(lengths, limit))
+    assert [part.stop - part.start for part in chunks] == rows
+    assert all(after.start == before.stop for before, after in pairwise(chunks))
 
 
 @pytest.mark.parametrize("head", HEADS)
