@@ -17,6 +17,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CASES = {case.name: case for quick in (False, True) for case in cases(DEVICE.type, quick=quick)}
 LOST = r"LOST (\S+): "  # what a session says of the system or the case after which nothing runs on the device any more
 TICKS: deque[float] = deque()
+MEASURED = pytest.StashKey[dict[str, Measured | AssertionError]]()
 
 
 def interleaved() -> float:
@@ -42,9 +43,25 @@ def record(case: Case, keys: set[str], command: str, *, quick: bool, results: Pa
     return found
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def measured(request: pytest.FixtureRequest) -> Measured:
-    """A case with the systems that this session was asked for: measured once, for the tests of all."""
+    """A case with the systems that this session was asked for: measured once, for the tests of all.
+
+    A fixture of the module's scope would be made again wherever pytest, which groups tests by their systems too, comes back.
+    """
+    known = request.config.stash.setdefault(MEASURED, {})
+    if request.param not in known:
+        try:
+            known[request.param] = _measured(request)
+        except AssertionError as error:
+            known[request.param] = error
+    found = known[request.param]
+    if isinstance(found, AssertionError):
+        raise found
+    return found
+
+
+def _measured(request: pytest.FixtureRequest) -> Measured:
     config = request.config
     params = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
     keys = {one["system"] for one in params if one.get("measured") == request.param}
@@ -60,7 +77,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     for case in cases(DEVICE.type, quick=metafunc.config.getoption("--benchmark-quick")):
         name, mark = case.name, pytest.mark.benchmark(group=case.name, timer=interleaved)
         items += [pytest.param(name, system.key, marks=mark) for system in systems(case)]
-    metafunc.parametrize(("measured", "system"), items, indirect=["measured"], scope="module")
+    metafunc.parametrize(("measured", "system"), items, indirect=["measured"])
 
 
 @pytest.mark.timeout(3600)

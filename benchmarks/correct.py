@@ -29,8 +29,8 @@ from benchmarks.systems import compute, eager, ours
 from tools.launches import OBJECTIVES
 
 BLOCK = 1 << 29  # float64 logits that exist at a time
-SMALL, LARGE, TINY = (96, 128, 1003), (8192, 4096, 131072), (24, 16, 83)
-TOKENS = 1 << 20
+SMALL, LARGE, ODD, TINY = (128, 128, 4096), (8192, 4096, 131072), (96, 100, 1003), (24, 16, 83)
+TOKENS = 1 << 14
 Values = dict[str, Tensor]
 
 
@@ -45,7 +45,7 @@ class Head(NamedTuple):
 
 def make(shape: tuple[int, int, int], like: Tensor, *, full: bool = False, far: bool = False) -> Head:
     """Logits of standard deviation 1, every other target likely. full: a bias, a softcap, a scale and temperatures.
-    far: of every seventh row the target is too unlikely to be an anchor.
+    far: of every fourteenth row the target is too unlikely to be an anchor.
     """
     (n, h, v), device = shape, like.device
     generator = torch.Generator(device).manual_seed(0)
@@ -53,7 +53,7 @@ def make(shape: tuple[int, int, int], like: Tensor, *, full: bool = False, far: 
     ids = torch.randint(v, (n,), device=device, generator=generator)
     weight = weight / h**0.5
     hidden[::2] += 12 * weight[ids[::2]]
-    hidden[1::7] *= 300 if far else 1
+    hidden[1::14] *= 300 if far else 1
     plain = LogitMap(torch.ones(n, device=device))
     capped = LogitMap(torch.linspace(0.5, 2, n, device=device), torch.linspace(-1, 1, v, device=device), 1.5, 8.0)
     return Head(hidden.to(like.dtype), weight.to(like.dtype), ids, capped if full else plain)
@@ -82,7 +82,7 @@ def written_out(head: Head, rows: slice, dtype: torch.dtype) -> Values:
 def distances(head: Head, found: Values, total: Tensor | None = None) -> Row:
     """Of what was found, (n,) or (n, V), and of eager PyTorch in the operands' dtype, each from float64.
 
-    total (n,): what a tile of exponentials is a multiple of.
+    total (n,): what a tile is to be divided by.
     """
     low, step = head.hidden.dtype, max(1, BLOCK // (8 * head.weight.shape[0]))
     sums = {name: torch.zeros(3, dtype=torch.float64, device=head.hidden.device) for name in found}
@@ -133,17 +133,15 @@ def left(head: Head, *, raw: bool = False) -> tuple[Values, Tensor | None]:
     return summed | {"with a bonus": out}, None
 
 
-def slices(head: Head) -> Values:
-    """Probabilities in four slices of the vocabulary, as two passes leave them."""
+def slices(head: Head) -> tuple[Values, Tensor]:
+    """The gradient in four slices of the vocabulary, times a factor, as two passes leave it."""
     lse, v = scores(head, everything=True)["lse"], head.weight.shape[0]
-    out, step = tile_of(head), -(-v // 512) * 128
+    out, step, factor = tile_of(head), -(-v // 512) * 128, torch.linspace(0.5, 2, len(lse), device=lse.device)
     for first in range(0, v, step):
         part = slice(first, first + step)
         local = head.logit_map[slice(None), part]
-        linear_probabilities(
-            head.hidden, head.weight[part], head.ids, first, local, out[:, part], lse, torch.ones_like(lse)
-        )
-    return {"gradient": out}
+        linear_probabilities(head.hidden, head.weight[part], head.ids, first, local, out[:, part], lse, factor)
+    return {"gradient": out}, factor
 
 
 def folded(head: Head) -> Values:
@@ -158,17 +156,18 @@ def folded(head: Head) -> Values:
     return {"logp": state.logp(), "lse": state.lse(), "entropy": entropy, "with a bonus": tile}
 
 
-def weighed(name: str, tokens: int, device: torch.device) -> Row:
+def weighed(name: str, tokens: int, device: torch.device, *, on_policy: bool = False) -> Row:
     """An objective's losses, coefficients and sums against the twin in float64; in float32 for comparison."""
     generator, ends = torch.Generator(device).manual_seed(0), [0, 3, 3, tokens // 2, tokens]
     draw = partial(torch.randn, tokens, device=device, generator=generator)
-    logp = -draw().abs()
-    given = draw(), logp + 0.3 * draw(), logp + 0.3 * draw()
+    logp, mask = -draw().abs(), draw() > -1
+    given = draw(), None if on_policy else logp + 0.3 * draw(), logp + 0.3 * draw()
 
     def run(dtype: torch.dtype, backend: str) -> list[Tensor]:
-        advantages, old, ref = (x.to(dtype) for x in given)
+        advantages, old, ref = (None if x is None else x.to(dtype) for x in given)
+        assert advantages is not None
         weights = torch.full((len(ends) - 1,), 1 / tokens, dtype=dtype, device=device)
-        rows = Rows(advantages, torch.tensor(ends, device=device), weights, old, ref)
+        rows = Rows(advantages, torch.tensor(ends, device=device), weights, old, ref, mask=mask)
         return [x.double() for x in weigh(logp.to(dtype), rows, OBJECTIVES[name], backend)]
 
     exact, usual, mine = run(torch.float64, "torch"), run(torch.float32, "torch"), run(torch.float32, "auto")
@@ -201,9 +200,9 @@ def steps(shape: tuple[int, int, int], like: Tensor, schedule: str) -> Row:
 
 
 def kernels(here: Stage) -> Iterator[Work]:
-    """Every kernel at a small shape and whole steps, then all at a large shape, whose kernels are compiled by then."""
+    """Every kernel and whole steps at a small shape, at a large one, whose kernels are compiled by then, and at an odd one."""
     like = torch.empty(0, device=here.device, dtype=torch.bfloat16 if here.device.type == "cuda" else torch.float32)
-    for shape in (TINY, TINY[::-1]) if here.tiny else (SMALL, LARGE):
+    for shape in (TINY, TINY[::-1]) if here.tiny else (SMALL, LARGE, ODD):
         size = "x".join(map(str, shape))
         for name, kind, run in (
             ("linear_lse", {}, partial(scores, everything=False)),
@@ -223,6 +222,8 @@ def kernels(here: Stage) -> Iterator[Work]:
         tokens = shape[0] if shape[0] < 1024 else TOKENS
         for name in OBJECTIVES:
             yield {"kernel": f"weigh {name}", "shape": str(tokens)}, partial(weighed, name, tokens, here.device)
+        on_policy = partial(weighed, "ACE, KL", tokens, here.device, on_policy=True)
+        yield {"kernel": "weigh ACE, KL, on policy", "shape": str(tokens)}, on_policy
         yield {"kernel": "scale_", "shape": str(tokens)}, partial(scaled, tokens, like)
 
 

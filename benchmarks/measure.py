@@ -23,7 +23,7 @@ from benchmarks.systems import NEEDED, Missing, Outputs, Run, compute, eager, re
 
 FLOAT32_NOISE = 1e-5  # below it two float32 results differ by the order of their operations alone
 ROUNDING = 2.0**-9  # of a number in bfloat16, relative
-TIE = 1.05  # two systems that round as often differ by less than this (docs/kernels.md, numerics: up to 1.02)
+TIE = 1.05  # two systems that round as often, but not the same numbers, differ by less (docs/kernels.md, numerics)
 NOT_COMPARABLE = {"float32": 1e-3, "bfloat16": 0.25}  # beyond it a system computes something else
 Step = Callable[[], object]
 Row = dict[str, Any]

@@ -21,26 +21,27 @@ from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
 from benchmarks import correct, scaling, sweeps, targets, training
 from benchmarks.bench_losses import LOST as LOST_BY
 from benchmarks.cases import cases, leading
-from benchmarks.results import ROOT, commit, device_folder, devices, load, markdown, provenance, write
+from benchmarks.results import BEGAN, ROOT, device_folder, devices, is_current, load, markdown, provenance, write
 from benchmarks.stage import LOST, TIMED_OUT, Stage, collect, kept
-from benchmarks.systems import systems
+from benchmarks.systems import reason, systems
 
 PLAN = {
-    "kernels": 45,
+    "kernels": 60,
     "main": 120,
-    "waits": 15,
-    "suite": 110,
-    "rows": 15,
+    "waits": 30,
+    "suite": 120,
+    "rows": 30,
     "tuning": 60,
-    "demo": 40,
-    "training": 120,
-    "tests": 120,
+    "demo": 45,
+    "training": 90,
+    "tests": 90,
     "graphs": 30,
     "products": 30,
     "scaling": 60,
@@ -51,6 +52,7 @@ IN_PROCESS: dict[str, Callable[[Stage], None]] = {
     "waits": lambda here: collect(here, correct.waits(here)),
     "rows": lambda here: collect(here, sweeps.few_rows(here)),
     "tuning": lambda here: collect(here, sweeps.tilings(here)),
+    "demo": lambda here: collect(here, training.demos(here)),
     "training": lambda here: collect(here, training.runs(here)),
     "products": lambda here: collect(here, sweeps.products(here)),
     "scaling": lambda here: scaling.measure(here.device, here.out / device_folder(here.device), tiny=here.tiny),
@@ -63,17 +65,22 @@ TESTS = {  # no others, which need more packages; a failed capture may leave its
     ),
     "graphs": ("tests/gpu/test_cuda_graph.py",),
 }
+FAILED = 70  # exit code of a stage that could not be started
 LAST_WORDS = 15  # seconds for what was interrupted to say what it has found so far
 FEW = ("rlvr_ops", "trl")
 
 
 def is_there(path: Path, keys: Collection[str]) -> bool:
-    """Whether a file has results of this very commit for all these systems, or says that they cannot be had here."""
-    if not path.exists() or not commit()["id"] or commit()["dirty"]:
+    """Whether a file has results that are still good for all these systems, or says that they cannot be had here."""
+    if not path.exists():
         return False
     stored = json.loads(path.read_text())
     absent = {one["key"] for one in stored["absent"] if not one["key"].startswith("rlvr_ops")}
-    return stored["commit"] == commit() and {row["key"] for row in stored["systems"]} | absent >= set(keys)
+    return is_current(path, stored) and {row["key"] for row in stored["systems"]} | absent >= set(keys)
+
+
+def said(log: Path) -> str:
+    return log.read_text(errors="replace") if log.exists() else ""
 
 
 def remaining(here: Stage, lost: Collection[str]) -> list[str]:
@@ -94,29 +101,26 @@ def measure(here: Stage) -> int:
     """
     options = ["--benchmark", f"--benchmark-results={os.path.relpath(here.out, ROOT)}"]
     options += ["--benchmark-quick"] * here.tiny
-    lost, code = set[str](), 0
+    lost, codes = set(re.findall(LOST_BY, said(here.log))), [0]
     while tests := remaining(here, lost):
-        code = run(here, "pytest", "-q", *options, *tests)
-        named = set(re.findall(LOST_BY, here.log.read_text()))
+        codes.append(run(here, "pytest", "-q", *options, *tests))
+        named = set(re.findall(LOST_BY, said(here.log)))
         if named <= lost:
             break
         lost |= named
-    return code
+    return max(codes)
 
 
 def perform(here: Stage) -> int:
     """A stage in processes of its own; its exit code."""
     if here.name in ("main", "suite"):
         return measure(here)
-    if here.name == "demo":
-        model, given = training.demo(tiny=here.tiny)
-        return run(here, "rlvr_trainer", "demo", "--model", model, "--out", str(here.out / "runs" / "demo"), *given)
     if here.name in TESTS:
         parallel = ["-n", "8"] if here.name == "tests" and find_spec("xdist") else []
         some = ["-k", "two_runs or captured"] if here.tiny else parallel
         # A device on which everything fails says so after 25 tests; the time is then better spent on measurements.
         return run(here, "pytest", "-q", "-m", "gpu", "--maxfail=25", *some, *TESTS[here.name])
-    options = ["--minutes", str(0.95 * here.left() / 60), "--out", str(here.out), "--device", str(here.device)]
+    options = ["--until", str(here.end), "--out", str(here.out), "--device", str(here.device)]
     while (code := run(here, "benchmarks.on_gpu", "--stage", here.name, *options, *["--tiny"] * here.tiny)) == LOST:
         pass  # each time with a row more, which is not tried again
     return code
@@ -156,16 +160,21 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", type=torch.device, default="cuda")
     parser.add_argument("--tiny", action="store_true", help="toy shapes, to see that the script itself works")
     parser.add_argument("--stage", choices=IN_PROCESS, help="run this stage in this process")
+    parser.add_argument("--until", type=float, help="when that is to end, as time.monotonic says")
     given = parser.parse_args(arguments)
-    out, device, end = given.out.resolve(), given.device, time.monotonic() + 60 * given.minutes
+    out, device, seconds = given.out.resolve(), given.device, 60 * given.minutes
+    end = time.monotonic() + max(seconds - LAST_WORDS, seconds / 2)
     if given.stage:
-        IN_PROCESS[given.stage](Stage(given.stage, out, device, end, given.tiny))
+        IN_PROCESS[given.stage](Stage(given.stage, out, device, given.until or end, given.tiny))
         return 0
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background jobs and what they start
     if device.type == "cuda" and not torch.cuda.is_available():
         parser.error("no CUDA device is available here; --device cpu --tiny shows that the script works")
-    codes = take_turns(out, device, end, given.only, tiny=given.tiny)
-    print(report(out))
+    with mock.patch.dict(os.environ, {BEGAN: str(time.time())}):
+        try:
+            codes = take_turns(out, device, end, given.only, tiny=given.tiny)
+        finally:
+            print(report(out))
     return int(any(code not in (0, TIMED_OUT) for code in codes.values()))
 
 
@@ -174,6 +183,8 @@ def take_turns(out: Path, device: torch.device, end: float, stages: list[str], *
     path, head = out / "stages.json", provenance(device, "python -m benchmarks.on_gpu")
     codes = {row["stage"]: row["exit"] for row in kept(path) if row["exit"] == 0}
     write(path, head | {"rows": [{"stage": name, "exit": code} for name, code in codes.items()]})
+    for stage in stages:
+        (out / f"{stage}.log").unlink(missing_ok=True)
     while todo := [stage for stage in stages if codes.get(stage, TIMED_OUT) == TIMED_OUT]:
         for stage in todo:
             began = time.monotonic()
@@ -181,11 +192,15 @@ def take_turns(out: Path, device: torch.device, end: float, stages: list[str], *
             if seconds < 1:
                 return codes
             here = Stage(stage, out, device, began + seconds, tiny)
-            here.log.unlink(missing_ok=True)
-            codes[stage] = code = perform(here)
+            try:
+                code = perform(here)
+            except Exception as error:  # whatever it is, the others go on
+                code = FAILED
+                print(f"{stage}: {reason(error)}", flush=True)
+            codes[stage] = code
             write(path, head | {"rows": [{"stage": name, "exit": code} for name, code in codes.items()]})
-            said = "out of time" if code == TIMED_OUT else f"exit {code}"
-            print(f"{stage}: {said}, {time.monotonic() - began:.0f} s of {seconds:.0f}, see {here.log}", flush=True)
+            how = "out of time" if code == TIMED_OUT else f"exit {code}"
+            print(f"{stage}: {how}, {time.monotonic() - began:.0f} s of {seconds:.0f}, see {here.log}", flush=True)
     return codes
 
 
@@ -194,14 +209,16 @@ def report(out: Path) -> str:
     found = {stage: json.loads(path.read_text())["rows"] for stage in PLAN if (path := out / f"{stage}.json").exists()}
     lines = [markdown(load(place)) for place in devices(out)]
     lines += [f"{row['shape']} {row['kernel']}: {row.get('x_products')} x products" for row in found.get("rows", [])]
-    lines += sweeps.winners(found.get("tuning", [])) + [f"training: {row}" for row in found.get("training", [])]
-    for stage in ("kernels", "waits"):
-        bad = [row for row in found.get(stage, []) if "wrong" in row or "error" in row]
-        lines += [f"{stage}: {len(found.get(stage, [])) - len(bad)} right", *(f"{stage}: {row}" for row in bad)]
+    lines += sweeps.winners(found.get("tuning", [])) + [
+        f"{stage}: {row}" for stage in ("demo", "training") for row in found.get(stage, [])
+    ]
+    for stage in {"kernels", "waits"} & found.keys():
+        bad = [row for row in found[stage] if "wrong" in row or "error" in row]
+        lines += [f"{stage}: {len(found[stage]) - len(bad)} right", *(f"{stage}: {row}" for row in bad)]
     for log in filter(Path.exists, (out / f"{stage}.log" for stage in PLAN if stage not in IN_PROCESS)):
-        said = log.read_text().splitlines()
-        kept_lines = [line for line in said[:-1] if re.search(f"^(FAILED|ERROR) |{LOST_BY}", line)]
-        lines += [f"{log.stem}: {line.strip()}" for line in kept_lines + said[-1:]]
+        *before, last = said(log).splitlines() or [""]
+        failed = [line for line in before if re.search(f"^(FAILED|ERROR) |{LOST_BY}", line)]
+        lines += [f"{log.stem}: {line.strip()}" for line in [*failed, last]]
     return "\n".join(lines + [targets.markdown(load(place)) for place in devices(out)])
 
 

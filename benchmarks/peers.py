@@ -13,9 +13,9 @@ ROLLOUTS = 16
 
 
 class Peer(NamedTuple):
-    """Products of NVH FLOPs in bf16, in TF32 (half the rate), and by Triton kernels of its own; bytes a logit in passes
-    other than products; bytes an element of the weight for each piece of `rows` rows, and once; slices of the vocabulary,
-    for each of which d_hidden takes `slice_bytes` an element; launches for each of those tiles.
+    """Products of NVH FLOPs in bf16, in TF32 (half the rate), and by Triton kernels of its own; bytes a logit in passes other
+    than products; bytes an element of the weight for each piece of `rows` rows (0: of a rollout), and once; slices of `cols`
+    columns, for each of which d_hidden takes `slice_bytes` an element; launches for each of those tiles.
     """
 
     name: str

@@ -24,6 +24,7 @@ SCRATCH = ROOT / ".benchmarks" / "results"  # quick and partial runs: git does n
 PACKAGES = ("rlvr-ops", "torch", "triton", "trl", "verl", "liger-kernel", "cut-cross-entropy", "nvidia-cutlass-dsl",
             "pytest-benchmark")  # fmt: skip
 CPUINFO = Path("/proc/cpuinfo")
+BEGAN = "RLVR_OPS_RUN_BEGAN"  # seconds since the epoch, set by on_gpu for its stages
 Result = dict[str, Any]
 
 
@@ -59,6 +60,13 @@ def commit() -> Result:
     aside = (":!benchmarks/results", ":!docs")
     changed = _said("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no", "--", ".", *aside)
     return {"id": found, "dirty": bool(changed)}
+
+
+def is_current(path: Path, stored: Result) -> bool:
+    """Whether a file is of this very commit; where that is not known or has changes, whether this run has written it."""
+    if commit()["id"] and not commit()["dirty"]:
+        return bool(stored["commit"] == commit())
+    return path.stat().st_mtime >= float(os.environ.get(BEGAN, "inf"))
 
 
 def _said(*command: str) -> str | None:

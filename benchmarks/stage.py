@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks.measure import check
-from benchmarks.results import commit, provenance, write
+from benchmarks.results import is_current, provenance, write
 from benchmarks.systems import Missing, reason
 
 TIMED_OUT, LOST = 124, 3  # exit codes: there is more to do; nothing runs on the device any more
@@ -39,19 +39,18 @@ class Stage(NamedTuple):
 
 
 def kept(path: Path) -> list[Row]:
-    """The rows of a file, if they are of this very commit."""
-    stored = json.loads(path.read_text()) if path.exists() else {}
-    known = commit()["id"] and not commit()["dirty"]
-    return stored["rows"] if known and stored.get("commit") == commit() else []
+    """The rows of a file that are still good."""
+    stored = json.loads(path.read_text()) if path.exists() else None
+    return stored["rows"] if stored and is_current(path, stored) else []
 
 
 def collect(here: Stage, works: Iterator[Work]) -> None:
-    """Add a row for each piece of work: its label, and what it finds or the error. What this commit has already is left out.
+    """Add a row for each piece of work: its label, and what it finds or the error. What there is already is left out.
 
     Raises:
         SystemExit: 1 if a row is wrong or an error; TIMED_OUT, or LOST after a row that has broken the device: to be called again.
     """
-    head, rows = provenance(here.device, f"python -m benchmarks.on_gpu --only {here.name}"), kept(here.rows)
+    command, rows = f"python -m benchmarks.on_gpu --only {here.name}", kept(here.rows)
     for label, find in works:
         if any(label.items() <= row.items() for row in rows):
             continue
@@ -63,8 +62,10 @@ def collect(here: Stage, works: Iterator[Work]) -> None:
             rows.append(label | {"missing": reason(error)})
         except Exception as error:
             rows.append(label | {"error": reason(error)})
-        write(here.rows, head | {"rows": rows})
+        write(here.rows, provenance(here.device, command) | {"rows": rows})
         if check(here.device):
             raise SystemExit(LOST)
     if any("wrong" in row or "error" in row for row in rows):
         raise SystemExit(1)
+    if any(row.get("left") for row in rows[-1:]):
+        raise SystemExit(TIMED_OUT)

@@ -1,10 +1,10 @@
 """Products, tilings and few rows, each in turns with bare products, by which measurements minutes apart compare."""
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
 from unittest import mock
 
 import torch
@@ -21,6 +21,7 @@ from benchmarks.systems import reason
 
 PRODUCTS = [(n, 4096, c) for n in (2048, 4096, 8192) for c in (8192, 16384, 32768, 131072)]
 TINY = (16, 8, 50)
+Shape = tuple[int, int, int]
 
 
 def timed(here: Stage, flops: float, step: Callable[[], object], bare: Step) -> Row:
@@ -36,52 +37,74 @@ def timed(here: Stage, flops: float, step: Callable[[], object], bare: Step) -> 
     return {key: round(value, 4) for key, value in found.items()}
 
 
+def text(shape: Shape) -> str:
+    return "x".join(map(str, shape))
+
+
+@functools.lru_cache(1)
+def operands(shape: Shape, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """hidden (n, h), weight (c, h) and a tile (n, c) in the dtype of the products."""
+    (n, h, c), low = shape, torch.bfloat16 if device.type == "cuda" else torch.float32
+    return tuple(torch.randn(size, device=device).to(low) for size in ((n, h), (c, h), (n, c)))  # type: ignore[return-value]
+
+
+def product_of(here: Stage, shape: Shape, name: str, form: str) -> Row:
+    """A product written in its operands' dtype, in float32, or added to float32."""
+    hidden, weight, tile = operands(shape, here.device)
+    x, y = {"logits": (hidden, weight.T), "d_hidden": (tile, weight), "d_weight": (tile.T, hidden)}[name]
+    out = torch.empty(len(x), y.shape[1], device=here.device, dtype=torch.float32 if form else x.dtype)
+    wide = {"out_dtype": torch.float32} if form and here.device.type == "cuda" else {}
+    step = partial(torch.mm, x, y, out=out, **wide)
+    if form == " += fp32":
+        step = partial(torch.addmm, out.zero_(), x, y, out=out, **wide)
+    bare = partial(torch.mm, hidden, weight.T, out=torch.empty_like(tile))
+    return timed(here, 2.0 * math.prod(shape), step, bare)
+
+
 def products(here: Stage) -> Iterator[Work]:
-    """The products that the head is made of, written in their operands' dtype, in float32, and added to float32."""
-    low, wide = (torch.bfloat16, {"out_dtype": torch.float32}) if here.device.type == "cuda" else (torch.float32, {})
-    for n, h, c in [TINY] if here.tiny else PRODUCTS:
-        hidden, weight, tile = (torch.randn(s, device=here.device).to(low) for s in ((n, h), (c, h), (n, c)))
-        bare = partial(torch.mm, hidden, weight.T, out=torch.empty_like(tile))
-        for name, x, y in (("logits", hidden, weight.T), ("d_hidden", tile, weight), ("d_weight", tile.T, hidden)):
-            out, total = (torch.empty(len(x), y.shape[1], device=here.device, dtype=t) for t in (low, torch.float32))
-            forms = {name: partial(torch.mm, x, y, out=out), f"{name} fp32": partial(torch.mm, x, y, out=total, **wide)}
-            forms[f"{name} += fp32"] = partial(torch.addmm, total, x, y, out=total, **wide)
-            for form, step in forms.items():
-                yield {"shape": f"{n}x{h}x{c}", "form": form}, partial(timed, here, 2.0 * n * h * c, step, bare)
+    """The products that the head is made of, in every form."""
+    for shape in [TINY] if here.tiny else PRODUCTS:
+        for name, form in itertools.product(("logits", "d_hidden", "d_weight"), ("", " fp32", " += fp32")):
+            yield {"shape": text(shape), "form": name + form}, partial(product_of, here, shape, name, form)
+
+
+@functools.lru_cache(1)
+def case_at(shape: Shape, device: torch.device) -> tuple[Case, Step, dict[str, Callable[[], object]]]:
+    """A case of scoring, its bare product, linear_lse and linear_exp."""
+    n, h, v = shape
+    case = Case("logps", n, h, v, 4 if n < 1024 else 16, "bfloat16" if device.type == "cuda" else "float32")
+    batch = case.batch(device)
+    given = batch.hidden.flatten(0, 1), batch.weight, batch.ids.flatten()
+    tile = Tile(TileShape(n, v), given[0].dtype, device).part(n, v)
+    leave = partial(linear_exp, *given, LogitMap(torch.ones(n, device=device)), tile)
+    return case, bare_matmuls(case, batch), {"linear_lse": partial(linear_lse, *given), "linear_exp": leave}
+
+
+def kernel_of(here: Stage, shape: Shape, name: str, tiling: object = None) -> Row:
+    """A product of ours, with its own tiling or with this one."""
+    case, bare, kernels = case_at(shape, here.device)
+    step = kernels[name]
+    if tiling is not None:
+        step = mock.patch(f"rlvr_kernels.{name}.tiling", mock.Mock(return_value=tiling))(step)
+    return timed(here, case.flops, step, bare)
 
 
 def tilings(here: Stage) -> Iterator[Work]:
     """linear_lse and linear_exp with each tiling that could be the one for this GPU, at three shapes."""
     target = ("cuda", 10 * torch.cuda.get_device_capability()[0]) if here.device.type == "cuda" else ("cpu", 0)
     for shape in [TINY] if here.tiny else LEADING:
-        case, bare, *kernels = kernels_at(here, shape)
-        for step, table, known in zip(kernels, ("FOLD", "LEAVE"), (FOLD_CANDIDATES, LEAVE_CANDIDATES), strict=True):
-            module = step.func.__name__
+        for table, name, known in (("FOLD", "linear_lse", FOLD_CANDIDATES), ("LEAVE", "linear_exp", LEAVE_CANDIDATES)):
             for one in known.get(target, (None,)):
-                tiled = step if one is None else mock.patch(f"rlvr_kernels.{module}.tiling", return_value=one)(step)
-                label = {"table": table, "shape": "x".join(map(str, shape)), "tiling": str(one)}
-                yield label, partial(timed, here, case.flops, tiled, bare)
+                label = {"table": table, "shape": text(shape), "tiling": str(one)}
+                yield label, partial(kernel_of, here, shape, name, one)
 
 
 def few_rows(here: Stage) -> Iterator[Work]:
     """From how many rows on our products take longer than the vendor's, which all wait for the weight below some number."""
     rows = [16] if here.tiny else [64, 128, 256, 512, 1024, 2048, 4096]
-    for h, n in itertools.product([8] if here.tiny else [4096, 896], rows):
-        case, bare, *kernels = kernels_at(here, (n, h, 50 if here.tiny else 151936))
-        for step in kernels:
-            label = {"kernel": step.func.__name__, "shape": f"{n}x{h}x{case.vocabulary}"}
-            yield label, partial(timed, here, case.flops, step, bare)
-
-
-def kernels_at(here: Stage, shape: tuple[int, int, int]) -> tuple[Case, Step, Any, Any]:
-    """A case of scoring, its bare product, linear_lse and linear_exp."""
-    n, h, v = shape
-    case = Case("logps", n, h, v, 4 if n < 1024 else 16, "bfloat16" if here.device.type == "cuda" else "float32")
-    batch = case.batch(here.device)
-    given = batch.hidden.flatten(0, 1), batch.weight, batch.ids.flatten()
-    tile = Tile(TileShape(n, v), given[0].dtype, here.device).part(n, v)
-    leave = partial(linear_exp, *given, LogitMap(torch.ones(n, device=here.device)), tile)
-    return case, bare_matmuls(case, batch), partial(linear_lse, *given), leave
+    for h, n, name in itertools.product([8] if here.tiny else [4096, 896], rows, ("linear_lse", "linear_exp")):
+        shape = (n, h, 50 if here.tiny else 151936)
+        yield {"kernel": name, "shape": text(shape)}, partial(kernel_of, here, shape, name)
 
 
 def winners(rows: list[Row]) -> list[str]:
@@ -93,4 +116,5 @@ def winners(rows: list[Row]) -> list[str]:
         table: min((sum(x) / len(x), tiling) for (name, tiling), x in found.items() if name == table)
         for table, _ in found
     }
-    return [f"fastest: {table}[...] = {tiling}  # {math.exp(x):.3f} x products" for table, (x, tiling) in best.items()]
+    lines = ((table, x, tiling) for table, (x, tiling) in best.items() if x < math.inf)
+    return [f"fastest: {table}[...] = {tiling}  # {math.exp(x):.3f} x products" for table, x, tiling in lines]

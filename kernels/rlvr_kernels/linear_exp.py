@@ -10,7 +10,7 @@ the tile that holds the target says how far its logit lies from the anchor, d_n,
 
 The tile is the gradient but for a factor of each row, which goes on H elements of the row's hidden state rather than on V of
 the tile. Nothing cancels where p is near 1. A bf16 E is a relative rounding of 2^-9, whatever the logit's size. The target's
-entry outweighs all others together, so `total` is S times what rounding did to that entry: its product with -coef / S is exact.
+entry is as large as all others together, so `total` is S times what rounding did to that entry: -coef / total times it is exact.
 A row whose target is so unlikely that S' >= 2^60 (-logp > 41) is flagged on the device and computed again with its log-sum-exp
 as anchor, by launches that return at once where nothing is flagged. Beyond, coef h / S would underflow in bf16.
 Where the log-sum-exp is known, it is the anchor of all rows, E are probabilities, and the factor is known, too.
@@ -128,7 +128,7 @@ def _enter(entry: torch.Tensor, out: torch.Tensor, ids: torch.Tensor) -> torch.T
     inside = ids.clamp(0, out.shape[1] - 1)
     stored, here = entry.to(out.dtype), inside == ids
     out.scatter_(1, inside[:, None], stored.where(here, out.gather(1, inside[:, None])[:, 0])[:, None])
-    return (stored / entry).where(here & (entry != 0), 1)
+    return (stored / entry).where(here & (stored != 0), 1)
 
 
 def _leave_known(
@@ -436,9 +436,10 @@ def combine_exp_kernel(
     inv_temperature = tl.load(inv_temperature_ptr + rows, mask=present, other=1.0)
     entry = target_entry(logp, anchor, shift, rows < 0, inv_temperature, softcap, HAS_SOFTCAP, RAW)
     stored = entry.to(out_ptr.dtype.element_ty)
-    if not RAW:
-        total *= tl.where(entry == 0.0, 1.0, stored.to(tl.float32) / entry)
-    tl.store(total_ptr + rows, tl.where(holds, total, 1.0), mask=present)
     cols = tl.load(ids_ptr + rows, mask=present, other=-1).to(tl.int64)
     held = present & (cols >= 0) & (cols < n_cols)
+    if not RAW:  # a slice without the target has nothing to make up for
+        rounded = stored.to(tl.float32)
+        total *= tl.where(held & (rounded != 0.0), rounded / entry, 1.0)
+    tl.store(total_ptr + rows, tl.where(holds, total, 1.0), mask=present)
     tl.store(out_ptr + rows.to(tl.int64) * out_stride + cols, stored, mask=held)

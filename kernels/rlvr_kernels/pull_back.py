@@ -73,7 +73,9 @@ def pull_back(
     )
     shape = vocabulary_tile(rows, vocabulary, bytes_per_logit(hidden.device, hidden.dtype, backend), workspace_bytes)
     tile = Tile(shape, hidden.dtype, hidden.device, backend)
-    factor = None if entropy_coef is not None else -coef * logit_map.inv_temperature * logit_map.logit_scale
+    factor = None
+    if tile.holds_exponentials and entropy_coef is None:
+        factor = -coef * logit_map.inv_temperature * logit_map.logit_scale
 
     def gradient_of(some: slice, part: slice) -> torch.Tensor:
         """dL/d(h W^T) of some rows and columns."""

@@ -63,7 +63,9 @@ def test_ace_is_no_further_from_float64_than_eager(dtype, schedule, confidence, 
     eager = run(reference_policy_loss, *batch, **keywords)
     ours = run(policy_loss, *batch, schedule=schedule, workspace_bytes=T * V * 8, **keywords)
     for name, a, b, truth in zip(("loss", "d_hidden", "d_weight"), ours, eager, exact, strict=True):
-        floor = 1e-6 if dtype == torch.float32 else 2e-3  # where eager happens to be luckier than its dtype
+        floor = (
+            1e-6 if dtype == torch.float32 else 2.5e-3
+        )  # eager does not round powers of two (docs/kernels.md, numerics)
         assert distance(a, truth) <= max(1.05 * distance(b, truth), floor), name
 
 

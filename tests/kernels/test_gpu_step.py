@@ -12,6 +12,7 @@ from rlvr_kernels.tile import Tile, TileShape
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import rlvr_ops
+from benchmarks.correct import WAITS
 from rlvr_ops import rollouts
 from tools.compile_table import TARGETS, recorded
 
@@ -130,6 +131,17 @@ def test_an_accelerator_is_asked_once_and_not_at_all_where_the_host_knows(case, 
     syncs.clear()
     loss.backward()
     assert syncs == backward
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize(("given", "forward", "backward"), WAITS.values(), ids=WAITS)
+def test_what_may_wait_on_a_gpu_is_what_asks_here(given, forward, backward, syncs):
+    case = {name: value for name, value in given.items() if name != "zeros"}
+    loss = step(torch.bfloat16, case | ({} if {"mask", "zeros"} & given.keys() else {"beta": 0.1}), backward=False)
+    assert len(syncs) == forward
+    syncs.clear()
+    loss.backward()
+    assert len(syncs) == backward
 
 
 @pytest.mark.compile

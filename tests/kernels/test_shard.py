@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from rlvr_kernels.linear_exp import linear_exp
 from rlvr_kernels.logits import LogitMap
 from rlvr_kernels.lse_fold import RowState
 from rlvr_kernels.objective import KL, Ace, TokenObjective
@@ -132,3 +133,25 @@ def test_two_slices_of_exponentials_give_what_the_whole_vocabulary_gives(schedul
     assert rounds == (3 * 2 + 1 if schedule == "single_pass" else 2), (
         "anchors, sums, and the log-sum-exps of flagged rows"
     )
+
+
+@pytest.mark.interpret
+def test_only_the_slice_with_the_target_makes_up_for_its_rounding(problem):
+    hidden, weight, _, ids, _, inv_temperature = problem
+    hidden, weight, exchange = hidden.bfloat16(), weight.bfloat16(), Exchange(2)
+    lse = ((hidden.double() @ weight.double().T) * inv_temperature[:, None]).logsumexp(1)
+
+    def rank(number):
+        part = slice(0, CUT) if number == 0 else slice(CUT, V)
+        out, shard = torch.empty(N, part.stop - part.start).bfloat16(), ThreadShard(exchange, number, part.start)
+        given = hidden, weight[part], ids - part.start, LogitMap(inv_temperature.float())
+        with exchange.turn:
+            return out, linear_exp(*given, out, shard=shard, backend="triton")
+
+    with ThreadPoolExecutor(2) as threads:
+        halves = list(threads.map(rank, range(2)))
+    for row, target in enumerate(ids.tolist()):
+        (own, mine), (_, other) = halves if target < CUT else halves[::-1]
+        entry = own[row, target if target < CUT else target - CUT].double() / mine.total[row].double()
+        torch.testing.assert_close(entry, mine.logp[row].double().expm1(), rtol=1e-5, atol=0)
+        torch.testing.assert_close((other.anchor + other.total.log())[row].double(), lse[row], rtol=0, atol=1e-5)
