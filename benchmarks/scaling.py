@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from rlvr_kernels import cost
 from rlvr_kernels.cost import H100_BF16, H200_BF16, Problem, Rates, single_pass_workspace
-from rlvr_kernels.tile import default_workspace_bytes, whole_row_tile
+from rlvr_kernels.tile import CPU_ROWS, default_workspace_bytes, whole_row_tile
 
 from benchmarks.cases import LEADING, Case
 from benchmarks.measure import bare_matmuls, interleave, milliseconds, peak_bytes, spread
@@ -69,7 +69,8 @@ def predict(point: Result, rates: Rates, base: Case, device: torch.device) -> Re
     kind = {"logit_bytes": size, "weight_grad_bytes": size, "fused": device.type != "cpu"}
     problem = Problem(n, point["hidden"], point["vocabulary"], n, n, size, **kind)
     room, rollout = single_pass_workspace(problem, default_workspace_bytes(device)), n // base.rollouts
-    whole = whole_row_tile(problem.vocabulary, problem.logit_bytes, room) // rollout * rollout
+    most = whole_row_tile(problem.vocabulary, problem.logit_bytes, room)
+    whole = (min(most, CPU_ROWS) if device.type == "cpu" else most) // rollout * rollout
     said = cost.single_pass(problem, rates, chunk_rows=whole)
     ms = 1e3 * said.seconds
     found = {"predicted_ms": ms, "measured_over_predicted": point["median_ms"] / ms}

@@ -343,7 +343,7 @@ def test_the_winner_is_the_tiling_that_is_fastest_over_all_shapes():
 
 
 def test_a_stage_is_ended_when_its_time_is_up(tmp_path, capsys):
-    on_gpu.main(["--tiny", "--device", "cpu", "--out", str(tmp_path), "--minutes", "0.03", "--only", "scaling"])
+    on_gpu.main(["--tiny", "--device", "cpu", "--out", str(tmp_path), "--minutes", "0.08", "--only", "scaling"])
     assert "scaling: out of time" in capsys.readouterr().out
 
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from rlvr_kernels.tile import SCALED_BYTES, vocabulary_tile, whole_row_tile
+from rlvr_kernels.tile import CPU_ROWS, SCALED_BYTES, vocabulary_tile, whole_row_tile
 
 
 class Rates(NamedTuple):
@@ -257,5 +257,5 @@ def cheapest(p: Problem, workspace_bytes: int, rates: Rates, *, slice_bytes: int
     twice, chunk_rows = two_pass(p, rates, tile_bytes=slice_bytes), equal_chunks(p, workspace_bytes)
     if not whole_row_tile(p.vocabulary, p.logit_bytes, workspace_bytes):
         return twice
-    once = single_pass(p, rates, chunk_rows=chunk_rows)
+    once = single_pass(p, rates, chunk_rows=chunk_rows if rates.overlapped else min(chunk_rows, CPU_ROWS))
     return twice if MARGIN * twice.seconds < once.seconds else once

@@ -18,7 +18,16 @@ from rlvr_kernels.logits import LogitMap, accumulator_dtype, sum_dtype
 from rlvr_kernels.lse_fold import RowState, lse_fold
 from rlvr_kernels.pull_back import Gradients, Needs
 from rlvr_kernels.shard import Shard
-from rlvr_kernels.tile import Tile, TileShape, accumulate, compact_, empty, multiply_scaled, sum_of_rows
+from rlvr_kernels.tile import (
+    CPU_ROWS,
+    Tile,
+    TileShape,
+    accumulate,
+    compact_,
+    empty,
+    multiply_scaled,
+    sum_of_rows,
+)
 from rlvr_kernels.weigh import SUMS, Rows, Weighed
 
 Weigher = Callable[[torch.Tensor, Rows], Weighed]
@@ -67,7 +76,8 @@ def single_pass(
     Rows with coefficient 0 leave a chunk if `drops`, on an accelerator only where there is one chunk: to know them is a host sync.
     """
     ids = ids if shard is None else ids - shard.first
-    plan = _plan(rows, chunk_rows, token_local, lengths)
+    enough = min(chunk_rows, CPU_ROWS) if weight.device.type == "cpu" else chunk_rows
+    plan = _plan(rows, chunk_rows, enough, token_local, lengths)
     drops = drops and not (entropy_coef or capturing()) and (len(plan) == 1 or weight.device.type == "cpu")
     largest = max([part.stop - part.start for part in plan], default=0)
     tile = Tile(TileShape(largest, weight.shape[0]), weight.dtype, weight.device, backend)
@@ -176,25 +186,28 @@ class _Logits:
         return gradient, None
 
 
-def _plan(rows: Rows, limit: int, token_local: bool, lengths: Sequence[int] | None) -> list[slice]:
+def _plan(rows: Rows, limit: int, enough: int, token_local: bool, lengths: Sequence[int] | None) -> list[slice]:
     """The chunks: cut anywhere, or one for all rows, or, if rollouts must stay whole, cut at their ends."""
-    if token_local or len(rows) <= limit:
-        return equal_chunks(len(rows), limit)
-    if capturing():
+    if token_local or len(rows) <= enough:
+        return equal_chunks(len(rows), enough)
+    if capturing() and len(rows) > limit:
         raise ValueError(
             f"workspace_bytes holds {limit} of {len(rows)} rows, and where rollouts end can not be asked while "
             "a CUDA graph is captured: give a workspace for all rows, or schedule='two_pass'"
         )
-    return list(rollout_chunks(rows.cu_seqlens.diff().tolist() if lengths is None else lengths, limit))
+    return list(rollout_chunks(rows.cu_seqlens.diff().tolist() if lengths is None else lengths, limit, enough))
 
 
-def rollout_chunks(lengths: Sequence[int], limit: int) -> Iterator[slice]:
-    """Cut rollouts of these lengths into chunks of at most `limit` rows, each of whole rollouts, about equal in size."""
+def rollout_chunks(lengths: Sequence[int], limit: int, enough: int) -> Iterator[slice]:
+    """Cut rollouts of these lengths into chunks of whole rollouts, about equal in size.
+
+    They have `enough` rows at most, and up to `limit` rows if one rollout alone has more.
+    """
     rows = sum(lengths)
-    enough = -(-rows // -(-rows // max(limit, 1))) if rows else 0
+    even = -(-rows // -(-rows // max(enough, 1))) if rows else 0
     start = stop = 0
     for length in lengths:
-        if stop > start and (stop - start >= enough or stop + length - start > limit):
+        if stop > start and (stop - start >= even or stop + length - start > min(limit, enough)):
             yield slice(start, stop)
             start = stop
         stop += length

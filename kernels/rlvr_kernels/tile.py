@@ -26,6 +26,7 @@ HUGE_BYTES = 8 << 20  # CPU buffers of at least this size ask for huge pages
 _ADVICE = getattr(mmap, "MADV_HUGEPAGE", None)
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" and _ADVICE is not None else None
 BY_TRITON = {torch.bfloat16}  # dtypes whose tiles Triton fills with exponentials
+CPU_ROWS = 1024  # a chunk on a CPU has no more: it would multiply no faster, and its tile would leave the cache
 SCALED_BYTES = 32 << 20  # d_hidden is multiplied and scaled in pieces of this size
 PRODUCT_ROWS = 8192  # rows per step of a matmul that cannot write the accumulator's dtype
 
@@ -54,10 +55,10 @@ def bytes_per_logit(device: torch.device, dtype: torch.dtype, backend: str) -> i
 def default_workspace_bytes(device: torch.device, *, whole_rows: bool = True) -> int:
     """The workspace if the caller names none: 300 MiB on a CPU, 2.5 GiB or 256 MiB on an accelerator.
 
-    On a CPU 300 MiB hold 512 rows of 151936 logits in float32. Fewer rows multiply more slowly, on AMD more so than on Intel;
-    more save no time (docs/performance-log.md). The accelerator's sizes are predicted. A single pass, whose
-    tile holds whole rows, adds to d_weight once per tile: it gets 2.5 GiB, enough for 8192 rows of 151936 bfloat16
-    exponentials. Slices of the vocabulary get 256 MiB, enough for 8192 rows by 16384 columns.
+    On a CPU 300 MiB hold 512 rows of 151936 logits in float32, and CPU_ROWS rows of a smaller vocabulary are enough. Fewer rows
+    multiply more slowly, on AMD more so than on Intel; more save no time (docs/performance-log.md). The accelerator's sizes are
+    predicted. A single pass, whose tile holds whole rows, adds to d_weight once per tile: it gets 2.5 GiB, enough for 8192 rows
+    of 151936 bfloat16 exponentials. Slices of the vocabulary get 256 MiB, enough for 8192 rows by 16384 columns.
     """
     if device.type == "cpu":
         return 300 << 20

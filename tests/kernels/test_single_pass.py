@@ -24,18 +24,20 @@ def scored(raw, ids, logit_map, backend="torch"):
 
 
 @pytest.mark.parametrize(
-    ("lengths", "limit", "rows"),
+    ("lengths", "limit", "enough", "rows"),
     [
-        ([128] * 8, 517, [512, 512]),
-        ([96] * 8, 517, [384, 384]),
-        ([128] * 8, 414, [384, 384, 256]),
-        ([300, 300, 300], 517, [300, 300, 300]),
-        ([0, 5, 0, 7], 12, [12]),
-        ([], 12, []),
+        ([128] * 8, 517, 517, [512, 512]),
+        ([96] * 8, 517, 517, [384, 384]),
+        ([128] * 8, 414, 414, [384, 384, 256]),
+        ([300, 300, 300], 517, 517, [300, 300, 300]),
+        ([512] * 4, 9000, 1024, [1024, 1024]),
+        ([3000, 10, 2000], 9000, 1024, [3000, 10, 2000]),
+        ([0, 5, 0, 7], 12, 12, [12]),
+        ([], 12, 12, []),
     ],
 )
-def test_whole_rollouts_are_dealt_out_evenly_over_as_few_chunks_as_there_must_be(lengths, limit, rows):
-    chunks = list(rollout_chunks(lengths, limit))
+def test_whole_rollouts_are_dealt_out_evenly_over_as_few_chunks_as_there_must_be(lengths, limit, enough, rows):
+    chunks = list(rollout_chunks(lengths, limit, enough))
     assert [part.stop - part.start for part in chunks] == rows
     assert all(after.start == before.stop for before, after in pairwise(chunks))
 
