@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
+from benchmarks import ROOT as ROOT
 from benchmarks.cases import Case, cases
 from benchmarks.measure import Measured
 from benchmarks.systems import INSTALLED
 
-ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 SCRATCH = ROOT / ".benchmarks" / "results"  # quick and partial runs: git does not see it
 PACKAGES = ("rlvr-ops", "torch", "triton", "trl", "verl", "liger-kernel", "cut-cross-entropy", "nvidia-cutlass-dsl",

@@ -176,6 +176,12 @@ def tiny_stage(tmp_path, clean_commit):
     return Stage("suite", tmp_path, CPU, time.monotonic() + 60, tiny=True)
 
 
+def test_a_copy_that_is_not_installed_finds_its_packages():
+    said = "import sys; sys.path.insert(0, sys.argv[1]); import benchmarks; from importlib.util import find_spec"
+    said += "; sys.exit(not (find_spec('rlvr_kernels') and find_spec('rlvr_trainer')))"
+    assert subprocess.run([sys.executable, "-I", "-S", "-c", said, str(ROOT)], check=False).returncode == 0
+
+
 def test_every_stage_is_rehearsed_in_under_two_minutes(tmp_path, capsys):
     began, tmp_path = time.monotonic(), tmp_path / "out"
     assert on_gpu.main(["--tiny", "--device", "cpu", "--minutes", "4", "--out", str(tmp_path)]) == 0
