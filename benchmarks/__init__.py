@@ -4,7 +4,5 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-sys.path += [
-    str(ROOT / "kernels"),
-    str(ROOT / "trainer"),
-]  # for a copy that is not installed; an installation comes first
+# For a copy that is not installed; an installation comes first.
+sys.path += [str(ROOT / "kernels"), str(ROOT / "trainer")]

@@ -157,12 +157,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=15.0, help="when to have finished")
     parser.add_argument("--out", type=Path, default=Path("results"), help="where the JSON goes")
     parser.add_argument("--only", nargs="+", choices=PLAN, default=list(PLAN), help="stages to run")
-    parser.add_argument("--device", type=torch.device, default="cuda")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true", help="toy shapes, to see that the script itself works")
     parser.add_argument("--stage", choices=IN_PROCESS, help="run this stage in this process")
     parser.add_argument("--until", type=float, help="when that is to end, as time.monotonic says")
     given = parser.parse_args(arguments)
-    out, device, seconds = given.out.resolve(), given.device, 60 * given.minutes
+    if not given.minutes > 0:
+        parser.error(f"--minutes must be > 0, got {given.minutes}")
+    out, device, seconds = given.out.resolve(), torch.device(given.device), 60 * given.minutes
     end = time.monotonic() + max(seconds - LAST_WORDS, seconds / 2)
     if given.stage:
         IN_PROCESS[given.stage](Stage(given.stage, out, device, given.until or end, given.tiny))

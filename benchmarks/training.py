@@ -13,7 +13,7 @@ from unittest import mock
 import torch
 
 import rlvr_ops
-from benchmarks.stage import TIMED_OUT, Row, Stage, Work
+from benchmarks.stage import TIMED_OUT, Row, Stage, Work, kept
 from benchmarks.systems import Missing
 
 STEPS = 200
@@ -85,6 +85,7 @@ def demo(here: Stage) -> Row:
     """What `make demo` does."""
     (model, given), run = model_of(tiny=here.tiny), folder(here, "demo")
     began = time.perf_counter()
+    (run / "summary.json").unlink(missing_ok=True)  # an earlier run's
     arguments = ["demo", "--model", model, "--out", str(run), f"policy.device={here.device}", *given]
     if code := trainer("cli").main(arguments):
         raise RuntimeError(f"rlvr-ops {' '.join(arguments)} ended with {code}")
@@ -134,8 +135,8 @@ def demos(here: Stage) -> Iterator[Work]:
 
 
 def runs(here: Stage) -> Iterator[Work]:
-    """What is left of the one run."""
-    saved = sorted(folder(here, "training").glob("checkpoints/step-*/state.pt"))
+    """What is left of the one run. A checkpoint without a row that is still good is another run's."""
+    saved = sorted(folder(here, "training").glob("checkpoints/step-*/state.pt")) if kept(here.rows) else []
     done = int(saved[-1].parent.name[5:]) if saved and saved[-1].parent.name[5:].isdigit() else 0
     if done < STEPS:
         yield {"model": model_of(tiny=here.tiny)[0], "steps_before": done}, lambda: train(here, done)

@@ -176,6 +176,28 @@ def tiny_stage(tmp_path, clean_commit):
     return Stage("suite", tmp_path, CPU, time.monotonic() + 60, tiny=True)
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--device", "tpu"], "--device: invalid choice: 'tpu'"),
+        (["--minutes", "0"], "--minutes must be > 0, got 0.0"),
+        (["--only", "nothing"], "--only: invalid choice: 'nothing'"),
+    ],
+)
+def test_what_cannot_be_asked_for_is_named(given, said, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        on_gpu.main(given)
+    assert said in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_another_run_is_not_gone_on_with(tiny_stage):
+    state = training.folder(tiny_stage, "training") / "checkpoints" / "step-000120" / "state.pt"
+    state.parent.mkdir(parents=True)
+    state.touch()
+    ((label, _),) = training.runs(tiny_stage)
+    assert label["steps_before"] == 0
+
+
 def test_a_copy_that_is_not_installed_finds_its_packages():
     said = "import sys; sys.path.insert(0, sys.argv[1]); import benchmarks; from importlib.util import find_spec"
     said += "; sys.exit(not (find_spec('rlvr_kernels') and find_spec('rlvr_trainer')))"
