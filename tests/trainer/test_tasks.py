@@ -4,8 +4,10 @@ import json
 
 import pytest
 from rlvr_trainer.config import TaskConfig
+from rlvr_trainer.files import JsonLinesTask, read_problems
+from rlvr_trainer.gym import ReasoningGymTask
 from rlvr_trainer.parsing import ConfigError
-from rlvr_trainer.tasks import JsonLinesTask, ReasoningGymTask, make_task, read_problems, stated_answer
+from rlvr_trainer.tasks import make_task, stated_answer
 
 ONE_DIGIT = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
 

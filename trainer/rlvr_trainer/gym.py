@@ -1,0 +1,105 @@
+"""Any generator of reasoning-gym as a task. Small generators repeat themselves, so held-out prompts are passed over in training."""
+
+from dataclasses import fields
+from typing import Any
+
+from rlvr_trainer.config import TaskConfig
+from rlvr_trainer.parsing import ConfigError, nearest
+from rlvr_trainer.tasks import Problem, digest, stated_answer
+
+HELD_OUT_SEED = 2**30  # training seeds stay below it: SEEDS_PER_RUN apart for each run.seed
+SEEDS_PER_RUN = 10**6
+CHUNK = 256
+
+
+class ReasoningGymTask:
+    """Any generator of reasoning-gym, judged by its own `score_answer`, in this process."""
+
+    def __init__(self, config: TaskConfig, seed: int = 0) -> None:
+        self.config = config
+        self.first_seed = seed % 1000 * SEEDS_PER_RUN
+        self._check()
+        self._chunk: tuple[int, Any] = (-1, None)
+        self.held_out = self._held_out()
+        self._held_out_prompts = {problem.prompt for problem in self.held_out}
+
+    def problems(self, cursor: int, count: int) -> tuple[list[Problem], int]:
+        """The next `count` problems whose prompts are not held out."""
+        found: list[Problem] = []
+        passed_over = 0
+        while len(found) < count:
+            problem = self._training_problem(cursor)
+            cursor += 1
+            if problem.prompt not in self._held_out_prompts:
+                found.append(problem)
+                passed_over = 0
+            elif (passed_over := passed_over + 1) > 1000:
+                raise ConfigError(
+                    f"task.held_out = {self.config.held_out} leaves nothing to train on: every problem of"
+                    f" {self.config.name!r} with these parameters is held out."
+                )
+        return found, cursor
+
+    def score(self, problems: list[Problem], completions: list[str]) -> list[float | None]:
+        """The generator's own score of the stated answer; None if it raises."""
+        return [self._score(problem, text) for problem, text in zip(problems, completions, strict=True)]
+
+    def fingerprint(self) -> str:
+        """Changes with anything that decides which problems come."""
+        from importlib.metadata import version
+
+        decides = (self.config.name, sorted(self.config.parameters.items()), self.config.instruction, self.first_seed)
+        return digest([repr(decides), version("reasoning-gym"), *(p.prompt for p in self.held_out)])
+
+    def close(self) -> None:
+        """Nothing to give back."""
+
+    def _score(self, problem: Problem, completion: str) -> float | None:
+        try:
+            score = float(self._judge.score_answer(stated_answer(completion, self.config.extract), problem.entry))
+        except Exception:
+            return None
+        return score if 0.0 <= score <= 1.0 else None  # NaN included
+
+    def _dataset(self, seed: int, size: int) -> Any:
+        import reasoning_gym
+
+        return reasoning_gym.create_dataset(self.config.name, seed=seed, size=size, **self.config.parameters)
+
+    def _check(self) -> None:
+        from reasoning_gym.factory import DATASETS
+
+        name = self.config.name
+        if name not in DATASETS:
+            raise ConfigError(f"unknown task.name {name!r}{nearest(name, DATASETS)} A file must end in .jsonl")
+        known = [f.name for f in fields(DATASETS[name][1]) if f.name not in ("seed", "size")]
+        for key in self.config.parameters:
+            if key not in known:
+                raise ConfigError(f"unknown key task.parameters.{key} for {name!r}{nearest(key, known)}")
+        try:
+            self._judge = self._dataset(0, 1)
+        except (AssertionError, TypeError, ValueError) as error:
+            raise ConfigError(f"task.parameters {self.config.parameters} do not suit {name!r}: {error}") from error
+
+    def _problem(self, entry: dict[str, Any]) -> Problem:
+        return Problem(entry["question"] + self.config.instruction, str(entry["answer"]), entry)
+
+    def _training_problem(self, cursor: int) -> Problem:
+        chunk, index = divmod(cursor, CHUNK)
+        if self._chunk[0] != chunk:
+            self._chunk = (chunk, self._dataset(self.first_seed + chunk * CHUNK, CHUNK))
+        return self._problem(self._chunk[1][index])
+
+    def _held_out(self) -> list[Problem]:
+        wanted = self.config.held_out
+        dataset = self._dataset(HELD_OUT_SEED, wanted * 50)
+        distinct: dict[str, Problem] = {}
+        for index in range(wanted * 50):
+            problem = self._problem(dataset[index])
+            distinct.setdefault(problem.prompt, problem)
+            if len(distinct) == wanted:
+                return list(distinct.values())
+        raise ConfigError(
+            f"task.held_out = {wanted}, but {self.config.name!r} with these parameters gave only {len(distinct)}"
+            f" different problems in {wanted * 50} tries."
+        )
