@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import pytest
 from rlvr_trainer.config import Config, load
+from rlvr_trainer.judging.verdict import BAD_REFERENCE, RIGHT, WRONG, Verdict
 from rlvr_trainer.policies import Policy, load_policy
 from rlvr_trainer.tasks import Problem
 
@@ -54,7 +55,8 @@ class DigitTask:
         found = []
         for problem, text in zip(problems, completions, strict=True):
             right = problem.prompt in self.solved or text[:1].isdigit()
-            found.append(None if problem.prompt in self.broken else float(right))
+            verdict = Verdict(float(right), RIGHT if right else WRONG)
+            found.append(Verdict(None, BAD_REFERENCE) if problem.prompt in self.broken else verdict)
         return found
 
     def fingerprint(self):

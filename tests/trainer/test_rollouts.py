@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from rlvr_trainer.judging.verdict import PARTLY, Verdict
 from rlvr_trainer.parsing import ConfigError
 from rlvr_trainer.policies import load_policy
 from rlvr_trainer.rollouts import _lay_out, collect, sample
@@ -58,11 +59,11 @@ def test_a_prompt_beyond_the_models_positions_is_refused(untrained, small):
         sample(untrained, [Problem("1" * 1030, "x")], small(), 2, 1.0)
 
 
-def test_a_group_with_a_verifier_error_is_counted_and_left_out(untrained, small, digits):
+def test_a_group_whose_reference_cannot_be_read_is_counted_and_left_out(untrained, small, digits):
     batch, cursor = collect(untrained, digits(broken=("problem 1",)), 0, small())
     assert cursor == 3
     assert {p.prompt for p in batch.rollouts.problems} == {"problem 0", "problem 2"}
-    assert batch.metrics["sampling/verifier_errors"] == 4
+    assert batch.metrics["judge/bad_reference"] == 4
     assert batch.metrics["sampling/rollouts"] == 12
     assert batch.metrics["sampling/groups_kept"] == 2
     assert len(batch.rewards) == len(batch.advantages) == 8
@@ -79,7 +80,8 @@ def test_dynamic_sampling_replaces_groups_that_teach_nothing(untrained, small, d
     config = small("algorithm.name=dapo", "algorithm.max_resamples=20", "rollout.group_size=8")
     task = digits(solved=("problem 0", "problem 1"))
     batch, cursor = collect(untrained, task, 0, config)
-    correct = torch.tensor(task.score(batch.rollouts.problems, batch.rollouts.texts)).reshape(-1, 8)
+    verdicts = task.score(batch.rollouts.problems, batch.rollouts.texts)
+    correct = torch.tensor([verdict.score for verdict in verdicts]).reshape(-1, 8)
     assert batch.metrics["sampling/groups_kept"] == len(correct) == 3
     assert ((correct.mean(1) > 0) & (correct.mean(1) < 1)).all()
     assert batch.metrics["sampling/groups_uninformative"] == cursor - 3 >= 2
@@ -106,7 +108,8 @@ def test_overlong_completions_lose_reward_under_dapo(untrained, small, digits):
 
 def test_the_score_itself_can_be_the_reward(untrained, small, digits, monkeypatch):
     task = digits()
-    monkeypatch.setattr(task, "score", lambda problems, texts: [0.25 + 0.5 * (i % 2) for i in range(len(texts))])
+    scores = lambda problems, texts: [Verdict(0.25 + 0.5 * (i % 2), PARTLY) for i in range(len(texts))]  # noqa: E731
+    monkeypatch.setattr(task, "score", scores)
     assert collect(untrained, task, 0, small())[0].rewards.unique().tolist() == [0.0]
     assert collect(untrained, task, 0, small("task.reward=score"))[0].rewards.unique().tolist() == [0.25, 0.75]
 

@@ -7,7 +7,7 @@ from rlvr_trainer.config import TaskConfig
 from rlvr_trainer.files import JsonLinesTask, read_problems
 from rlvr_trainer.gym import ReasoningGymTask
 from rlvr_trainer.parsing import ConfigError
-from rlvr_trainer.tasks import make_task, stated_answer
+from rlvr_trainer.tasks import make_task
 
 ONE_DIGIT = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
 
@@ -49,38 +49,8 @@ def test_the_generator_itself_judges():
     problem, _ = task.problems(0, 1)
     answer = problem[0].answer
     texts = [answer, f"It is {answer}.", f"<answer> {answer} </answer> or 99", "no idea", ""]
-    assert task.score(problem * 5, texts) == [1.0, 1.0, 1.0, 0.0, 0.0]
-
-
-def test_a_verifier_that_raises_is_none_and_not_zero(monkeypatch):
-    task = sums()
-    problem, _ = task.problems(0, 1)
-    monkeypatch.setattr(type(task._judge), "score_answer", lambda *_: 1 / 0)
-    assert task.score(problem, ["1"]) == [None]
-
-
-@pytest.mark.parametrize("score", [float("nan"), 1.5, -0.1, "x"])
-def test_a_score_outside_its_range_is_a_verifier_error(monkeypatch, score):
-    task = sums()
-    problem, _ = task.problems(0, 1)
-    monkeypatch.setattr(type(task._judge), "score_answer", lambda *_: score)
-    assert task.score(problem, ["1"]) == [None]
-
-
-@pytest.mark.parametrize(
-    ("text", "extract", "stated"),
-    [
-        (" 7 ", "whole", "7"),
-        ("<answer>1</answer> no, <answer>\n2\n</answer>", "whole", "2"),
-        ("3 + 4 = 7.", "last_number", "7"),
-        ("about 1,234.5, I think", "last_number", "1,234.5"),
-        ("minus -3", "last_number", "-3"),
-        ("none", "last_number", "none"),
-        ("<answer>so 5</answer> 6", "last_number", "5"),
-    ],
-)
-def test_what_is_judged_of_a_completion(text, extract, stated):
-    assert stated_answer(text, extract) == stated
+    assert [verdict.score for verdict in task.score(problem * 5, texts)] == [1.0, 1.0, 1.0, 0.0, 0.0]
+    task.close()
 
 
 @pytest.mark.parametrize(

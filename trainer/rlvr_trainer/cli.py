@@ -1,4 +1,4 @@
-"""`rlvr-ops train | eval | plot | env | demo`."""
+"""`rlvr-ops train | eval | judge | plot | env | demo`."""
 
 import argparse
 import importlib.metadata
@@ -13,6 +13,7 @@ try:
     from rlvr_trainer.config import Config, load, shipped
 except ModuleNotFoundError as error:
     raise SystemExit(f"rlvr-ops needs {error.name}: in the repository's root, pip install '.[train]'") from error
+from rlvr_trainer.judging import command
 from rlvr_trainer.parsing import ConfigError, nearest
 
 DEMOS = {"smollm2-135m": "demo-smollm2-135m", "tiny": "demo-tiny"}
@@ -64,6 +65,8 @@ def _parser() -> argparse.ArgumentParser:
     plot = commands.add_parser("plot", help="draw report.png from a run folder")
     plot.add_argument("run", type=Path)
     plot.set_defaults(command=_plot)
+
+    command.add_to(commands)
 
     env = commands.add_parser("env", help="versions and devices, for bug reports")
     env.set_defaults(command=_env)

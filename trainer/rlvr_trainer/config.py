@@ -25,7 +25,8 @@ class TaskConfig:
     extract: Literal["whole", "last_number"] = "whole"  # what of a completion is judged, after <answer> tags
     reward: Literal["correct", "score"] = "correct"  # 1 if the score is 1, else 0; or the score in [0, 1] itself
     held_out: int = 64  # problems kept for evaluation (JSON Lines: the last lines of the file)
-    verifier_timeout: float = 10.0  # seconds per answer, JSON Lines tasks only
+    accept_unevaluated: bool = False  # whether 3+4 is right where the answer is 7; files only
+    verifier_timeout: float = 10.0  # seconds per answer
     verifier_processes: int = 2
 
 

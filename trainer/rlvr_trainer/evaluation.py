@@ -101,7 +101,7 @@ def evaluate(policy: Policy, task: Task, config: Config) -> Evaluation:
         torch.manual_seed(config.evaluation.seed)
         rollouts = sample(policy, task.held_out, config, n, config.evaluation.temperature)
     confidences, stated = confidences_of(policy, rollouts, config.evaluation.temperature, config.rollout.batch_size)
-    scores = task.score(rollouts.problems, rollouts.texts)
+    scores = [verdict.score for verdict in task.score(rollouts.problems, rollouts.texts)]
     groups = [scores[i : i + n] for i in range(0, len(scores), n)]
     return Evaluation(
         samples=n,

@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from rlvr_trainer.config import TaskConfig
+from rlvr_trainer.judging.verdict import Verdict
+from rlvr_trainer.judging.workers import Workers, answers
 from rlvr_trainer.parsing import ConfigError
-from rlvr_trainer.tasks import Problem, digest, stated_answer
-from rlvr_trainer.verifier import MathVerifier
+from rlvr_trainer.tasks import Problem, digest
 
 
 class JsonLinesTask:
-    """A file of {"prompt": ..., "answer": ...} lines judged by math-verify; the last lines are held out."""
+    """A file of {"prompt": ..., "answer": ...} lines judged by `judging`; the last lines are held out."""
 
     def __init__(self, config: TaskConfig, seed: int = 0) -> None:
         self.config, self.seed = config, seed
@@ -27,7 +28,7 @@ class JsonLinesTask:
         self._training = [p for p in everything[: -config.held_out] if p.prompt not in held_out_prompts]
         if not self._training:
             raise ConfigError(f"{config.name}: every prompt outside the held-out lines is also a held-out one.")
-        self._verify = MathVerifier(config.verifier_processes, config.verifier_timeout)
+        self._workers = Workers(config.verifier_processes, config.verifier_timeout)
         self._order: tuple[int, list[int]] = (-1, [])
 
     def problems(self, cursor: int, count: int) -> tuple[list[Problem], int]:
@@ -42,11 +43,11 @@ class JsonLinesTask:
             found.append(self._training[self._order[1][index]])
         return found, cursor + count
 
-    def score(self, problems: list[Problem], completions: list[str]) -> list[float | None]:
-        """1.0 where math-verify finds the answers equal, 0.0 where not, None where it failed."""
-        extract = self.config.extract
-        return self._verify(
-            [(p.answer, stated_answer(text, extract)) for p, text in zip(problems, completions, strict=True)]
+    def score(self, problems: list[Problem], completions: list[str]) -> list[Verdict]:
+        """Whether each completion states its problem's answer, found out in worker processes."""
+        pairs = (([problem.answer], text) for problem, text in zip(problems, completions, strict=True))
+        return self._workers(
+            answers(pairs, extract=self.config.extract, accept_unevaluated=self.config.accept_unevaluated)
         )
 
     def fingerprint(self) -> str:
@@ -55,8 +56,8 @@ class JsonLinesTask:
         return digest([str(self.seed), str(len(self.held_out)), json.dumps(everything)])
 
     def close(self) -> None:
-        """End the verifier's processes."""
-        self._verify.close()
+        """End the workers."""
+        self._workers.close()
 
 
 def read_problems(path: Path, instruction: str = "") -> list[Problem]:

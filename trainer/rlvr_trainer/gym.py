@@ -4,8 +4,10 @@ from dataclasses import fields
 from typing import Any
 
 from rlvr_trainer.config import TaskConfig
+from rlvr_trainer.judging.verdict import Verdict
+from rlvr_trainer.judging.workers import Workers, generated
 from rlvr_trainer.parsing import ConfigError, nearest
-from rlvr_trainer.tasks import Problem, digest, stated_answer
+from rlvr_trainer.tasks import Problem, digest
 
 HELD_OUT_SEED = 2**30  # training seeds stay below it: SEEDS_PER_RUN apart for each run.seed
 SEEDS_PER_RUN = 10**6
@@ -19,6 +21,7 @@ class ReasoningGymTask:
         self.config = config
         self.first_seed = seed % 1000 * SEEDS_PER_RUN
         self._check()
+        self._workers = Workers(config.verifier_processes, config.verifier_timeout, generators=True)
         self._chunk: tuple[int, Any] = (-1, None)
         self.held_out = self._held_out()
         self._held_out_prompts = {problem.prompt for problem in self.held_out}
@@ -40,9 +43,10 @@ class ReasoningGymTask:
                 )
         return found, cursor
 
-    def score(self, problems: list[Problem], completions: list[str]) -> list[float | None]:
-        """The generator's own score of the stated answer; None if it raises."""
-        return [self._score(problem, text) for problem, text in zip(problems, completions, strict=True)]
+    def score(self, problems: list[Problem], completions: list[str]) -> list[Verdict]:
+        """The generator's own score of what each completion states, found out in worker processes."""
+        pairs = zip((problem.entry for problem in problems), completions, strict=True)
+        return self._workers(generated(self.config.name, self.config.parameters, pairs, extract=self.config.extract))
 
     def fingerprint(self) -> str:
         """Changes with anything that decides which problems come."""
@@ -52,14 +56,8 @@ class ReasoningGymTask:
         return digest([repr(decides), version("reasoning-gym"), *(p.prompt for p in self.held_out)])
 
     def close(self) -> None:
-        """Nothing to give back."""
-
-    def _score(self, problem: Problem, completion: str) -> float | None:
-        try:
-            score = float(self._judge.score_answer(stated_answer(completion, self.config.extract), problem.entry))
-        except Exception:
-            return None
-        return score if 0.0 <= score <= 1.0 else None  # NaN included
+        """End the workers."""
+        self._workers.close()
 
     def _dataset(self, seed: int, size: int) -> Any:
         import reasoning_gym
@@ -77,7 +75,7 @@ class ReasoningGymTask:
             if key not in known:
                 raise ConfigError(f"unknown key task.parameters.{key} for {name!r}{nearest(key, known)}")
         try:
-            self._judge = self._dataset(0, 1)
+            self._dataset(0, 1)
         except (AssertionError, TypeError, ValueError) as error:
             raise ConfigError(f"task.parameters {self.config.parameters} do not suit {name!r}: {error}") from error
 

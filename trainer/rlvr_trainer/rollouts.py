@@ -14,6 +14,7 @@ from torch import Tensor
 import rlvr_ops
 from rlvr_ops.advantages import informative_groups, overlong_penalty
 from rlvr_trainer.config import Config
+from rlvr_trainer.judging.verdict import Verdict, counts
 from rlvr_trainer.parsing import ConfigError
 from rlvr_trainer.policies import Policy
 from rlvr_trainer.tasks import Problem, Task
@@ -128,13 +129,14 @@ def _lay_out(
 def collect(policy: Policy, task: Task, cursor: int, config: Config) -> tuple[Batch, int]:
     """One step's rollouts with rewards and advantages, and the cursor behind the problems used.
 
-    A group with a verifier error is left out whole: its mean would be over fewer answers than it has. Under dynamic
-    sampling groups of accuracy 0 or 1 are left out too, and replaced while `max_resamples` allows.
+    A group whose reference cannot be read is left out whole. Under dynamic sampling groups of accuracy 0 or 1 are left
+    out too, and replaced while `max_resamples` allows.
     """
     size, wanted = config.rollout.group_size, config.rollout.prompts
     kept: list[Rollouts] = []
     scores: list[Tensor] = []
-    seen, errors, uninformative = 0, 0, 0
+    verdicts: list[Verdict] = []
+    uninformative = 0
     seconds = {"generate": 0.0, "verify": 0.0}
     rounds = 1 + (config.algorithm.max_resamples if config.algorithm.dynamic_sampling else 0)
     for _ in range(rounds):
@@ -146,22 +148,21 @@ def collect(policy: Policy, task: Task, cursor: int, config: Config) -> tuple[Ba
         rollouts = sample(policy, problems, config, size, config.rollout.temperature)
         middle = time.perf_counter()
         given = task.score(rollouts.problems, rollouts.texts)
+        verdicts += given
         seconds["generate"] += middle - start
         seconds["verify"] += time.perf_counter() - middle
-        errors += sum(score is None for score in given)
-        score = torch.tensor([float("nan") if s is None else s for s in given])
+        score = torch.tensor([float("nan") if verdict.score is None else verdict.score for verdict in given])
         keep = ~score.reshape(-1, size).isnan().any(1)
         if config.algorithm.dynamic_sampling:
             informative = informative_groups((score == 1).float(), size)
             uninformative += int((keep & ~informative).sum())
             keep &= informative
         rows = keep.repeat_interleave(size).nonzero().flatten().tolist()
-        seen += len(rollouts)
         kept.append(rollouts.select(rows))
         scores.append(score[rows])
     metrics = {
-        "sampling/rollouts": float(seen),
-        "sampling/verifier_errors": float(errors),
+        "sampling/rollouts": float(len(verdicts)),
+        **counts(verdicts),
         "sampling/groups_uninformative": float(uninformative),
         "sampling/groups_kept": float(sum(len(part) for part in kept) // size),
         "perf/seconds_generate": seconds["generate"],

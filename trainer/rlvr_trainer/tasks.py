@@ -5,13 +5,13 @@ held-out one is passed over, since small generators repeat themselves.
 """
 
 import hashlib
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from rlvr_trainer.config import TaskConfig
+from rlvr_trainer.judging.verdict import Verdict
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,8 @@ class Task(Protocol):
     def problems(self, cursor: int, count: int) -> tuple[list[Problem], int]:
         """The next `count` training problems and the cursor behind them: the same cursor, the same problems."""
 
-    def score(self, problems: list[Problem], completions: list[str]) -> list[float | None]:
-        """A score in [0, 1] per completion; None where the verifier failed."""
+    def score(self, problems: list[Problem], completions: list[str]) -> list[Verdict]:
+        """A verdict on each completion."""
 
     def fingerprint(self) -> str:
         """A digest of everything that decides which problems come: a resumed run must find the same."""
@@ -48,20 +48,6 @@ def digest(parts: Iterable[str]) -> str:
         encoded = part.encode("utf-8", "surrogatepass")
         whole.update(len(encoded).to_bytes(8, "little") + encoded)
     return whole.hexdigest()[:16]
-
-
-def stated_answer(completion: str, extract: str = "whole") -> str:
-    """What is judged of a completion: the last `<answer>...</answer>` if there is one, then its last number if asked.
-
-    >>> stated_answer("so <answer> 7 </answer>"), stated_answer("2 + 2 = 4.", "last_number")
-    ('7', '4')
-    """
-    tagged = re.findall(r"<answer>(.*?)</answer>", completion, flags=re.DOTALL)
-    text = (tagged[-1] if tagged else completion).strip()
-    if extract == "last_number":
-        numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)
-        return numbers[-1].rstrip(",") if numbers else text
-    return text
 
 
 def make_task(config: TaskConfig, seed: int = 0) -> Task:

@@ -1,0 +1,122 @@
+r"""Whether two answers are the same, by what the reference is: a choice, words, a quantity, a tuple, a list, or mathematics.
+
+Only what is left over goes to math-verify. By itself it reads `listen` as a product of letters, takes the last number of `5, 6, 7`,
+and sees in `d=4\sqrt{10}, M=(1,-4)` a 4.
+"""
+
+import re
+
+from rlvr_trainer.judging.mathematics import same_mathematics
+from rlvr_trainer.judging.numbers import Quantity, quantity
+from rlvr_trainer.judging.parts import elements, listed, right_side, unlabelled
+from rlvr_trainer.judging.readings import normal
+from rlvr_trainer.judging.verdict import BadReferenceError
+
+CHOICE = re.compile(r"\(?([A-Z])\)?[.:)]?")
+CHOSEN = re.compile(r"(?:(?:option|choice)\s+)?\(?([A-Za-z])(?:\)?|\s*[).:,]\s*.*|\)\s*.*)", re.DOTALL | re.IGNORECASE)
+DATE_TIME_OR_SCORE = re.compile(r"\d{1,4}(?:[-/.:]\d{1,4}){2}|\d+\s*:\s*\d+(?:\s*[ap]\.?m\.?)?", re.IGNORECASE)
+DECIMAL_COMMA = re.compile(r"(-?\d+),(\d{1,2}|\d{4,})")
+NO_WORDS = {
+    "sin", "cos", "tan", "sec", "csc", "cot", "log", "ln", "exp", "sqrt", "pi", "arcsin", "arccos", "arctan", "inf", "and", "or",
+}  # fmt: skip
+WORD = re.compile(r"[^\W\d_]{2,}")
+ARITHMETIC = re.compile(r"[\d)}]\s*(?:[-+*/]|\\times|\\cdot|\\div)\s*[\d({\\]")
+FIRST_WORDS = ("yes", "no", "true", "false")
+
+
+def same(gold: str, given: str, words: bool = False) -> bool:
+    """Whether `given` is the reference `gold`, both as `normal` gives them. `words`: the reference is text.
+
+    Raises:
+        BadReferenceError: the reference cannot be read.
+    """
+    if _spaceless(gold) == _spaceless(given):
+        return True
+    if choice := CHOICE.fullmatch(gold):
+        chosen = CHOSEN.fullmatch(given)
+        return bool(chosen) and chosen[1].upper() == choice[1]  # type: ignore[index]
+    if words:
+        return _text(gold) == _text(given) or (_text(gold) in FIRST_WORDS and _first_word(given) == _text(gold))
+    if (number := quantity(gold)) is not None:
+        return _same_number(number, gold, right_side(given))
+    if (parts := elements(gold)) is not None:
+        return _same_elements(parts, elements(unlabelled(gold, given)))
+    return same_mathematics(gold, given)
+
+
+def check_reference(gold: str, words: bool) -> None:
+    """Compare the reference with something that it is not, to see that it can be compared.
+
+    Raises:
+        BadReferenceError: nothing is there, or it is mathematics that math-verify cannot read.
+    """
+    if not gold:
+        raise BadReferenceError("it is empty")
+    same(gold, "?", words)
+    for part in (elements(gold) or ("", []))[1] if not words else []:
+        check_reference(normal(part), is_words(part))
+
+
+def is_words(reference: str) -> bool:
+    """Whether a reference is text: words, dates, times, scores; not formulas, in which letters are variables."""
+    gold = normal(reference)
+    if DATE_TIME_OR_SCORE.fullmatch(gold):
+        return True
+    if re.search(r"[\\^_=<>+*{}|]", gold) or quantity(gold) is not None:
+        return False
+    words = [word for word in WORD.findall(gold) if word.lower() not in NO_WORDS]
+    as_formula = reference.strip().startswith(("$", "\\(")) and "\\text" not in reference
+    return any(len(word) > 2 or not (as_formula and word.islower()) for word in words)
+
+
+def is_unevaluated(gold: str, given: str) -> bool:
+    """Whether the reference is a number and the answer a sum, product or quotient that was not worked out."""
+    number, given = quantity(gold), right_side(given)
+    if number is None:
+        return False
+    found = quantity(given)
+    if found is not None:
+        return found.ratio and number.value.denominator == 1
+    return bool(ARITHMETIC.search(given)) and "\\frac" not in given
+
+
+def _same_number(number: Quantity, gold: str, given: str) -> bool:
+    found = quantity(given) or quantity(DECIMAL_COMMA.sub(r"\1.\2", given))
+    if found is not None:
+        return number.equals(found)
+    prose = WORD.search(re.sub(r"\\[a-z]+", "", given)) or listed(given) is not None
+    return not prose and same_mathematics(gold, given)
+
+
+def _same_elements(gold: tuple[str, list[str]], given: tuple[str, list[str]] | None) -> bool:
+    """Elements in order inside the same brackets, or each to one of a list or set."""
+    if given is None or gold[0] != given[0] or len(gold[1]) != len(given[1]):
+        return False
+    if gold[0] != "{}":
+        return all(_same_element(one, two) for one, two in zip(gold[1], given[1], strict=True))
+    left = list(given[1])
+    for one in gold[1]:
+        match = next((two for two in left if _same_element(one, two)), None)
+        if match is None:
+            return False
+        left.remove(match)
+    return True
+
+
+def _same_element(gold: str, given: str) -> bool:
+    return same(normal(gold), normal(given), is_words(gold))
+
+
+def _text(text: str) -> str:
+    text = re.sub(r"^(?:the|an?)\s+", "", text.casefold().strip(" \t\n.,;:!?\"'`*()"))
+    return re.sub(r"[\s\-_]+", " ", text)
+
+
+def _first_word(text: str) -> str:
+    found = re.match(r"\W*(\w+)\s*(?:[.,;:!]|$)", text)
+    return found[1].casefold() if found else ""
+
+
+def _spaceless(text: str) -> str:
+    words = WORD.search(re.sub(r"\\[A-Za-z]+", "", text))
+    return re.sub(r"\s+", " " if words else "", text)

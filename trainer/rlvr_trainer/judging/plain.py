@@ -1,0 +1,98 @@
+"""Unicode and LaTeX that only change how an answer looks, written in one way."""
+
+import re
+import unicodedata
+from collections.abc import Callable
+
+SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺", "0123456789-+")
+SYMBOLS = {
+    "−": "-", "–": "-", "—": "-", "‐": "-", "‑": "-", "﹣": "-", "－": "-", "×": "\\times ", "·": "\\cdot ", "⋅": "\\cdot ",
+    "÷": "/", "∕": "/", "⁄": "/", "∗": "*", "π": "\\pi ", "∞": "\\infty ", "≤": "\\le ", "≥": "\\ge ", "≠": "\\ne ",
+    "∪": "\\cup ", "∩": "\\cap ", "∈": "\\in ", "∅": "\\emptyset ", "θ": "\\theta ", "α": "\\alpha ", "β": "\\beta ",
+    "\u202f": "", "\u2009": "", "\u200a": "", "\u200b": "", "\ufeff": "", "\u2062": "", "\u2061": "",
+    "“": '"', "”": '"', "‘": "'", "’": "'",
+}  # fmt: skip
+WRAPPERS = (
+    "text",
+    "textbf",
+    "textit",
+    "textrm",
+    "mathrm",
+    "mathbf",
+    "mathit",
+    "mbox",
+    "operatorname",
+    "bm",
+    "boldsymbol",
+)
+ALIKE: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
+    (r"\\(?:dfrac|tfrac|cfrac)\b", r"\\frac"),
+    (r"\\(?:left|right|bigl?|bigr|Bigl?|Bigr|displaystyle|limits)(?![A-Za-z])\s*", ""),
+    (r"\\(?:leq|leqslant)\b", r"\\le"),
+    (r"\\(?:geq|geqslant)\b", r"\\ge"),
+    (r"\\neq\b", r"\\ne"),
+    (r"\\lt\b", "<"),
+    (r"\\gt\b", ">"),
+    (r"(?<!\\)\\[%$#&_]", lambda m: m[0][1]),  # two of them end a row of a matrix
+    (r"\{\s*,\s*\}", ","),
+    (r"(?<!\\)\\!\s*", ""),
+    (r"(?<=\d)\\,(?=\d)", ""),
+    (r"(?<!\\)\\[,;: ]|~|\\(?:quad|qquad)(?![A-Za-z])\s*", " "),
+    (r"\^\s*\{?\s*\\circ\s*\}?|\\degree\b|\\textdegree\b", "°"),
+]
+
+
+def plain(text: str) -> str:
+    """`text` with one sign for each minus, fraction, superscript, space and font, and no digit grouping but commas.
+
+    >>> plain("−5"), plain("3½"), plain(r"\\\\dfrac{1}{2}"), plain("x²"), plain(r"10{,}080")
+    ('-5', '3 1/2', '\\\\\\\\frac{1}{2}', 'x^{2}', '10,080')
+    """
+    text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺]+", lambda m: "^{" + m[0].translate(SUPERSCRIPTS) + "}", text)
+    text = re.sub(r"(\d?)([¼½¾⅐-⅞])", lambda m: m[1] + " " * bool(m[1]) + unicodedata.normalize("NFKC", m[2]), text)
+    text = re.sub(r"√\s*(?:\(([^()]*)\)|(\w+))", lambda m: "\\sqrt{" + (m[1] or m[2]) + "}", text)
+    for symbol, written in SYMBOLS.items():
+        text = text.replace(symbol, written)
+    text = unicodedata.normalize("NFKC", text).replace("⁄", "/")
+    for pattern, alike in ALIKE:
+        text = re.sub(pattern, alike, text)
+    for name in WRAPPERS:
+        text = unwrapped(text, "\\" + name)
+    return re.sub(r"[ \t]+", " ", text).strip()
+
+
+def unwrapped(text: str, command: str) -> str:
+    r"""`text` with the contents of every `\command{...}` in its place."""
+    start = text.find(command + "{")
+    while start >= 0:
+        inner, end = braced(text, start + len(command))
+        text = text[:start] + inner + text[end:]
+        start = text.find(command + "{", start)
+    return text
+
+
+def braced(text: str, start: int) -> tuple[str, int]:
+    """The contents of the braces that open at `start`, and the place behind them; to the end if they never close."""
+    depth = 0
+    for place in range(start, len(text)):
+        depth += {"{": 1, "}": -1}.get(text[place], 0) if text[place - 1 : place] != "\\" else 0
+        if depth == 0:
+            return text[start + 1 : place], place + 1
+    return text[start + 1 :], len(text)
+
+
+def undelimited(text: str) -> str:
+    r"""`text` without the `$...$`, `\(...\)`, `\[...\]`, quotes or markdown around it, and without a final full stop.
+
+    >>> undelimited("**$x$.**"), undelimited("$5"), undelimited("so $5$ or $6$")
+    ('x', '$5', 'so 5 or 6')
+    """
+    before = None
+    while text != before:
+        before = text
+        text = re.sub(r"^(?:\*\*|__|[*_`\"'])\s*(.*?)\s*(?:\*\*|__|[*_`\"'])$", r"\1", text.strip(), flags=re.DOTALL)
+        text = re.sub(r"(?<=[^.\s])\s*[.,;:!]+$|(?:\*\*|__)$|^(?:\*\*|__)", "", text)
+        text = re.sub(r"^\\\((.*)\\\)$|^\\\[(.*)\\\]$", lambda m: m[1] or m[2] or "", text, flags=re.DOTALL)
+    if text.count("$") >= 2:  # one dollar is money
+        text = re.sub(r"\$\$?([^$]+)\$?\$", r"\1", text)
+    return text.strip()

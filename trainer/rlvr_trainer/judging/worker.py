@@ -1,0 +1,81 @@
+"""The process that reads answers: `python -m rlvr_trainer.judging.worker`, a JSON line in, a JSON line out.
+
+It is started with an empty environment, imports what judging needs, and then gives up everything else. It never sends anything but
+verdicts, and the trainer reads them as JSON, so that nothing in them can be executed.
+"""
+
+import base64
+import json
+import logging
+import os
+import pickle
+import sys
+from dataclasses import replace
+from typing import Any
+
+from rlvr_trainer.judging.guard import Guard
+from rlvr_trainer.judging.judge import check, compare
+from rlvr_trainer.judging.sandbox import seal
+from rlvr_trainer.judging.verdict import CRASHED, MEMORY, REFUSED, Verdict
+
+LONGEST_READING = 300  # characters of what was read, for logs
+
+
+def answer(request: dict[str, Any]) -> Verdict:
+    """The verdict on one request: a generator's problem, references to compare with, or references to check."""
+    if "entry" in request:
+        from rlvr_trainer.judging.generator import score
+
+        entry = pickle.loads(base64.b64decode(request["entry"]))
+        return score(request["generator"], request["parameters"], entry, request["completion"], request["extract"])
+    if "completion" in request:
+        return compare(
+            request["references"],
+            request["completion"],
+            extract=request["extract"],
+            accept_unevaluated=request["accept_unevaluated"],
+        )
+    return check(request["references"][0])
+
+
+def main() -> None:
+    """Import, close, and answer until the input ends."""
+    logging.disable(logging.CRITICAL)
+    channel = os.fdopen(os.dup(1), "w", encoding="ascii")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what a library prints must not look like a verdict
+    warm_up(generators="generators" in sys.argv[1:])
+    taken = seal()
+    guard = Guard()
+    guard.close()
+    print(json.dumps({"sealed": taken}), file=channel, flush=True)
+    for line in sys.stdin:
+        guard.refused = ""
+        verdict = _answer(json.loads(line))
+        if guard.refused:  # whoever asked may have swallowed it
+            verdict = replace(verdict, score=0.0, reason=REFUSED)
+        print(json.dumps(_reply(verdict)), file=channel, flush=True)
+
+
+def warm_up(generators: bool) -> None:
+    """Import everything that an answer may need, so that little is left to import behind closed doors."""
+    compare(["\\frac{1}{2}", "x^2-1", "\\{1\\}", "(1, \\pi)"], "$(x-1)(x+1) = \\boxed{\\sqrt{3}}$")
+    if generators:
+        import reasoning_gym  # noqa: F401
+
+
+def _answer(request: dict[str, Any]) -> Verdict:
+    try:
+        return answer(request)
+    except MemoryError:
+        return Verdict(0.0, MEMORY)
+    except Exception as error:
+        return Verdict(0.0, CRASHED, read_answer=f"{type(error).__name__}: {error}")
+
+
+def _reply(verdict: Verdict) -> dict[str, Any]:
+    readings = {name: getattr(verdict, name)[:LONGEST_READING] for name in ("read_reference", "read_answer")}
+    return {"score": verdict.score, "reason": verdict.reason, **readings}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,202 @@
+"""Worker processes that judge, and the only way from the trainer to text that a policy wrote.
+
+Each worker is asked by a thread of its own, which kills it when an answer takes too long and starts another: a hung answer costs
+its limit and holds up nobody else's.
+"""
+
+import base64
+import json
+import os
+import pickle
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from queue import SimpleQueue
+from typing import Any
+
+from rlvr_trainer.judging.verdict import CRASHED, TIME, TOO_LONG, Verdict
+
+LONGEST_COMPLETION = 1_000_000  # characters
+LONGEST_REPLY = 100_000
+START_UP_SECONDS = 120.0  # importing sympy on a busy machine
+
+
+class WorkerError(RuntimeError):
+    """A worker that cannot be started: the installation is at fault, no answer."""
+
+
+class Worker:
+    """One process. `ask` gives None if it died or was killed; the next `ask` starts another."""
+
+    def __init__(self, seconds: float, generators: bool) -> None:
+        self.seconds, self.generators = seconds, generators
+        self.sealed: list[str] = []
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def ask(self, request: dict[str, Any]) -> tuple[dict[str, Any] | None, bool]:
+        """The reply, and whether the time limit was broken."""
+        if self._process is None or self._process.poll() is not None:
+            self._start()
+        return self._exchange(request, self.seconds)
+
+    def close(self) -> None:
+        """End the process."""
+        if self._process is not None:
+            self._process.kill()
+            for pipe in (self._process.stdin, self._process.stdout):
+                assert pipe is not None
+                with suppress(OSError):
+                    pipe.close()
+            self._process.wait()
+            self._process = None
+
+    def _start(self) -> None:
+        self.close()
+        command = [sys.executable, "-P", "-s", "-m", "rlvr_trainer.judging.worker", *["generators"] * self.generators]
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            cwd=tempfile.gettempdir(),
+            env=_environment(),
+            start_new_session=True,  # Ctrl-C is the trainer's
+        )
+        reply, _ = self._exchange(None, START_UP_SECONDS)
+        if reply is None:
+            self.close()
+            raise WorkerError(f"no judge could be started: run {' '.join(command)} to see why")
+        self.sealed = list(reply["sealed"])
+
+    def _exchange(self, request: dict[str, Any] | None, seconds: float) -> tuple[dict[str, Any] | None, bool]:
+        process = self._process
+        assert process is not None
+        assert process.stdin is not None
+        assert process.stdout is not None
+        timer = threading.Timer(seconds, process.kill)
+        timer.start()
+        try:
+            if request is not None:
+                process.stdin.write(json.dumps(request).encode() + b"\n")
+                process.stdin.flush()
+            line = process.stdout.readline(LONGEST_REPLY)
+        except OSError:
+            line = b""
+        late = not timer.is_alive()
+        timer.cancel()
+        if not line.endswith(b"\n"):
+            self.close()
+            return None, late
+        return json.loads(line), late
+
+
+class Workers:
+    """A few workers. Verdicts come in the order of the requests."""
+
+    def __init__(self, processes: int = 2, seconds: float = 10.0, *, generators: bool = False) -> None:
+        self.processes, self.seconds, self.generators = processes, seconds, generators
+        self._idle: SimpleQueue[Worker] = SimpleQueue()
+        self._all: list[Worker] = []
+        self._pool: ThreadPoolExecutor | None = None
+
+    def __call__(self, requests: Iterable[dict[str, Any]]) -> list[Verdict]:
+        """A verdict on each request.
+
+        Raises:
+            WorkerError: no worker can be started.
+        """
+        listed = list(requests)
+        if not listed:
+            return []
+        self._open()
+        assert self._pool is not None
+        return list(self._pool.map(self._ask, listed))
+
+    def sealed(self) -> list[str]:
+        """What a worker has given up, in words; starts one."""
+        self(({"references": ["1"]},))
+        return next(worker.sealed for worker in self._all if worker.sealed)
+
+    def close(self) -> None:
+        """End all processes; the next call starts new ones."""
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+            for worker in self._all:
+                worker.close()
+            self._pool, self._all, self._idle = None, [], SimpleQueue()
+
+    def _open(self) -> None:
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(self.processes, thread_name_prefix="judge")
+            self._all = [Worker(self.seconds, self.generators) for _ in range(self.processes)]
+            for worker in self._all:
+                self._idle.put(worker)
+
+    def _ask(self, request: dict[str, Any]) -> Verdict:
+        if len(request.get("completion", "")) > LONGEST_COMPLETION:
+            return Verdict(0.0, TOO_LONG)
+        worker = self._idle.get()
+        try:
+            reply, late = worker.ask(request)
+        finally:
+            self._idle.put(worker)
+        if reply is None:
+            score = 0.0 if "completion" in request else None
+            return Verdict(score, TIME if late else CRASHED, *request.get("references", [])[:1])
+        return _verdict(reply)
+
+
+def answers(
+    pairs: Iterable[tuple[Sequence[str], str]], *, extract: str = "whole", accept_unevaluated: bool = False
+) -> Iterable[dict[str, Any]]:
+    """Requests to compare completions with reference answers, any of which is right."""
+    for references, completion in pairs:
+        yield {
+            "references": list(references),
+            "completion": completion,
+            "extract": extract,
+            "accept_unevaluated": accept_unevaluated,
+        }
+
+
+def generated(
+    name: str, parameters: dict[str, Any], pairs: Iterable[tuple[dict[str, Any], str]], *, extract: str = "whole"
+) -> Iterable[dict[str, Any]]:
+    """Requests to let a generator judge completions of its own problems."""
+    for entry, completion in pairs:
+        packed = base64.b64encode(pickle.dumps(entry)).decode()
+        yield {
+            "generator": name,
+            "parameters": parameters,
+            "entry": packed,
+            "completion": completion,
+            "extract": extract,
+        }
+
+
+def _verdict(reply: dict[str, Any]) -> Verdict:
+    """What a worker said, believed only as far as its types go."""
+    score = reply.get("score")
+    if score is not None and not (isinstance(score, int | float) and 0 <= score <= 1):
+        return Verdict(0.0, CRASHED)
+    texts = [str(reply.get(name, "")) for name in ("reason", "read_reference", "read_answer")]
+    return Verdict(None if score is None else float(score), *texts)
+
+
+def _environment() -> dict[str, str]:
+    """Nothing of the trainer's environment but where Python finds its modules."""
+    kept = {name: os.environ[name] for name in ("SYSTEMROOT", "LD_LIBRARY_PATH") if name in os.environ}
+    paths = os.pathsep.join(path for path in sys.path if path)
+    threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+    return {
+        **kept,
+        **threads,
+        "PYTHONPATH": paths,
+        "PYTHONUTF8": "1",
+        "PYTHONHASHSEED": "0",
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
