@@ -70,16 +70,21 @@ def _rows(path: Path) -> Iterator[tuple[dict[str, Any], list[str]]]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line.decode("utf-8"), parse_int=str, parse_float=str)
-            yield row, _references(row)
+            text = line.decode("utf-8")
+            row = json.loads(text, parse_constant=_refuse)
+            yield row, _references(row, json.loads(text, parse_int=str, parse_float=str))
         except (ValueError, TypeError, KeyError) as error:
             raise ConfigError(f"{path}: line {number} is no row with answer and completion: {error}") from None
 
 
-def _references(row: Any) -> list[str]:
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no answer")
+
+
+def _references(row: Any, as_written: Any) -> list[str]:
     if not isinstance(row, dict) or not isinstance(row["completion"], str):
         raise ValueError("completion must be text")
-    found = row["answer"] if isinstance(row["answer"], list) else [row["answer"]]
+    found = as_written["answer"] if isinstance(row["answer"], list) else [as_written["answer"]]
     if not found or not all(isinstance(answer, str) and answer.strip() for answer in found):
         raise ValueError("answer must be text or a list of texts")
     return found

@@ -38,7 +38,7 @@ def same(gold: str, given: str, words: bool = False) -> bool:
     if words:
         return _text(gold) == _text(given) or (_text(gold) in FIRST_WORDS and _first_word(given) == _text(gold))
     if (number := quantity(gold)) is not None:
-        return _same_number(number, gold, right_side(given))
+        return _same_number(number, right_side(given))
     if (parts := elements(gold)) is not None:
         return _same_elements(parts, elements(unlabelled(gold, given)))
     return same_mathematics(gold, given)
@@ -52,7 +52,8 @@ def check_reference(gold: str, words: bool) -> None:
     """
     if not gold:
         raise BadReferenceError("it is empty")
-    same(gold, "?", words)
+    if quantity(gold) is None:
+        same(gold, "?", words)
     for part in (elements(gold) or ("", []))[1] if not words else []:
         check_reference(normal(part), is_words(part))
 
@@ -80,12 +81,13 @@ def is_unevaluated(gold: str, given: str) -> bool:
     return bool(ARITHMETIC.search(given)) and "\\frac" not in given
 
 
-def _same_number(number: Quantity, gold: str, given: str) -> bool:
+def _same_number(number: Quantity, given: str) -> bool:
     found = quantity(given) or quantity(DECIMAL_COMMA.sub(r"\1.\2", given))
     if found is not None:
         return number.equals(found)
     prose = WORD.search(re.sub(r"\\[a-z]+", "", given)) or listed(given) is not None
-    return not prose and same_mathematics(gold, given)
+    value = f"\\frac{{{number.value.numerator}}}{{{number.value.denominator}}}"
+    return not prose and same_mathematics(value, given)
 
 
 def _same_elements(gold: tuple[str, list[str]], given: tuple[str, list[str]] | None) -> bool:

@@ -26,19 +26,19 @@ WRAPPERS = (
     "boldsymbol",
 )
 ALIKE: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
-    (r"\\(?:dfrac|tfrac|cfrac)\b", r"\\frac"),
+    (r"\\(?:dfrac|tfrac|cfrac)(?![A-Za-z])", r"\\frac"),
     (r"\\(?:left|right|bigl?|bigr|Bigl?|Bigr|displaystyle|limits)(?![A-Za-z])\s*", ""),
-    (r"\\(?:leq|leqslant)\b", r"\\le"),
-    (r"\\(?:geq|geqslant)\b", r"\\ge"),
-    (r"\\neq\b", r"\\ne"),
-    (r"\\lt\b", "<"),
-    (r"\\gt\b", ">"),
+    (r"\\(?:leq|leqslant)(?![A-Za-z])", r"\\le"),
+    (r"\\(?:geq|geqslant)(?![A-Za-z])", r"\\ge"),
+    (r"\\neq(?![A-Za-z])", r"\\ne"),
+    (r"\\lt(?![A-Za-z])", "<"),
+    (r"\\gt(?![A-Za-z])", ">"),
     (r"(?<!\\)\\[%$#&_]", lambda m: m[0][1]),  # two of them end a row of a matrix
     (r"\{\s*,\s*\}", ","),
     (r"(?<!\\)\\!\s*", ""),
     (r"(?<=\d)\\,(?=\d)", ""),
     (r"(?<!\\)\\[,;: ]|~|\\(?:quad|qquad)(?![A-Za-z])\s*", " "),
-    (r"\^\s*\{?\s*\\circ\s*\}?|\\degree\b|\\textdegree\b", "°"),
+    (r"\^\s*\{?\s*\\circ\s*\}?|\\degree\b|\\textdegree(?![A-Za-z])", "°"),
 ]
 
 

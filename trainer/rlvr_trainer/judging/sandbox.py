@@ -14,7 +14,9 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 MEMORY = 2 * 2**30  # bytes of address space beyond what the imported modules hold
-CPU_SECONDS = 24 * 3600  # a backstop; the trainer's clock is the limit of one answer
+CPU_SECONDS = (
+    3600  # of all its answers: ends a worker whose trainer was killed, and one of a living trainer is replaced
+)
 OPEN_FILES = 64
 
 PR_SET_NO_NEW_PRIVS, PR_SET_SECCOMP, SECCOMP_MODE_FILTER = 38, 22, 2

@@ -13,7 +13,7 @@ from rlvr_trainer.judging.plain import braced, plain, undelimited
 
 THOUGHT = re.compile(r"<\s*(/?)\s*(?:think|thinking|thought|reasoning)\s*>", re.IGNORECASE)
 ANSWER = re.compile(r"<\s*answer\s*>(.*?)(?=<\s*/?\s*answer\s*>|$)", re.IGNORECASE | re.DOTALL)
-CLOSED = re.compile(r"<\s*/\s*answer\s*>", re.IGNORECASE)
+EMPTY = re.compile(r"<\s*/?\s*answer\s*>", re.IGNORECASE)
 PHRASE = re.compile(
     r"\banswer\b(?:\s*\([^()\n]*\))?(?:[^\n.:=]{0,60}?(?:\bis\b|\bbe\b|\bequals\b|[:=])|[\s*_#]*\n)[\s*_:]*",
     re.IGNORECASE,
@@ -53,7 +53,7 @@ def tagged_answer(completion: str) -> tuple[str, bool]:
     """All after thinking or, if there is one, the last thing in answer tags; and whether it was in tags."""
     text = _without_thought(completion)
     tagged = [found for found in ANSWER.findall(text) if found.strip()]
-    return (tagged[-1] if tagged else CLOSED.sub("", text)).strip(), bool(tagged)
+    return (tagged[-1] if tagged else EMPTY.sub("", text)).strip(), bool(tagged)
 
 
 def _without_thought(text: str) -> str:

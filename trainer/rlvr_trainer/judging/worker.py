@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 from rlvr_trainer.judging.guard import Guard
-from rlvr_trainer.judging.judge import check, compare
+from rlvr_trainer.judging.compare import check, compare
 from rlvr_trainer.judging.sandbox import seal
 from rlvr_trainer.judging.verdict import CRASHED, MEMORY, REFUSED, Verdict
 
@@ -42,7 +42,8 @@ def main() -> None:
     """Import, close, and answer until the input ends."""
     logging.disable(logging.CRITICAL)
     channel = os.fdopen(os.dup(1), "w", encoding="ascii")
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what a library prints must not look like a verdict
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 1)  # what a library prints must not look like a verdict
     warm_up(generators="generators" in sys.argv[1:])
     taken = seal()
     guard = Guard()

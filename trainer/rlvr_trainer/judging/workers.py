@@ -142,6 +142,8 @@ class Workers:
         worker = self._idle.get()
         try:
             reply, late = worker.ask(request)
+            if reply is None and not late:  # perhaps not the answer's fault: once more, by a new worker
+                reply, late = worker.ask(request)
         finally:
             self._idle.put(worker)
         if reply is None:
