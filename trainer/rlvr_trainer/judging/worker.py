@@ -13,8 +13,8 @@ import sys
 from dataclasses import replace
 from typing import Any
 
-from rlvr_trainer.judging.guard import Guard
 from rlvr_trainer.judging.compare import check, compare
+from rlvr_trainer.judging.guard import Guard
 from rlvr_trainer.judging.sandbox import seal
 from rlvr_trainer.judging.verdict import CRASHED, MEMORY, REFUSED, Verdict
 
