@@ -50,6 +50,11 @@ class DigitTask:
     def problems(self, cursor, count):
         return [Problem(f"problem {i}", "a digit") for i in range(cursor, cursor + count)], cursor + count
 
+    def restrict(self, fits):
+        dropped = [problem for problem in self.held_out if not fits(problem)]
+        self.held_out = [problem for problem in self.held_out if problem not in dropped]
+        return dropped
+
     def score(self, problems, completions):
         found = []
         for problem, text in zip(problems, completions, strict=True):

@@ -1,10 +1,11 @@
 """Problems: reproducible, never held out and trained on at once, and refused early when malformed."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from rlvr_trainer.config import TaskConfig
-from rlvr_trainer.files import JsonLinesTask, read_problems
+from rlvr_trainer.files import FileTask, read_problems
 from rlvr_trainer.gym import ReasoningGymTask
 from rlvr_trainer.parsing import ConfigError
 from rlvr_trainer.tasks import make_task, stated_answer
@@ -114,7 +115,7 @@ def test_malformed_lines_are_all_reported_by_number(tmp_path):
         {"prompt": "1+4", "answer": None},
     ]
     config = write_lines(tmp_path / "problems.jsonl", rows)
-    with pytest.raises(ConfigError, match=r"5 malformed lines") as error:
+    with pytest.raises(ConfigError, match=r"5 malformed rows") as error:
         make_task(config)
     text = str(error.value)
     for expected in (
@@ -122,7 +123,7 @@ def test_malformed_lines_are_all_reported_by_number(tmp_path):
         "line 4: no 'answer', only 'prompt'",
         "line 5: 'prompt' must be text that is not empty",
         "line 6: an object is wanted, got list",
-        "line 7: 'answer' must be text that is not empty, got None",
+        "line 7: 'answer' must be text that is not empty, got null",
     ):
         assert expected in text
     assert "line 3" not in text
@@ -142,23 +143,24 @@ def test_too_few_lines_to_hold_any_out_are_refused(tmp_path):
 def test_a_file_is_read_to_the_end_of_an_epoch_in_an_order_of_its_own(tmp_path):
     rows = [{"prompt": f"{i}+{i}", "answer": 2 * i} for i in range(10)]
     config = write_lines(tmp_path / "problems.jsonl", rows)
-    task = JsonLinesTask(config, seed=3)
+    task = FileTask(config, seed=3)
     assert [p.prompt for p in task.held_out] == ["8+8", "9+9"]
     first, cursor = task.problems(0, 8)
     second, _ = task.problems(cursor, 8)
     assert sorted(p.prompt for p in first) == sorted(p.prompt for p in second) == [f"{i}+{i}" for i in range(8)]
     assert first != second
-    assert JsonLinesTask(config, seed=3).problems(4, 8)[0] == first[4:] + second[:4]
+    assert FileTask(config, seed=3).problems(4, 8)[0] == first[4:] + second[:4]
 
 
 def test_an_instruction_follows_every_prompt(tmp_path):
     config = write_lines(tmp_path / "problems.jsonl", [{"prompt": "1+1", "answer": "2"}])
-    assert read_problems(tmp_path / "problems.jsonl", " Think.")[0].prompt == "1+1 Think."
-    assert config.instruction == ""
+    assert read_problems(replace(config, instruction=" Think."))[0].prompt == "1+1 Think."
 
 
 def test_a_file_that_is_not_utf8_is_named_with_the_line(tmp_path):
     file = tmp_path / "problems.jsonl"
     file.write_bytes(b'{"prompt": "1+1", "answer": "2"}\n{"prompt": "\xff", "answer": "2"}\n')
-    with pytest.raises(ConfigError, match=r"problems.jsonl: line 2 is not UTF-8"):
-        read_problems(file)
+    with pytest.raises(
+        ConfigError, match=r"problems.jsonl has 1 malformed row, .*\n  line 2: not UTF-8: invalid start byte"
+    ):
+        read_problems(TaskConfig(name=str(file)))

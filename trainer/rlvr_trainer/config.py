@@ -12,21 +12,58 @@ import yaml
 
 from rlvr_ops import Objective
 from rlvr_trainer.algorithm import BINARY, DEFAULT_NAME, PRESETS, AlgorithmConfig, preset_under
-from rlvr_trainer.parsing import ConfigError, build, nearest
+from rlvr_trainer.parsing import ConfigError, build, convert, nearest
 
 
 @dataclass
 class TaskConfig:
     """Where problems come from and how an answer is judged."""
 
-    name: str = "chain_sum"  # a reasoning-gym generator, or the path of a JSON Lines file of {prompt, answer}
+    name: str = (
+        "chain_sum"  # a reasoning-gym generator, a file of rows, or a folder or name (with a slash) for `datasets`
+    )
     parameters: dict[str, Any] = field(default_factory=dict)  # of the generator
-    instruction: str = ""  # appended to every prompt
+    format: Literal["auto", "prompt_answer", "gsm8k", "math", "open_r1", "dapo", "messages"] = "auto"  # of the rows
+    columns: dict[str, Any] = field(default_factory=dict)  # {prompt: ..., answer: ...} where the format's names differ
+    split: str = "train"  # `datasets` only
+    subset: str = ""  # `datasets` only: what its page calls subset or configuration
+    evaluation: str = ""  # rows to evaluate on, in place of the last ones of `name`
+    evaluation_split: str = "test"  # `datasets` only
+    mixture: list[dict[str, Any]] = field(
+        default_factory=list
+    )  # several tasks at once: sections like this one + `weight`
+    instruction: str = ""  # appended to every prompt, to its last user message
     extract: Literal["whole", "last_number"] = "whole"  # what of a completion is judged, after <answer> tags
     reward: Literal["correct", "score"] = "correct"  # 1 if the score is 1, else 0; or the score in [0, 1] itself
-    held_out: int = 64  # problems kept for evaluation (JSON Lines: the last lines of the file)
-    verifier_timeout: float = 10.0  # seconds per answer, JSON Lines tasks only
+    held_out: int = 64  # problems kept for evaluation: the last rows of `name`, or the first of `evaluation`
+    on_overlong: Literal["refuse", "drop"] = "refuse"  # prompts that leave no room for rollout.max_new_tokens
+    verifier_timeout: float = 10.0  # seconds per answer, rows only
     verifier_processes: int = 2
+
+    def parts(self) -> list[tuple[float, "TaskConfig"]]:
+        """Weight and settings of every part of the mixture: what a part does not say, it has from here.
+
+        Raises:
+            ConfigError: a key that a part does not have, or a weight that is none.
+        """
+        if self.mixture and self.evaluation:
+            raise ConfigError("task.evaluation and task.mixture: give a part of the mixture its own evaluation")
+        shared = {key: value for key, value in asdict(self).items() if key != "mixture"}
+        return [self._part(i, section, shared) for i, section in enumerate(self.mixture)]
+
+    def _part(self, i: int, section: dict[str, Any], shared: dict[str, Any]) -> tuple[float, "TaskConfig"]:
+        where = f"task.mixture[{i}]"
+        for key in ("mixture", "reward", "on_overlong"):
+            if key in section:
+                raise ConfigError(f"{where}.{key} cannot differ from part to part: set task.{key}")
+        own = {key: value for key, value in section.items() if key != "weight"}
+        weight = convert(section.get("weight", 1.0), float, f"{where}.weight")
+        part = build(TaskConfig, {**shared, **own}, f"{where}.")
+        if not 0 < weight < float("inf"):
+            raise ConfigError(f"{where}.weight must be greater than 0 and finite, got {weight}")
+        if part.held_out < 0:
+            raise ConfigError(f"{where}.held_out must not be negative, got {part.held_out}")
+        return weight, part
 
 
 @dataclass
@@ -36,7 +73,11 @@ class PolicyConfig:
     name: str = "tiny"  # `tiny`, `smollm2-135m`, or anything `AutoModelForCausalLM.from_pretrained` takes
     precision: Literal["mixed", "full"] = "mixed"  # mixed: fp32 weights, bf16 autocast, bf16 copy for sampling
     device: str = "auto"
-    system_prompt: str | None = None  # None: what the chat template does by itself
+    system_prompt: str | None = (
+        None  # in place of a prompt's own; None: that one, or what the chat template does by itself
+    )
+    assistant_prefix: str = ""  # the assistant's first words, given and not sampled; the verifier reads them too
+    chat_template_arguments: dict[str, Any] = field(default_factory=dict)  # e.g. {enable_thinking: false}
     warm_start_steps: int = 400  # supervised updates that make `tiny`
     warm_start_noise: float = 0.5  # the share of wrong answers it is taught, so that something is left to learn
 
@@ -48,7 +89,10 @@ class RolloutConfig:
     prompts: int = 8
     group_size: int = 8  # completions per prompt
     max_new_tokens: int = 20
+    max_prompt_tokens: int = 0  # longer prompts are `task.on_overlong`'s; 0 = what the model's positions leave room for
     temperature: float = 1.0
+    stop: list[str] = field(default_factory=list)  # texts that end a completion, which includes them
+    mask_truncated: bool = False  # no gradient from completions that did not end; they count in their group's mean
     batch_size: int = 128  # completions generated at once
     threads: int = 0  # CPU threads while sampling, whose small operations gain little from more; 0 = as run.threads
 
@@ -134,6 +178,7 @@ class Config:
             "run.table_every": self.run.table_every,
             "run.threads": self.run.threads,
             "rollout.threads": self.rollout.threads,
+            "rollout.max_prompt_tokens": self.rollout.max_prompt_tokens,
             "evaluation.seed": self.evaluation.seed,
         }
         for key, value in not_negative.items():
@@ -144,6 +189,11 @@ class Config:
         if not 0 <= self.algorithm.overlong_fraction < 1:
             raise ConfigError(f"algorithm.overlong_fraction must be in [0, 1), got {self.algorithm.overlong_fraction}")
         self._check_advantages()
+        parts = self.task.parts()
+        if parts and not any(part.held_out for _, part in parts):
+            raise ConfigError("task.mixture: no part has held_out > 0, so nothing could be evaluated")
+        if "" in self.rollout.stop:
+            raise ConfigError("rollout.stop holds an empty text, which would end every completion at once")
         if len(self.optim.betas) != 2 or not all(0 <= beta < 1 for beta in self.optim.betas):
             raise ConfigError(f"optim.betas must hold two numbers in [0, 1), got {self.optim.betas}")
         if not 0 <= self.policy.warm_start_noise <= 1:

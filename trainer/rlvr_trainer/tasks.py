@@ -1,4 +1,4 @@
-"""Where problems come from and how answers are judged: reasoning-gym generators and JSON Lines files.
+"""Where problems come from and how answers are judged: reasoning-gym generators, rows of data, and mixtures of both.
 
 Held-out problems never appear in training: their seeds are disjoint, and a training problem with the prompt of a
 held-out one is passed over, since small generators repeat themselves.
@@ -6,21 +6,43 @@ held-out one is passed over, since small generators repeat themselves.
 
 import hashlib
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol
 
 from rlvr_trainer.config import TaskConfig
 
+Prompt = str | tuple[tuple[str, str], ...]  # text, or messages as (role, content)
+
 
 @dataclass(frozen=True)
 class Problem:
-    """One prompt and what its verifier needs."""
+    """One prompt and what its verifier needs. Two are equal if prompt and answers are."""
 
-    prompt: str
-    answer: str
-    entry: dict[str, Any] = field(default_factory=dict, compare=False)
+    prompt: Prompt
+    answers: tuple[str, ...]  # any of them is right; a text alone is taken for one
+    entry: dict[str, Any] = field(default_factory=dict, compare=False)  # of the generator, or the row as it was read
+    where: str = field(default="", compare=False)  # "gsm8k.jsonl, line 7"
+    task: str = field(default="", compare=False)  # the part of a mixture that it comes from
+
+    def __post_init__(self) -> None:
+        if isinstance(self.answers, str):
+            object.__setattr__(self, "answers", (self.answers,))
+
+    @property
+    def answer(self) -> str:
+        """The first of the right answers."""
+        return self.answers[0]
+
+    @property
+    def text(self) -> str:
+        """The prompt in one piece, for people and for models without a chat template."""
+        return plain_text(self.prompt)
+
+
+def plain_text(prompt: Prompt) -> str:
+    """Messages under one another without their roles; text as it is."""
+    return prompt if isinstance(prompt, str) else "\n\n".join(content for _, content in prompt)
 
 
 class Task(Protocol):
@@ -29,7 +51,19 @@ class Task(Protocol):
     held_out: list[Problem]
 
     def problems(self, cursor: int, count: int) -> tuple[list[Problem], int]:
-        """The next `count` training problems and the cursor behind them: the same cursor, the same problems."""
+        """The next `count` training problems and the cursor behind them: the same cursor, the same problems.
+
+        A cursor is 0 or what an earlier call gave; nothing else can be said of its size.
+        """
+
+    def restrict(self, fits: Callable[[Problem], bool]) -> list[Problem]:
+        """Drop the problems that do not fit, held-out ones included, and give them back; before the first `problems`.
+
+        An endless stream drops held-out ones only, and gives back those among its first few as well.
+
+        Raises:
+            ConfigError: nothing would be left.
+        """
 
     def score(self, problems: list[Problem], completions: list[str]) -> list[float | None]:
         """A score in [0, 1] per completion; None where the verifier failed."""
@@ -65,14 +99,16 @@ def stated_answer(completion: str, extract: str = "whole") -> str:
 
 
 def make_task(config: TaskConfig, seed: int = 0) -> Task:
-    """The task named by `config.name`: a file if it looks like one, else a reasoning-gym generator.
+    """The mixture of `config.mixture` if there is one, else the rows or the reasoning-gym generator of `config.name`.
 
     Raises:
-        ConfigError: an unknown generator or parameter (with the nearest name), or malformed lines, by number.
+        ConfigError: an unknown generator or parameter (with the nearest name), or malformed rows, by number.
     """
-    from rlvr_trainer.files import JsonLinesTask
+    from rlvr_trainer.files import FileTask
     from rlvr_trainer.gym import ReasoningGymTask
+    from rlvr_trainer.mixture import MixtureTask
+    from rlvr_trainer.sources import is_source
 
-    if config.name.endswith((".jsonl", ".json")) or Path(config.name).is_file():
-        return JsonLinesTask(config, seed)
-    return ReasoningGymTask(config, seed)
+    if config.mixture:
+        return MixtureTask(config, seed)
+    return FileTask(config, seed) if is_source(config.name) else ReasoningGymTask(config, seed)
