@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rlvr_trainer.config import TaskConfig
 from rlvr_trainer.files import read_problems
-from rlvr_trainer.formats import FORMATS, last_box
+from rlvr_trainer.formats import FORMATS
 from rlvr_trainer.parsing import ConfigError
+from rlvr_trainer.solutions import last_box
 
 USER = {"role": "user", "content": "1+1"}
 SYSTEM = {"role": "system", "content": "Add."}

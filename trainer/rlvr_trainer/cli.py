@@ -121,7 +121,7 @@ def _evaluate(parsed: argparse.Namespace) -> int:
         task.close()
     if dropped:
         print(dropped, file=sys.stderr)
-    print(json.dumps({"model": config.policy.name, "task": config.task.name, **values}, indent=2))
+    print(json.dumps({"model": config.policy.name, "task": config.task.title, **values}, indent=2))
     return 0
 
 

@@ -12,7 +12,8 @@ import yaml
 
 from rlvr_ops import Objective
 from rlvr_trainer.algorithm import BINARY, DEFAULT_NAME, PRESETS, AlgorithmConfig, preset_under
-from rlvr_trainer.parsing import ConfigError, build, convert, nearest
+from rlvr_trainer.parsing import ConfigError, build, nearest
+from rlvr_trainer.task_parts import parts_of
 
 
 @dataclass
@@ -40,30 +41,10 @@ class TaskConfig:
     verifier_timeout: float = 10.0  # seconds per answer, rows only
     verifier_processes: int = 2
 
-    def parts(self) -> list[tuple[float, "TaskConfig"]]:
-        """Weight and settings of every part of the mixture: what a part does not say, it has from here.
-
-        Raises:
-            ConfigError: a key that a part does not have, or a weight that is none.
-        """
-        if self.mixture and self.evaluation:
-            raise ConfigError("task.evaluation and task.mixture: give a part of the mixture its own evaluation")
-        shared = {key: value for key, value in asdict(self).items() if key != "mixture"}
-        return [self._part(i, section, shared) for i, section in enumerate(self.mixture)]
-
-    def _part(self, i: int, section: dict[str, Any], shared: dict[str, Any]) -> tuple[float, "TaskConfig"]:
-        where = f"task.mixture[{i}]"
-        for key in ("mixture", "reward", "on_overlong"):
-            if key in section:
-                raise ConfigError(f"{where}.{key} cannot differ from part to part: set task.{key}")
-        own = {key: value for key, value in section.items() if key != "weight"}
-        weight = convert(section.get("weight", 1.0), float, f"{where}.weight")
-        part = build(TaskConfig, {**shared, **own}, f"{where}.")
-        if not 0 < weight < float("inf"):
-            raise ConfigError(f"{where}.weight must be greater than 0 and finite, got {weight}")
-        if part.held_out < 0:
-            raise ConfigError(f"{where}.held_out must not be negative, got {part.held_out}")
-        return weight, part
+    @property
+    def title(self) -> str:
+        """What a run says it learns."""
+        return " + ".join(part.name for _, part in parts_of(self)) or self.name
 
 
 @dataclass
@@ -189,7 +170,7 @@ class Config:
         if not 0 <= self.algorithm.overlong_fraction < 1:
             raise ConfigError(f"algorithm.overlong_fraction must be in [0, 1), got {self.algorithm.overlong_fraction}")
         self._check_advantages()
-        parts = self.task.parts()
+        parts = parts_of(self.task)
         if parts and not any(part.held_out for _, part in parts):
             raise ConfigError("task.mixture: no part has held_out > 0, so nothing could be evaluated")
         if "" in self.rollout.stop:

@@ -79,11 +79,14 @@ class ReasoningGymTask:
         from reasoning_gym.factory import DATASETS
 
         name = self.config.name
-        for key in ("columns", "evaluation", "subset"):
-            if getattr(self.config, key):
-                raise ConfigError(f"task.{key} is for rows of data, and task.name {name!r} is a generator")
+        if self.config.evaluation:
+            raise ConfigError(
+                f"task.evaluation is for rows, and task.name {name!r} is a generator, which holds out its own"
+            )
         if name not in DATASETS:
-            raise ConfigError(f"unknown task.name {name!r}{nearest(name, DATASETS)} A file of that name is not there.")
+            raise ConfigError(
+                f"unknown task.name {name!r}{nearest(name, DATASETS)} No file has that name; write a folder as ./NAME."
+            )
         known = [f.name for f in fields(DATASETS[name][1]) if f.name not in ("seed", "size")]
         for key in self.config.parameters:
             if key not in known:

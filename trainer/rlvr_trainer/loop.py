@@ -55,7 +55,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False, quie
         torch.set_num_threads(config.run.threads)
     task = make_task(config.task, config.run.seed)  # before the model: bad data should not cost a minute of loading
     if config.policy.name == "tiny" and not resume and not quiet:
-        print(f"teaching tiny the format of {config.task.name}, {config.policy.warm_start_steps} updates", flush=True)
+        print(f"teaching tiny the format of {config.task.title}, {config.policy.warm_start_steps} updates", flush=True)
     policy = load_policy(config, task, made)
     dropped = fit_prompts(policy, task, config)
     reference = policy.frozen()
@@ -76,7 +76,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False, quie
     (run / "config.yaml").write_text(config.to_yaml())
     clock.lap("load")
     log.say(
-        f"{config.policy.name} on {policy.device}, {config.task.name}, {config.algorithm.title()}; writing to {run}"
+        f"{config.policy.name} on {policy.device}, {config.task.title}, {config.algorithm.title()}; writing to {run}"
     )
     if dropped:
         log.say(dropped)

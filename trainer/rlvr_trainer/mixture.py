@@ -8,6 +8,7 @@ from pathlib import PurePath
 from rlvr_trainer.config import TaskConfig
 from rlvr_trainer.parsing import ConfigError
 from rlvr_trainer.sources import ENDINGS
+from rlvr_trainer.task_parts import parts_of
 from rlvr_trainer.tasks import Problem, Task, digest, make_task
 
 GOLDEN = (5**0.5 - 1) / 2  # its multiples modulo 1 fill the unit interval evenly, however many are taken
@@ -23,7 +24,7 @@ class MixtureTask:
     """
 
     def __init__(self, config: TaskConfig, seed: int = 0) -> None:
-        weights, parts = zip(*config.parts(), strict=True)
+        weights, parts = zip(*parts_of(config), strict=True)
         self._bounds = [bound / sum(weights) for bound in accumulate(weights)]
         self._tasks: list[Task] = [make_task(part, seed) for part in parts]
         self.names = _names(parts)

@@ -42,7 +42,7 @@ class Problem:
 
 def plain_text(prompt: Prompt) -> str:
     """Messages under one another without their roles; text as it is."""
-    return prompt if isinstance(prompt, str) else "\n\n".join(content for _, content in prompt)
+    return prompt if isinstance(prompt, str) else "\n\n".join(content for _, content in prompt if content)
 
 
 class Task(Protocol):
