@@ -135,6 +135,19 @@ def test_a_shape_that_is_two_formats_at_once_is_refused(tmp_path):
     assert problem.prompt == "1+1"
 
 
+def test_a_column_that_is_null_is_none_of_a_shape(tmp_path):
+    with pytest.raises(ConfigError, match=r"line 1: the columns 'prompt' \(null\), 'answer' are no known format's"):
+        read(tmp_path, {"prompt": None, "answer": "2"})
+    (problem,) = read(tmp_path, {**PUBLIC["math"], "answer": None})
+    assert problem.answer == "2"
+
+
+def test_an_empty_system_message_is_one(tmp_path):
+    (problem,) = read(tmp_path, {"messages": [{"role": "system", "content": ""}, USER], "answer": "2"})
+    assert problem.prompt == (("system", ""), ("user", "1+1"))
+    assert problem.text == "1+1"
+
+
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
@@ -156,6 +169,7 @@ def test_wrong_columns_are_named(tmp_path, columns, message):
         ("math", {"solution": r"It is \boxed{2"}, r"no \\boxed\{\} with balanced braces"),
         ("open_r1", {"answer": None}, "'answer' must be text that is not empty, got null"),
         ("open_r1", {"answer": {"value": 2}}, "'answer' must be text"),
+        ("prompt_answer", {"prompt": None}, "'prompt' must be text that is not empty, got null"),
         ("prompt_answer", {"answer": []}, "'answer' is an empty list"),
         ("prompt_answer", {"answer": ["2", None]}, "'answer' must be text that is not empty, got null"),
         ("prompt_answer", {"prompt": "a\0b"}, "'prompt' holds NUL at character 2"),

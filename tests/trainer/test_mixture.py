@@ -146,6 +146,15 @@ def test_a_wrong_part_is_named_when_the_settings_are_read(mixture, message):
         load(None, [f"task.mixture={mixture}"])
 
 
+def test_a_part_that_cannot_be_read_is_named(files):
+    with pytest.raises(ConfigError, match=r"task\.mixture\[1\]: task\.name: no file '.*nowhere\.jsonl'"):
+        mixture(files, ("a", {}), ("nowhere", {}))
+    with pytest.raises(
+        ConfigError, match=r"task\.mixture\[0\]: .* holds 20 different problems and task\.held_out = 20"
+    ):
+        mixture(files, ("a", {"held_out": 20}))
+
+
 def test_one_evaluation_for_a_whole_mixture_is_refused():
     with pytest.raises(ConfigError, match=r"task\.evaluation and task\.mixture: give a part"):
         load(None, ["task.mixture=[{}]", "task.evaluation=x.jsonl"])
@@ -177,8 +186,9 @@ def test_accuracy_and_pass_at_1_are_logged_for_every_part(small, files, untraine
     assert 5 * values["eval/pass@1"] == pytest.approx(2 * values["eval/a/pass@1"] + 3 * values["eval/chain_sum/pass@1"])
 
 
-def test_a_resumed_mixture_continues_with_the_same_problems(small, files, tmp_path):
-    settings = [*overrides(files), "run.checkpoint_every=1", "run.keep_checkpoints=9", "evaluation.samples=1"]
+def test_a_resumed_mixture_continues_with_the_same_problems(small, tmp_path):
+    mixture = "task.mixture=[{weight: 2}, {parameters: {max_terms: 3}}]"
+    settings = [mixture, "rollout.prompts=6", "run.checkpoint_every=1", "evaluation.samples=1"]
     train(small(*settings, "run.steps=2", f"run.out={tmp_path / 'whole'}"), quiet=True)
     train(small(*settings, "run.steps=1", f"run.out={tmp_path / 'parts'}"), quiet=True)
     train(small(*settings, "run.steps=2", f"run.out={tmp_path / 'parts'}"), resume=True, quiet=True)

@@ -222,6 +222,17 @@ def test_the_first_ten_bad_lines_are_listed_and_the_rest_counted(tmp_path):
     assert text.endswith("and 3 more")
 
 
+def test_parquet_keeps_nested_columns_and_refuses_values_that_are_no_text(tmp_path):
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    good = {"prompt": [{"role": "user", "content": "1+1"}], "reward_model": {"ground_truth": ["2", "two"]}}
+    parquet.write_table(arrow.Table.from_pylist([good]), tmp_path / "rows.parquet")
+    assert [(p.prompt, p.answers) for p in problems(tmp_path / "rows.parquet")] == [("1+1", ("2", "two"))]
+    rows = [{"prompt": "a", "answer": b"2"}]
+    parquet.write_table(arrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    with pytest.raises(ConfigError, match="row 1: 'answer' must be text that is not empty, got b'2'"):
+        problems(tmp_path / "rows.parquet")
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_number_of_parquet_that_is_not_finite_is_refused(tmp_path, value):
     arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
@@ -235,3 +246,10 @@ def test_a_missing_evaluation_file_is_named_by_its_own_setting(tmp_path):
     write_lines(tmp_path / "rows.jsonl")
     with pytest.raises(ConfigError, match=r"task\.evaluation: no file 'nowhere\.jsonl'"):
         make_task(TaskConfig(name=str(tmp_path / "rows.jsonl"), evaluation="nowhere.jsonl"))
+
+
+def test_an_evaluation_file_without_rows_is_refused(tmp_path):
+    write_lines(tmp_path / "rows.jsonl")
+    (tmp_path / "empty.jsonl").write_text("\n")
+    with pytest.raises(ConfigError, match=r"task\.evaluation: .*empty\.jsonl holds no problem"):
+        make_task(TaskConfig(name=str(tmp_path / "rows.jsonl"), evaluation=str(tmp_path / "empty.jsonl")))

@@ -36,7 +36,10 @@ class FileTask:
         everything = list(dict.fromkeys(read_problems(config)))
         if config.evaluation:
             other = replace(config, name=config.evaluation, split=config.evaluation_split)
-            return everything, list(dict.fromkeys(read_problems(other, "task.evaluation")))[: config.held_out]
+            held_out = list(dict.fromkeys(read_problems(other, "task.evaluation")))
+            if not held_out:
+                raise ConfigError(f"task.evaluation: {config.evaluation} holds no problem")
+            return everything, held_out[: config.held_out]
         training = len(everything) - config.held_out
         if training <= 0:
             raise ConfigError(

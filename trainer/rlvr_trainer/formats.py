@@ -15,6 +15,7 @@ A prompt is text or a list of messages, an answer one value or a list of right o
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from decimal import Decimal
 from typing import Any
 
 from rlvr_trainer.json_rows import Row
@@ -91,9 +92,10 @@ def choose_format(name: str, columns: dict[str, Any], rows: list[Row]) -> Format
     if len(fitting) == 1:
         return FORMATS[fitting[0]]
     known = "; ".join(f"{known} ({form.prompt}, {form.answer})" for known, form in FORMATS.items())
+    columns_found = ", ".join(f"{key!r}{' (null)' if value is None else ''}" for key, value in row.value.items())
     said = f"are those of {' and '.join(fitting)} at once" if fitting else "are no known format's"
     raise ConfigError(
-        f"{row.where}: the columns {', '.join(map(repr, row.value)) or '(none)'} {said}."
+        f"{row.where}: the columns {columns_found or '(none)'} {said}."
         f" Set task.format to one of {known}, or task.columns={{prompt: ..., answer: ...}}."
     )
 
@@ -119,15 +121,18 @@ def _message(item: Any, column: str) -> tuple[str, str]:
         raise ValueError(
             f"a message of {column!r} must be {{role, content}} with a role of {', '.join(ROLES)}: {item!r}"
         )
-    return item["role"], _text(item.get("content"), f"{column} of the {item['role']}")
+    role, content = item["role"], item.get("content")
+    if role == "system" and content == "":
+        return role, ""
+    return role, _text(content, f"{column} of the {role}")
 
 
 def _text(value: Any, column: str) -> str:
     """A value as text: numbers as they are, truth values in lower case as JSON writes them."""
     text = str(value).lower() if isinstance(value, bool) else str(value)
-    if value is None or isinstance(value, dict | list) or not text.strip():
+    if not isinstance(value, str | int | float | Decimal) or not text.strip():
         raise ValueError(f"{column!r} must be text that is not empty, got {'null' if value is None else repr(value)}")
-    if isinstance(value, float) and not math.isfinite(value):
+    if not isinstance(value, str) and not math.isfinite(value):
         raise ValueError(f"{column!r} must be a finite number, got {value}")
     if "\0" in text:
         raise ValueError(f"{column!r} holds NUL at character {text.index(chr(0)) + 1}")

@@ -26,7 +26,7 @@ class MixtureTask:
     def __init__(self, config: TaskConfig, seed: int = 0) -> None:
         weights, parts = zip(*parts_of(config), strict=True)
         self._bounds = [bound / sum(weights) for bound in accumulate(weights)]
-        self._tasks: list[Task] = [make_task(part, seed) for part in parts]
+        self._tasks = [_made(f"task.mixture[{i}]", part, seed) for i, part in enumerate(parts)]
         self.names = _names(parts)
         self._gather()
         for i in range(len(parts)):
@@ -85,6 +85,13 @@ class MixtureTask:
         raise ConfigError(
             f"task.mixture[{i}]: other parts hold out {PASSED_OVER} problems of {self.names[i]!r} in a row"
         )
+
+
+def _made(where: str, part: TaskConfig, seed: int) -> Task:
+    try:
+        return make_task(part, seed)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from error
 
 
 def _names(parts: tuple[TaskConfig, ...]) -> list[str]:

@@ -9,7 +9,9 @@ def after_hashes(text: str) -> str:
     """
     _, hashes, answer = text.rpartition("####")
     if not hashes:
-        raise ValueError("no '####' before the answer: with task.format=prompt_answer the whole text is the answer")
+        raise ValueError(
+            "no '####' before the answer; task.columns={prompt: ..., answer: ...} without a format takes answers as they stand"
+        )
     return answer.strip()
 
 

@@ -57,7 +57,7 @@ class Task(Protocol):
         """
 
     def restrict(self, fits: Callable[[Problem], bool]) -> list[Problem]:
-        """Drop the problems that do not fit, held-out ones included, and give them back; before the first `problems`.
+        """Drop the problems that do not fit, held-out ones included, and give them back. Older cursors mean nothing then.
 
         An endless stream drops held-out ones only, and gives back those among its first few as well.
 
