@@ -24,6 +24,7 @@ from rlvr_trainer.solutions import after_hashes, last_box
 from rlvr_trainer.tasks import Problem, Prompt
 
 ROLES = ("system", "user", "assistant", "tool")
+SHOWN = 80  # characters of a value in a message
 
 
 @dataclass(frozen=True)
@@ -89,19 +90,23 @@ def choose_format(name: str, columns: dict[str, Any], rows: list[Row]) -> Format
         return replace(form, prompt=columns.get("prompt", form.prompt), answer=columns.get("answer", form.answer))
     row = next((row for row in objects if _fitting(row)), objects[0])
     fitting = _fitting(row)
-    if len(fitting) == 1:
-        return FORMATS[fitting[0]]
-    known = "; ".join(f"{known} ({form.prompt}, {form.answer})" for known, form in FORMATS.items())
-    columns_found = ", ".join(f"{key!r}{' (null)' if value is None else ''}" for key, value in row.value.items())
-    said = f"are those of {' and '.join(fitting)} at once" if fitting else "are no known format's"
-    raise ConfigError(
-        f"{row.where}: the columns {columns_found or '(none)'} {said}."
-        f" Set task.format to one of {known}, or task.columns={{prompt: ..., answer: ...}}."
-    )
+    if len(fitting) != 1:
+        raise ConfigError(_unclear(row, fitting))
+    return FORMATS[fitting[0]]
 
 
 def _fitting(row: Row) -> list[str]:
     return [name for name, form in FORMATS.items() if form.fits(row.value)]
+
+
+def _unclear(row: Row, fitting: list[str]) -> str:
+    found = ", ".join(f"{key!r}{' (null)' if value is None else ''}" for key, value in row.value.items())
+    said = f"are those of {' and '.join(fitting)} at once" if fitting else "are no known format's"
+    known = "; ".join(f"{name} ({form.prompt}, {form.answer})" for name, form in FORMATS.items())
+    return (
+        f"{row.where}: the columns {found or '(none)'} {said}."
+        f" Set task.format to one of {known}, or task.columns={{prompt: ..., answer: ...}}."
+    )
 
 
 def _prompt(value: Any, column: str, instruction: str) -> tuple[Prompt, str | None]:
@@ -119,7 +124,7 @@ def _prompt(value: Any, column: str, instruction: str) -> tuple[Prompt, str | No
 def _message(item: Any, column: str) -> tuple[str, str]:
     if not isinstance(item, dict) or item.get("role") not in ROLES:
         raise ValueError(
-            f"a message of {column!r} must be {{role, content}} with a role of {', '.join(ROLES)}: {item!r}"
+            f"a message of {column!r} must be {{role, content}} with a role of {', '.join(ROLES)}, got {_shown(item)}"
         )
     role, content = item["role"], item.get("content")
     if role == "system" and content == "":
@@ -131,7 +136,7 @@ def _text(value: Any, column: str) -> str:
     """A value as text: numbers as they are, truth values in lower case as JSON writes them."""
     text = str(value).lower() if isinstance(value, bool) else str(value)
     if not isinstance(value, str | int | float | Decimal) or not text.strip():
-        raise ValueError(f"{column!r} must be text that is not empty, got {'null' if value is None else repr(value)}")
+        raise ValueError(f"{column!r} must be text that is not empty, got {_shown(value)}")
     if not isinstance(value, str) and not math.isfinite(value):
         raise ValueError(f"{column!r} must be a finite number, got {value}")
     if "\0" in text:
@@ -140,6 +145,11 @@ def _text(value: Any, column: str) -> str:
     if lone is not None:
         raise ValueError(f"{column!r} holds a lone surrogate, \\u{ord(text[lone]):04x}, at character {lone + 1}")
     return text
+
+
+def _shown(value: Any) -> str:
+    text = "null" if value is None else repr(value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
 
 
 def _has(row: dict[str, Any], path: str) -> bool:
