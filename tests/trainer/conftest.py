@@ -45,11 +45,17 @@ class DigitTask:
     """Answers are right if they begin with a digit: about one in ten of a policy that knows nothing."""
 
     held_out: list[Problem] = field(default_factory=lambda: [Problem(f"held out {i}", "a digit") for i in range(4)])
+    notices: tuple[str, ...] = ()
     broken: tuple[str, ...] = ()  # prompts on which the verifier fails
     solved: tuple[str, ...] = ()  # prompts on which everything is right
 
     def problems(self, cursor, count):
         return [Problem(f"problem {i}", "a digit") for i in range(cursor, cursor + count)], cursor + count
+
+    def restrict(self, fits):
+        dropped = [problem for problem in self.held_out if not fits(problem)]
+        self.held_out = [problem for problem in self.held_out if problem not in dropped]
+        return dropped
 
     def score(self, problems, completions):
         found = []

@@ -221,7 +221,7 @@ def test_bad_data_is_reported_before_a_model_is_loaded(small, tmp_path, monkeypa
     path = tmp_path / "problems.jsonl"
     path.write_text('{"prompt": "1+1"}\n')
     monkeypatch.setattr(loop, "load_policy", lambda *_: pytest.fail("a model was loaded"))
-    with pytest.raises(ConfigError, match="line 1: no 'answer'"):
+    with pytest.raises(ConfigError, match="line 1: the columns 'prompt' are no known format's"):
         loop.train(small(f"task.name={path}"), quiet=True)
 
 

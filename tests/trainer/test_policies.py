@@ -7,6 +7,7 @@ from rlvr_trainer import tiny
 from rlvr_trainer.head import last_hidden_state
 from rlvr_trainer.parsing import ConfigError
 from rlvr_trainer.policies import load_policy
+from rlvr_trainer.prompts import PromptFormat
 
 
 def weights(policy):
@@ -93,7 +94,7 @@ def test_a_chat_template_is_used_with_the_system_prompt_asked_for(small, digits,
     assert policy.texts(["hello"]) == ["hello"]
     policy.tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]"
     assert policy.texts(["hello"]) == ["[user]hello[assistant]"]
-    policy.system_prompt = "Be brief."
+    policy.prompts = PromptFormat("Be brief.")
     assert policy.texts(["hello"]) == ["[system]Be brief.[user]hello[assistant]"]
 
 

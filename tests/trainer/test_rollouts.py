@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from rlvr_trainer.console import completion_rows
 from rlvr_trainer.judging.verdict import PARTLY, Verdict
 from rlvr_trainer.parsing import ConfigError
 from rlvr_trainer.policies import load_policy
@@ -104,6 +105,29 @@ def test_overlong_completions_lose_reward_under_dapo(untrained, small, digits):
     correct = torch.tensor([float(text[:1].isdigit()) for text in batch.rollouts.texts])
     assert torch.equal(batch.rewards, correct - 0.5 * (lengths - 3).clamp(min=0))
     assert (lengths == 5).any()
+
+
+def test_truncated_completions_can_be_masked_and_still_count_in_their_groups_mean(untrained, small, digits):
+    batches = []
+    for mask in ("false", "true"):
+        torch.manual_seed(3)
+        config = small(f"rollout.mask_truncated={mask}", "rollout.group_size=16", "rollout.max_new_tokens=40")
+        batches.append(collect(untrained, digits(), 0, config)[0])
+    whole, masked = batches
+    ended = whole.rollouts.ended
+    assert 0 < ended.sum() < len(ended)
+    assert torch.equal(masked.rewards, whole.rewards)
+    assert torch.equal(masked.advantages, whole.advantages)
+    assert torch.equal(masked.rollouts.completion_mask, whole.rollouts.completion_mask * ended[:, None])
+    assert torch.equal(masked.rollouts.lengths(), whole.rollouts.lengths())
+    assert {k: v for k, v in masked.metrics.items() if "perf" not in k} == {
+        k: v for k, v in whole.metrics.items() if "perf" not in k
+    }
+    assert completion_rows(masked) == completion_rows(whole)
+
+
+def test_accuracy_by_part_is_for_mixtures_alone(untrained, small, digits):
+    assert not any(name.startswith("accuracy/") for name in collect(untrained, digits(), 0, small())[0].metrics)
 
 
 def test_the_score_itself_can_be_the_reward(untrained, small, digits, monkeypatch):

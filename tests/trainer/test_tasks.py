@@ -1,10 +1,11 @@
 """Problems: reproducible, never held out and trained on at once, and refused early when malformed."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from rlvr_trainer.config import TaskConfig
-from rlvr_trainer.files import JsonLinesTask, read_problems
+from rlvr_trainer.files import FileTask, read_problems
 from rlvr_trainer.gym import ReasoningGymTask
 from rlvr_trainer.parsing import ConfigError
 from rlvr_trainer.tasks import make_task
@@ -84,7 +85,7 @@ def test_malformed_lines_are_all_reported_by_number(tmp_path):
         {"prompt": "1+4", "answer": None},
     ]
     config = write_lines(tmp_path / "problems.jsonl", rows)
-    with pytest.raises(ConfigError, match=r"5 malformed lines") as error:
+    with pytest.raises(ConfigError, match=r"5 malformed rows") as error:
         make_task(config)
     text = str(error.value)
     for expected in (
@@ -92,7 +93,7 @@ def test_malformed_lines_are_all_reported_by_number(tmp_path):
         "line 4: no 'answer', only 'prompt'",
         "line 5: 'prompt' must be text that is not empty",
         "line 6: an object is wanted, got list",
-        "line 7: 'answer' must be text that is not empty, got None",
+        "line 7: 'answer' must be text that is not empty, got null",
     ):
         assert expected in text
     assert "line 3" not in text
@@ -112,23 +113,88 @@ def test_too_few_lines_to_hold_any_out_are_refused(tmp_path):
 def test_a_file_is_read_to_the_end_of_an_epoch_in_an_order_of_its_own(tmp_path):
     rows = [{"prompt": f"{i}+{i}", "answer": 2 * i} for i in range(10)]
     config = write_lines(tmp_path / "problems.jsonl", rows)
-    task = JsonLinesTask(config, seed=3)
+    task = FileTask(config, seed=3)
     assert [p.prompt for p in task.held_out] == ["8+8", "9+9"]
     first, cursor = task.problems(0, 8)
     second, _ = task.problems(cursor, 8)
     assert sorted(p.prompt for p in first) == sorted(p.prompt for p in second) == [f"{i}+{i}" for i in range(8)]
     assert first != second
-    assert JsonLinesTask(config, seed=3).problems(4, 8)[0] == first[4:] + second[:4]
+    assert FileTask(config, seed=3).problems(4, 8)[0] == first[4:] + second[:4]
 
 
 def test_an_instruction_follows_every_prompt(tmp_path):
     config = write_lines(tmp_path / "problems.jsonl", [{"prompt": "1+1", "answer": "2"}])
-    assert read_problems(tmp_path / "problems.jsonl", " Think.")[0].prompt == "1+1 Think."
-    assert config.instruction == ""
+    assert read_problems(replace(config, instruction=" Think."))[0].prompt == "1+1 Think."
 
 
 def test_a_file_that_is_not_utf8_is_named_with_the_line(tmp_path):
     file = tmp_path / "problems.jsonl"
     file.write_bytes(b'{"prompt": "1+1", "answer": "2"}\n{"prompt": "\xff", "answer": "2"}\n')
-    with pytest.raises(ConfigError, match=r"problems.jsonl: line 2 is not UTF-8"):
-        read_problems(file)
+    with pytest.raises(
+        ConfigError, match=r"problems.jsonl has 1 malformed row, .*\n  line 2: not UTF-8: invalid start byte"
+    ):
+        read_problems(TaskConfig(name=str(file)))
+
+
+def write_evaluation(tmp_path, **changes):
+    training = write_lines(tmp_path / "train.jsonl", [{"prompt": f"{i}", "answer": "1"} for i in range(10)])
+    write_lines(tmp_path / "test.jsonl", [{"question": f"{i}", "answer": "#### 1"} for i in range(8, 14)])
+    return replace(training, evaluation=str(tmp_path / "test.jsonl"), **changes)
+
+
+def test_a_separate_evaluation_file_is_held_out_and_nothing_of_the_training_file(tmp_path):
+    task = make_task(write_evaluation(tmp_path, held_out=4))
+    assert [(p.prompt, p.where) for p in task.held_out] == [(str(7 + i), f"test.jsonl, line {i}") for i in range(1, 5)]
+    assert {p.prompt for p in task.problems(0, 16)[0]} == {str(i) for i in range(8)}  # 8 and 9 are in both
+
+
+def test_an_evaluation_file_shorter_than_held_out_is_used_whole(tmp_path):
+    assert len(make_task(write_evaluation(tmp_path, held_out=64)).held_out) == 6
+
+
+def test_a_message_and_its_text_are_one_prompt(tmp_path):
+    config = write_evaluation(tmp_path, held_out=64)
+    rows = [{"messages": [{"role": "user", "content": f"{i}"}], "answer": "1"} for i in range(8)]
+    write_lines(tmp_path / "test.jsonl", rows)
+    assert {p.prompt for p in make_task(config).problems(0, 10)[0]} == {"8", "9"}
+
+
+def test_a_generator_with_an_evaluation_file_is_refused():
+    with pytest.raises(ConfigError, match=r"task\.evaluation is for rows, and task\.name 'chain_sum' is a generator"):
+        make_task(TaskConfig(evaluation="test.jsonl"))
+
+
+def test_the_fingerprint_of_a_file_changes_with_all_that_decides_which_problems_come(tmp_path):
+    config = write_evaluation(tmp_path, held_out=4)
+    base = make_task(config).fingerprint()
+    assert make_task(config).fingerprint() == base
+    found = [
+        make_task(config, seed=1).fingerprint(),
+        make_task(replace(config, held_out=3)).fingerprint(),
+        make_task(replace(config, evaluation="")).fingerprint(),
+        make_task(replace(config, instruction=" ?")).fingerprint(),
+        make_task(replace(config, evaluation=str(tmp_path / "train.jsonl"))).fingerprint(),
+    ]
+    write_lines(tmp_path / "test.jsonl", [{"question": f"{i}", "answer": "#### 2"} for i in range(8, 14)])
+    found.append(make_task(config).fingerprint())
+    assert len({base, *found}) == 7
+
+
+def test_the_fingerprint_of_a_file_changes_with_format_and_columns(tmp_path):
+    rows = [{"question": f"{i}", "answer": "so #### 1", "problem": f"p{i}"} for i in range(6)]
+    config = replace(write_lines(tmp_path / "rows.jsonl", rows), format="gsm8k")
+    others = [replace(config, format="open_r1"), replace(config, columns={"prompt": "problem"})]
+    assert len({make_task(c).fingerprint() for c in [config, *others]}) == 3
+
+
+def test_the_fingerprint_of_a_generator_changes_with_all_that_decides_which_problems_come():
+    changes = [{}, {"held_out": 31}, {"instruction": "?"}, {"parameters": {**ONE_DIGIT, "max_terms": 3}}]
+    assert len({sums(**change).fingerprint() for change in changes}) == 4
+    assert sums().fingerprint() == sums().fingerprint()
+    assert ReasoningGymTask(sums().config, seed=1).fingerprint() != sums().fingerprint()
+
+
+def test_a_generated_problem_knows_where_it_comes_from():
+    task = sums()
+    assert task.problems(5, 1)[0][0].where.startswith("chain_sum, problem ")
+    assert task.held_out[0].where == "chain_sum, held-out problem 0"

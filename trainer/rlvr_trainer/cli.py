@@ -101,6 +101,7 @@ def _train(parsed: argparse.Namespace) -> int:
 def _evaluate(parsed: argparse.Namespace) -> int:
     from rlvr_trainer.evaluation import evaluate
     from rlvr_trainer.policies import load_policy
+    from rlvr_trainer.prompt_limit import fit_prompts
     from rlvr_trainer.tasks import make_task
 
     run = Path(parsed.run)
@@ -116,10 +117,14 @@ def _evaluate(parsed: argparse.Namespace) -> int:
         config = load(parsed.run, overrides)
     task = make_task(config.task, config.run.seed)
     try:
-        values = evaluate(load_policy(config, task), task, config).metrics()
+        policy = load_policy(config, task)
+        dropped = fit_prompts(policy, task, config)
+        values = evaluate(policy, task, config).metrics()
     finally:
         task.close()
-    print(json.dumps({"model": config.policy.name, "task": config.task.name, **values}, indent=2))
+    if dropped:
+        print(dropped, file=sys.stderr)
+    print(json.dumps({"model": config.policy.name, "task": config.task.title, **values}, indent=2))
     return 0
 
 

@@ -13,21 +13,40 @@ import yaml
 from rlvr_ops import Objective
 from rlvr_trainer.algorithm import BINARY, DEFAULT_NAME, PRESETS, AlgorithmConfig, preset_under
 from rlvr_trainer.parsing import ConfigError, build, nearest
+from rlvr_trainer.task_parts import parts_of
 
 
 @dataclass
 class TaskConfig:
     """Where problems come from and how an answer is judged."""
 
-    name: str = "chain_sum"  # a reasoning-gym generator, or the path of a JSON Lines file of {prompt, answer}
+    name: str = (
+        "chain_sum"  # a reasoning-gym generator, a file of rows, or a folder or name (with a slash) for `datasets`
+    )
     parameters: dict[str, Any] = field(default_factory=dict)  # of the generator
-    instruction: str = ""  # appended to every prompt
+    format: Literal["auto", "prompt_answer", "gsm8k", "math", "open_r1", "dapo", "messages"] = "auto"  # of the rows
+    columns: dict[str, Any] = field(default_factory=dict)  # {prompt: ..., answer: ...} where the format's names differ
+    split: str = "train"  # `datasets` only
+    subset: str = ""  # `datasets` only: what its page calls subset or configuration
+    evaluation: str = ""  # rows to evaluate on, in place of the last ones of `name`
+    evaluation_split: str = "test"  # `datasets` only
+    mixture: list[dict[str, Any]] = field(
+        default_factory=list
+    )  # several tasks at once: sections like this one + `weight`
+    instruction: str = ""  # appended to every prompt, to its last user message
     extract: Literal["whole", "last_number"] = "whole"  # what of a completion is judged, after <answer> tags
     reward: Literal["correct", "score"] = "correct"  # 1 if the score is 1, else 0; or the score in [0, 1] itself
-    held_out: int = 64  # problems kept for evaluation (JSON Lines: the last lines of the file)
-    accept_unevaluated: bool = False  # whether 3+4 is right where the answer is 7; files only
+    held_out: int = 64  # problems kept for evaluation: the last rows of `name`, or the first of `evaluation`
+    on_overlong: Literal["refuse", "drop"] = "refuse"  # prompts that leave no room for rollout.max_new_tokens
+    on_bad_reference: Literal["refuse", "drop"] = "refuse"  # answers of rows that no judge can read
+    accept_unevaluated: bool = False  # whether 3+4 is right where the answer is 7; rows only
     verifier_timeout: float = 10.0  # seconds per answer
     verifier_processes: int = 2
+
+    @property
+    def title(self) -> str:
+        """What a run says it learns."""
+        return " + ".join(part.name for _, part in parts_of(self)) or self.name
 
 
 @dataclass
@@ -37,7 +56,11 @@ class PolicyConfig:
     name: str = "tiny"  # `tiny`, `smollm2-135m`, or anything `AutoModelForCausalLM.from_pretrained` takes
     precision: Literal["mixed", "full"] = "mixed"  # mixed: fp32 weights, bf16 autocast, bf16 copy for sampling
     device: str = "auto"
-    system_prompt: str | None = None  # None: what the chat template does by itself
+    system_prompt: str | None = (
+        None  # in place of a prompt's own; None: that one, or what the chat template does by itself
+    )
+    assistant_prefix: str = ""  # the assistant's first words, given and not sampled; the verifier reads them too
+    chat_template_arguments: dict[str, Any] = field(default_factory=dict)  # e.g. {enable_thinking: false}
     warm_start_steps: int = 400  # supervised updates that make `tiny`
     warm_start_noise: float = 0.5  # the share of wrong answers it is taught, so that something is left to learn
 
@@ -49,7 +72,10 @@ class RolloutConfig:
     prompts: int = 8
     group_size: int = 8  # completions per prompt
     max_new_tokens: int = 20
+    max_prompt_tokens: int = 0  # longer prompts are `task.on_overlong`'s; 0 = what the model's positions leave room for
     temperature: float = 1.0
+    stop: list[str] = field(default_factory=list)  # texts that end a completion, which includes them
+    mask_truncated: bool = False  # no gradient from completions that did not end; they count in their group's mean
     batch_size: int = 128  # completions generated at once
     threads: int = 0  # CPU threads while sampling, whose small operations gain little from more; 0 = as run.threads
 
@@ -135,6 +161,7 @@ class Config:
             "run.table_every": self.run.table_every,
             "run.threads": self.run.threads,
             "rollout.threads": self.rollout.threads,
+            "rollout.max_prompt_tokens": self.rollout.max_prompt_tokens,
             "evaluation.seed": self.evaluation.seed,
         }
         for key, value in not_negative.items():
@@ -145,6 +172,11 @@ class Config:
         if not 0 <= self.algorithm.overlong_fraction < 1:
             raise ConfigError(f"algorithm.overlong_fraction must be in [0, 1), got {self.algorithm.overlong_fraction}")
         self._check_advantages()
+        parts = parts_of(self.task)
+        if parts and not any(part.held_out for _, part in parts):
+            raise ConfigError("task.mixture: no part has held_out > 0, so nothing could be evaluated")
+        if "" in self.rollout.stop:
+            raise ConfigError("rollout.stop holds an empty text, which would end every completion at once")
         if len(self.optim.betas) != 2 or not all(0 <= beta < 1 for beta in self.optim.betas):
             raise ConfigError(f"optim.betas must hold two numbers in [0, 1), got {self.optim.betas}")
         if not 0 <= self.policy.warm_start_noise <= 1:

@@ -72,12 +72,12 @@ class RunLog:
 def completion_rows(batch: Batch) -> list[dict[str, Any]]:
     """Prompt, answer, completion, reward, advantage and length of every rollout."""
     rollouts = batch.rollouts
-    lengths = rollouts.completion_mask.sum(1).tolist()
+    lengths = rollouts.lengths().tolist()
     together = zip(
         rollouts.problems, rollouts.texts, batch.rewards.tolist(), batch.advantages.tolist(), lengths, strict=True
     )
     return [
-        {"prompt": p.prompt, "answer": p.answer, "completion": t, "reward": r, "advantage": a, "length": n}
+        {"prompt": p.text, "answer": p.answer, "completion": t, "reward": r, "advantage": a, "length": n}
         for p, t, r, a, n in together
     ]
 

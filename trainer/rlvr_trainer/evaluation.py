@@ -34,6 +34,7 @@ class Evaluation:
     confidences: list[float] | None = None
     verdicts: list[bool | None] | None = None
     stated: int = 0
+    parts: list[str] | None = None  # of a mixture, the one that each problem is from
 
     def per_problem(self, k: int) -> list[float]:
         """Pass@k of each problem that could be judged."""
@@ -52,7 +53,19 @@ class Evaluation:
             for k in powers_of_two(self.samples):
                 mean, low, high = self.pass_at(k)
                 found |= {f"eval/pass@{k}": mean, f"eval/pass@{k}/low": low, f"eval/pass@{k}/high": high}
-        return found | self.calibration()
+        return found | self.of_parts() | self.calibration()
+
+    def of_parts(self) -> dict[str, float]:
+        """`eval/<part>/pass@1` with `/low` and `/high` for every part of a mixture."""
+        found: dict[str, float] = {}
+        for name in dict.fromkeys(self.parts or []):
+            counts = [c for c, part in zip(self.correct, self.parts or [], strict=True) if part == name]
+            alone = Evaluation(self.samples, counts, 0, 0.0)
+            if alone.per_problem(1):
+                mean, low, high = alone.pass_at(1)
+                key = f"eval/{name}/pass@1"
+                found |= {key: mean, f"{key}/low": low, f"{key}/high": high}
+        return found
 
     def judged(self) -> tuple[Tensor, Tensor] | None:
         """Confidence and verdict of every answer that has both, as `rlvr_ops.calibration` takes them; None without any."""
@@ -111,6 +124,7 @@ def evaluate(policy: Policy, task: Task, config: Config) -> Evaluation:
         confidences=[round(value, 6) for value in confidences],
         verdicts=[None if score is None else score == 1 for score in scores],
         stated=stated,
+        parts=[problem.task for problem in task.held_out] if task.held_out[0].task else None,
     )
 
 

@@ -22,6 +22,7 @@ from rlvr_trainer.console import RunLog
 from rlvr_trainer.evaluation import evaluate
 from rlvr_trainer.metrics import StepMetrics
 from rlvr_trainer.policies import Policy, load_policy
+from rlvr_trainer.prompt_limit import fit_prompts
 from rlvr_trainer.report import summarise
 from rlvr_trainer.rollouts import Batch, Rollouts, collect
 from rlvr_trainer.scoring import hidden_states_of, scores_of
@@ -54,8 +55,9 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False, quie
         torch.set_num_threads(config.run.threads)
     task = make_task(config.task, config.run.seed)  # before the model: bad data should not cost a minute of loading
     if config.policy.name == "tiny" and not resume and not quiet:
-        print(f"teaching tiny the format of {config.task.name}, {config.policy.warm_start_steps} updates", flush=True)
+        print(f"teaching tiny the format of {config.task.title}, {config.policy.warm_start_steps} updates", flush=True)
     policy = load_policy(config, task, made)
+    dropped = fit_prompts(policy, task, config)
     reference = policy.frozen()
     trained = [parameter for parameter in policy.model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(
@@ -74,8 +76,10 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False, quie
     (run / "config.yaml").write_text(config.to_yaml())
     clock.lap("load")
     log.say(
-        f"{config.policy.name} on {policy.device}, {config.task.name}, {config.algorithm.title()}; writing to {run}"
+        f"{config.policy.name} on {policy.device}, {config.task.title}, {config.algorithm.title()}; writing to {run}"
     )
+    if dropped:
+        log.say(dropped)
     try:
         if step == 0:
             _evaluate(policy, task, config, log, step)
@@ -130,7 +134,7 @@ def update(
     for group in optimizer.param_groups:
         group["lr"] = rate
     parts = list(micro_batches(policy, reference, batch, config))
-    items = tokens if config.objective.aggregation == "dapo" else float(len(batch.rollouts))
+    items = max(tokens, 1.0) if config.objective.aggregation == "dapo" else float(len(batch.rollouts))
     for _ in range(config.optim.updates_per_batch):
         metrics, total = StepMetrics(), torch.zeros((), device=policy.device)
         for part in parts:

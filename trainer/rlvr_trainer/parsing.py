@@ -20,6 +20,11 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"{hint} (known: {listed})"
 
 
+def listed(lines: list[str], shown: int = 10) -> str:
+    """The first lines, and how many more there are."""
+    return "\n".join(lines[:shown]) + (f"\n  and {len(lines) - shown} more" if len(lines) > shown else "")
+
+
 def build(kind: type, tree: dict[str, Any], prefix: str = "") -> Any:
     """An instance of the dataclass `kind` from `tree`; keys that are missing keep their defaults.
 

@@ -4,7 +4,7 @@ import copy
 import importlib.util
 import os
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ from rlvr_trainer import tiny
 from rlvr_trainer.config import Config
 from rlvr_trainer.head import Head, completion_hidden_states
 from rlvr_trainer.parsing import ConfigError, nearest
-from rlvr_trainer.tasks import Task
+from rlvr_trainer.prompts import PromptFormat
+from rlvr_trainer.tasks import Prompt, Task
 
 NAMED = ("tiny", "smollm2-135m")
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -31,7 +32,7 @@ class Policy:
     mixed: bool
     eos_ids: list[int]
     sampler: Any  # the copy that generates: bf16 under mixed precision, else the model itself
-    system_prompt: str | None = None
+    prompts: PromptFormat = field(default_factory=PromptFormat)
 
     @property
     def device(self) -> torch.device:
@@ -58,17 +59,9 @@ class Policy:
             for ours, theirs in zip(self.model.parameters(), self.sampler.parameters(), strict=True):
                 theirs.copy_(ours)
 
-    def texts(self, prompts: list[str]) -> list[str]:
+    def texts(self, prompts: list[Prompt]) -> list[str]:
         """Prompts as the model wants to see them: through its chat template if it has one."""
-        if self.tokenizer.chat_template is None:
-            return prompts
-        system = [] if self.system_prompt is None else [{"role": "system", "content": self.system_prompt}]
-        return [
-            self.tokenizer.apply_chat_template(
-                [*system, {"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-            )
-            for prompt in prompts
-        ]
+        return [self.prompts.text(self.tokenizer, prompt) for prompt in prompts]
 
     def save(self, folder: Path) -> None:
         """Model and tokenizer in a folder that `policy.name` can point to."""
@@ -82,10 +75,11 @@ def load_policy(config: Config, task: Task, made: Path | None = None) -> Policy:
     `made` is a folder where a policy that had to be made (`tiny`) is kept, so that a resumed run finds the same one.
 
     Raises:
-        ConfigError: neither a known name nor a folder or name that transformers can load.
+        ConfigError: neither a known name nor a folder or name that transformers can load, a chat template that cannot
+            use the settings, or special tokens outside the embedding.
         UnsupportedArchitectureError: a model whose logits cannot be rebuilt from its hidden states.
     """
-    name = config.policy.name
+    name, prompts = config.policy.name, PromptFormat.of(config.policy)
     if name == "tiny" and (made is None or not made.exists()):
         model, tokenizer = _tiny(config, task)
         if made is not None:
@@ -96,18 +90,19 @@ def load_policy(config: Config, task: Task, made: Path | None = None) -> Policy:
     else:
         model, tokenizer = _pretrained(str(made) if name == "tiny" else name)
     tokenizer.padding_side = "left"
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    prompts.check(tokenizer)
     eos_ids = _forget_sampling_defaults(model, tokenizer)
     model.to(_device(config.policy.device)).eval()  # eval for good: dropout would make ratios of noise
     mixed = config.policy.precision == "mixed"
     sampler = copy.deepcopy(model).to(torch.bfloat16).requires_grad_(False) if mixed else model
-    return Policy(model, tokenizer, Head.of(model), mixed, eos_ids, sampler, config.policy.system_prompt)
+    return Policy(model, tokenizer, Head.of(model), mixed, eos_ids, sampler, prompts)
 
 
 def _tiny(config: Config, task: Task) -> tuple[Any, Any]:
-    prompts = [problem.prompt for problem in task.problems(0, 64)[0]]
-    tokenizer = tiny.make_tokenizer(prompts)
+    if config.policy.chat_template_arguments:
+        raise ConfigError("policy.chat_template_arguments are set, and 'tiny' has no chat template")
+    prompts = PromptFormat.of(config.policy)
+    tokenizer = tiny.make_tokenizer([prompts.plain(problem.prompt) for problem in task.problems(0, 64)[0]])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.run.seed)
         model = tiny.make_model(len(tokenizer))
@@ -115,6 +110,7 @@ def _tiny(config: Config, task: Task) -> tuple[Any, Any]:
             model,
             tokenizer,
             task,
+            text_of=prompts.plain,
             steps=config.policy.warm_start_steps,
             noise=config.policy.warm_start_noise,
             seed=config.run.seed,
@@ -155,6 +151,9 @@ def _forget_sampling_defaults(model: Any, tokenizer: Any) -> list[int]:
     """Keep only the special tokens of a model's generation defaults, and give its end tokens.
 
     A default top_k or repetition penalty would sample from another distribution than the one the loss is about.
+
+    Raises:
+        ConfigError: no end token, or one (or the pad) that the embedding has no row for.
     """
     from transformers import GenerationConfig
 
@@ -163,6 +162,13 @@ def _forget_sampling_defaults(model: Any, tokenizer: Any) -> list[int]:
     eos_ids = sorted({i for i in [*listed, tokenizer.eos_token_id] if i is not None})
     if not eos_ids:
         raise ConfigError("the policy has no end-of-sequence token: no completion could ever end")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(eos_ids[0])
+    rows = model.get_input_embeddings().weight.shape[0]
+    for kind, i in [("pad", tokenizer.pad_token_id), *(("end", i) for i in eos_ids)]:
+        if not 0 <= i < rows:
+            token = tokenizer.convert_ids_to_tokens(i)
+            raise ConfigError(f"the policy's {kind} token {token!r} has id {i}, and its embedding only {rows} rows")
     model.generation_config = GenerationConfig(eos_token_id=eos_ids, pad_token_id=tokenizer.pad_token_id)
     return eos_ids
 

@@ -23,7 +23,7 @@ def summarise(run: Path, config: Config, log: RunLog, step: int, seconds: dict[s
     before, after = (_evaluation(log.evaluations[i]) for i in (0, -1))
     summary = {
         "model": config.policy.name,
-        "task": config.task.name,
+        "task": config.task.title,
         "algorithm": config.algorithm.title(),
         "seed": config.run.seed,
         "steps": step,

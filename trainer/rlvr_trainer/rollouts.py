@@ -6,7 +6,7 @@ Prompts are padded on the left and completions on the right, so the completion i
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -17,6 +17,8 @@ from rlvr_trainer.config import Config
 from rlvr_trainer.judging.verdict import Verdict, counts
 from rlvr_trainer.parsing import ConfigError
 from rlvr_trainer.policies import Policy
+from rlvr_trainer.prompt_limit import PromptLimit, positions
+from rlvr_trainer.stopping import StopTexts
 from rlvr_trainer.tasks import Problem, Task
 
 
@@ -27,20 +29,24 @@ class Rollouts:
     input_ids: Tensor  # (B, P + T), prompt and completion
     attention_mask: Tensor  # (B, P + T)
     completion_ids: Tensor  # (B, T), the last T columns of input_ids
-    completion_mask: Tensor  # (B, T), 1 up to and including the first end token
-    ended: Tensor  # (B,), whether there was one
+    completion_mask: Tensor  # (B, T), 1 up to and including the first end; 0 under `rollout.mask_truncated` without one
+    ended: Tensor  # (B,), whether there was one: an end token, or a text of `rollout.stop`
     problems: list[Problem]
-    texts: list[str]
+    texts: list[str]  # what the assistant said, its given prefix included
 
     def __len__(self) -> int:
         return len(self.texts)
+
+    def lengths(self) -> Tensor:
+        """(B,), tokens of every completion, whether they are masked or not."""
+        return self.attention_mask[:, -self.completion_ids.shape[1] :].sum(1)
 
     def select(self, rows: list[int]) -> "Rollouts":
         """The given rows, without the columns that are padding in all of them."""
         part = {f.name: getattr(self, f.name) for f in fields(self)}
         for name, value in part.items():
             part[name] = value[rows] if isinstance(value, Tensor) else [value[i] for i in rows]
-        length = int(part["completion_mask"].sum(1).max()) if rows else 1
+        length = max(int(part["completion_mask"].sum(1).max()), 1) if rows else 1
         cut = self.completion_ids.shape[1] - length
         attended = part["attention_mask"]
         first = int(attended.any(0).int().argmax()) if rows else 0
@@ -74,16 +80,17 @@ def sample(policy: Policy, problems: list[Problem], config: Config, group_size: 
     encoded = policy.tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=special)
     prompt_ids = encoded.input_ids.to(policy.device).repeat_interleave(group_size, 0)
     prompt_mask = encoded.attention_mask.to(policy.device).repeat_interleave(group_size, 0)
-    limit = getattr(policy.model.config, "max_position_embeddings", None)
+    limit = positions(policy)
     if limit and prompt_ids.shape[1] + length > limit:
         raise ConfigError(
             f"a prompt of {prompt_ids.shape[1]} tokens and rollout.max_new_tokens = {length} exceed"
             f" the model's {limit} positions: shorten one of them."
         )
-    pieces = []
+    pieces, stops = [], []
     for ids, mask in zip(
         prompt_ids.split(config.rollout.batch_size), prompt_mask.split(config.rollout.batch_size), strict=True
     ):
+        stop = StopTexts(policy.tokenizer, config.rollout.stop, ids)
         with cpu_threads(config.rollout.threads):
             output = policy.sampler.generate(
                 input_ids=ids,
@@ -93,12 +100,13 @@ def sample(policy: Policy, problems: list[Problem], config: Config, group_size: 
                 top_k=0,
                 top_p=1.0,
                 max_new_tokens=length,
+                stopping_criteria=stop.criteria(),
             )
         new = output[:, ids.shape[1] :]
         pieces.append(torch.nn.functional.pad(new, (0, length - new.shape[1]), value=policy.tokenizer.pad_token_id))
-    return _lay_out(
-        policy, prompt_ids, prompt_mask, torch.cat(pieces), [p for p in problems for _ in range(group_size)]
-    )
+        stops.append(stop.ends(length))
+    repeated = [problem for problem in problems for _ in range(group_size)]
+    return _lay_out(policy, prompt_ids, prompt_mask, torch.cat(pieces), repeated, torch.cat(stops))
 
 
 @contextmanager
@@ -113,13 +121,20 @@ def cpu_threads(count: int) -> Iterator[None]:
 
 
 def _lay_out(
-    policy: Policy, prompt_ids: Tensor, prompt_mask: Tensor, completion_ids: Tensor, problems: list[Problem]
+    policy: Policy,
+    prompt_ids: Tensor,
+    prompt_mask: Tensor,
+    completion_ids: Tensor,
+    problems: list[Problem],
+    stops: Tensor | None = None,
 ) -> Rollouts:
+    """`stops` (B, T) is true where a stop text was complete: behind it is padding, which may be an end token itself."""
     is_end = torch.isin(completion_ids, torch.tensor(policy.eos_ids, device=completion_ids.device))
+    is_end = is_end if stops is None else is_end | stops
     ended = is_end.any(1)
     mask = ((is_end.cumsum(1) - is_end.int()) == 0).long()  # no end token before this one; the pad may be one too
     texts = [
-        policy.tokenizer.decode(ids[keep.bool()], skip_special_tokens=True)
+        policy.prompts.assistant_prefix + policy.tokenizer.decode(ids[keep.bool()], skip_special_tokens=True)
         for ids, keep in zip(completion_ids, mask, strict=True)
     ]
     whole = torch.cat([prompt_ids, completion_ids], 1)
@@ -136,7 +151,8 @@ def collect(policy: Policy, task: Task, cursor: int, config: Config) -> tuple[Ba
     kept: list[Rollouts] = []
     scores: list[Tensor] = []
     verdicts: list[Verdict] = []
-    uninformative = 0
+    uninformative, dropped = 0, 0
+    limit = PromptLimit.of(policy, config)
     seconds = {"generate": 0.0, "verify": 0.0}
     rounds = 1 + (config.algorithm.max_resamples if config.algorithm.dynamic_sampling else 0)
     for _ in range(rounds):
@@ -144,13 +160,14 @@ def collect(policy: Policy, task: Task, cursor: int, config: Config) -> tuple[Ba
         if missing == 0:
             break
         start = time.perf_counter()
-        problems, cursor = task.problems(cursor, missing)
+        problems, cursor, passed_over = limit.draw(task, cursor, missing)
+        dropped += passed_over
         rollouts = sample(policy, problems, config, size, config.rollout.temperature)
         middle = time.perf_counter()
         given = task.score(rollouts.problems, rollouts.texts)
-        verdicts += given
         seconds["generate"] += middle - start
         seconds["verify"] += time.perf_counter() - middle
+        verdicts += given
         score = torch.tensor([float("nan") if verdict.score is None else verdict.score for verdict in given])
         keep = ~score.reshape(-1, size).isnan().any(1)
         if config.algorithm.dynamic_sampling:
@@ -163,6 +180,7 @@ def collect(policy: Policy, task: Task, cursor: int, config: Config) -> tuple[Ba
     metrics = {
         "sampling/rollouts": float(len(verdicts)),
         **counts(verdicts),
+        "sampling/prompts_dropped": float(dropped),
         "sampling/groups_uninformative": float(uninformative),
         "sampling/groups_kept": float(sum(len(part) for part in kept) // size),
         "perf/seconds_generate": seconds["generate"],
@@ -175,7 +193,7 @@ def _judged(rollouts: Rollouts, score: Tensor, config: Config, metrics: dict[str
     size = config.rollout.group_size
     correct = (score == 1).float()
     rewards = score.float() if config.task.reward == "score" else correct
-    lengths = rollouts.completion_mask.sum(1).cpu()
+    lengths = rollouts.lengths().cpu()
     longest = config.rollout.max_new_tokens
     if config.algorithm.overlong_fraction > 0:
         cache = round(config.algorithm.overlong_fraction * longest)
@@ -190,12 +208,22 @@ def _judged(rollouts: Rollouts, score: Tensor, config: Config, metrics: dict[str
             "completions/mean_length": float(lengths.float().mean()),
             "completions/max_length": float(lengths.max()),
             "completions/clipped_ratio": float(1 - rollouts.ended.float().mean()),
+            **_of_parts(rollouts, correct),
         }
+    if config.rollout.mask_truncated:
+        rollouts = replace(rollouts, completion_mask=rollouts.completion_mask * rollouts.ended[:, None])
     estimator = config.algorithm.advantages
     read = lengths if estimator in ("opo", "reinforce_plus_plus") else None
     advantages = rlvr_ops.group_advantages(rewards, size, estimator, lengths=read)
     device = rollouts.input_ids.device
     return Batch(rollouts, rewards, advantages.to(device), metrics)
+
+
+def _of_parts(rollouts: Rollouts, correct: Tensor) -> dict[str, float]:
+    """`accuracy/<part>` of every part of a mixture; nothing for a task that has no parts."""
+    names = [problem.task for problem in rollouts.problems]
+    rows = {name: [i for i, other in enumerate(names) if other == name] for name in sorted(set(names) - {""})}
+    return {f"accuracy/{name}": float(correct[chosen].mean()) for name, chosen in rows.items()}
 
 
 def _merge(parts: list[Rollouts], policy: Policy) -> Rollouts:

@@ -6,12 +6,12 @@ gets about the other share right: reinforcement learning then has something to f
 
 import os
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from rlvr_trainer.tasks import Task
+from rlvr_trainer.tasks import Prompt, Task, plain_text
 
 CHARACTERS = "".join(chr(c) for c in range(32, 127)) + "\n"
 PAD, BOS, EOS, UNKNOWN = "<pad>", "<bos>", "<eos>", "<unk>"
@@ -61,8 +61,20 @@ def make_model(vocabulary: int, hidden: int = 96, layers: int = 2) -> Any:
     )
 
 
-def warm_start(model: Any, tokenizer: Any, task: Task, *, steps: int, noise: float, seed: int) -> float:
-    """Supervised updates on training problems, a share `noise` of them with another problem's answer; the last loss."""
+def warm_start(
+    model: Any,
+    tokenizer: Any,
+    task: Task,
+    *,
+    steps: int,
+    noise: float,
+    seed: int,
+    text_of: Callable[[Prompt], str] = plain_text,
+) -> float:
+    """Supervised updates on training problems, a share `noise` of them with another problem's answer; the last loss.
+
+    `text_of` writes a prompt out as it will be when completions are sampled.
+    """
     rng = random.Random(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
     cursor, loss = 0, torch.zeros(())
@@ -72,7 +84,7 @@ def warm_start(model: Any, tokenizer: Any, task: Task, *, steps: int, noise: flo
         problems, cursor = task.problems(cursor, BATCH)
         others = rng.sample([p.answer for p in problems], len(problems))
         answers = [o if rng.random() < noise else p.answer for p, o in zip(problems, others, strict=True)]
-        batch = _supervised(tokenizer, [p.prompt for p in problems], answers)
+        batch = _supervised(tokenizer, [text_of(p.prompt) for p in problems], answers)
         loss = model(**batch).loss
         optimizer.zero_grad()
         loss.backward()

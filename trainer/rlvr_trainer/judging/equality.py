@@ -58,6 +58,12 @@ def check_reference(gold: str, words: bool) -> None:
         check_reference(normal(part), is_words(part))
 
 
+def is_mathematics(reference: str) -> bool:
+    """Whether a reference is neither a number, a choice nor text, so that only math-verify can tell if it can be read."""
+    gold = normal(reference)
+    return not (is_words(reference) or CHOICE.fullmatch(gold) or quantity(gold) is not None)
+
+
 def is_words(reference: str) -> bool:
     """Whether a reference is text: words, dates, times, scores; not formulas, in which letters are variables."""
     gold = normal(reference)

@@ -16,9 +16,12 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from queue import SimpleQueue
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rlvr_trainer.judging.verdict import CRASHED, TIME, TOO_LONG, Verdict
+from rlvr_trainer.judging.verdict import BAD_REFERENCE, CRASHED, TIME, TOO_LONG, Verdict
+
+if TYPE_CHECKING:
+    from rlvr_trainer.config import TaskConfig
 
 LONGEST_COMPLETION = 1_000_000  # characters
 LONGEST_REPLY = 100_000
@@ -103,6 +106,11 @@ class Workers:
         self._all: list[Worker] = []
         self._pool: ThreadPoolExecutor | None = None
 
+    @classmethod
+    def of(cls, config: "TaskConfig", *, generators: bool = False) -> "Workers":
+        """As many workers, and as patient ones, as a task's settings ask for."""
+        return cls(config.verifier_processes, config.verifier_timeout, generators=generators)
+
     def __call__(self, requests: Iterable[dict[str, Any]]) -> list[Verdict]:
         """A verdict on each request.
 
@@ -148,7 +156,10 @@ class Workers:
             self._idle.put(worker)
         if reply is None:
             score = 0.0 if "completion" in request else None
-            return Verdict(score, TIME if late else CRASHED, *request.get("references", [])[:1])
+            reason = TIME if late else CRASHED
+            if score is None:
+                return Verdict(None, BAD_REFERENCE, f"{request['references'][0]!r}: {reason}")
+            return Verdict(score, reason, *request.get("references", [])[:1])
         return _verdict(reply)
 
 
@@ -163,6 +174,12 @@ def answers(
             "extract": extract,
             "accept_unevaluated": accept_unevaluated,
         }
+
+
+def references(texts: Iterable[str]) -> Iterable[dict[str, Any]]:
+    """Requests to see whether reference answers can be read."""
+    for text in texts:
+        yield {"references": [text]}
 
 
 def generated(
