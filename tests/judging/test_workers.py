@@ -62,6 +62,18 @@ def test_a_worker_that_dies_for_another_reason_costs_no_answer(two, monkeypatch)
     assert two(answers([(["7"], "7")] * 3)) == [Verdict(1.0, "right", "7", "7")] * 3
 
 
+def test_closing_waits_for_no_answer():
+    hung = Workers(1, seconds=60.0)
+    hung.sealed()
+    thread = threading.Thread(target=lambda: hung(answers([(["7"], TOWER)])))
+    thread.start()
+    time.sleep(0.3)
+    start = time.perf_counter()
+    hung.close()
+    thread.join()
+    assert time.perf_counter() - start < 5.0
+
+
 def test_ten_megabytes_are_refused_before_they_are_sent(two):
     assert two(answers([(["7"], "7" * 10_000_000)])) == [Verdict(0.0, TOO_LONG)]
 

@@ -20,6 +20,7 @@ SMALL = [
     "policy.device=cpu",
     "task.parameters={min_terms: 2, max_terms: 2, min_digits: 1, max_digits: 1}",
     "task.held_out=4",
+    "task.verifier_processes=1",
     "rollout.prompts=3",
     "rollout.group_size=4",
     "rollout.max_new_tokens=5",

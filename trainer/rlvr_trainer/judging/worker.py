@@ -58,10 +58,11 @@ def main() -> None:
 
 
 def warm_up(generators: bool) -> None:
-    """Import everything that an answer may need, so that little is left to import behind closed doors."""
-    compare(["\\frac{1}{2}", "x^2-1", "\\{1\\}", "(1, \\pi)"], "$(x-1)(x+1) = \\boxed{\\sqrt{3}}$")
+    """Import what the answers need, so that it costs none of them time and little is left to import behind closed doors."""
     if generators:
         import reasoning_gym  # noqa: F401
+    else:
+        compare(["\\frac{1}{2}", "x^2-1", "\\{1\\}", "(1, \\pi)"], "$(x-1)(x+1) = \\boxed{\\sqrt{3}}$")
 
 
 def _answer(request: dict[str, Any]) -> Verdict:

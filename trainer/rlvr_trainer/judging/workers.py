@@ -46,10 +46,15 @@ class Worker:
             self._start()
         return self._exchange(request, self.seconds)
 
+    def kill(self) -> None:
+        """End the process without waiting for it, from any thread."""
+        if (process := self._process) is not None:
+            process.kill()
+
     def close(self) -> None:
         """End the process."""
+        self.kill()
         if self._process is not None:
-            self._process.kill()
             for pipe in (self._process.stdin, self._process.stdout):
                 assert pipe is not None
                 with suppress(OSError):
@@ -105,6 +110,7 @@ class Workers:
         self._idle: SimpleQueue[Worker] = SimpleQueue()
         self._all: list[Worker] = []
         self._pool: ThreadPoolExecutor | None = None
+        self._closing = False
 
     @classmethod
     def of(cls, config: "TaskConfig", *, generators: bool = False) -> "Workers":
@@ -130,12 +136,15 @@ class Workers:
         return next(worker.sealed for worker in self._all if worker.sealed)
 
     def close(self) -> None:
-        """End all processes; the next call starts new ones."""
+        """End all processes, whatever they are doing; the next call starts new ones."""
         if self._pool is not None:
+            self._closing = True
+            for worker in self._all:
+                worker.kill()  # whoever waits for it waits no longer
             self._pool.shutdown(cancel_futures=True)
             for worker in self._all:
                 worker.close()
-            self._pool, self._all, self._idle = None, [], SimpleQueue()
+            self._pool, self._all, self._idle, self._closing = None, [], SimpleQueue(), False
 
     def _open(self) -> None:
         if self._pool is None:
@@ -150,7 +159,7 @@ class Workers:
         worker = self._idle.get()
         try:
             reply, late = worker.ask(request)
-            if reply is None and not late:  # perhaps not the answer's fault: once more, by a new worker
+            if reply is None and not late and not self._closing:  # perhaps not the answer's fault: once more
                 reply, late = worker.ask(request)
         finally:
             self._idle.put(worker)
