@@ -126,5 +126,6 @@ def _first_word(text: str) -> str:
 
 
 def _spaceless(text: str) -> str:
+    """`text` without spaces but those that part words or digits."""
     words = WORD.search(re.sub(r"\\[A-Za-z]+", "", text))
-    return re.sub(r"\s+", " " if words else "", text)
+    return re.sub(r"\s+", " ", text) if words else re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", text)

@@ -91,7 +91,7 @@ def undelimited(text: str) -> str:
     while text != before:
         before = text
         text = re.sub(r"^(?:\*\*|__|[*_`\"'])\s*(.*?)\s*(?:\*\*|__|[*_`\"'])$", r"\1", text.strip(), flags=re.DOTALL)
-        text = re.sub(r"(?<=[^.\s])\s*[.,;:!]+$|(?:\*\*|__)$|^(?:\*\*|__)", "", text)
+        text = re.sub(r"(?<=[^.\s])\s*[.,;:]+$|(?<=[^\d\s)}\]])!+$|(?:\*\*|__)$|^(?:\*\*|__)", "", text)
         text = re.sub(r"^\\\((.*)\\\)$|^\\\[(.*)\\\]$", lambda m: m[1] or m[2] or "", text, flags=re.DOTALL)
     if text.count("$") >= 2:  # one dollar is money
         text = re.sub(r"\$\$?([^$]+)\$?\$", r"\1", text)

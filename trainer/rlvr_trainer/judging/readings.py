@@ -36,7 +36,7 @@ def readings(gold: str, answer: str, marked: bool) -> list[str]:
     formula, behind = _closing_formula(answer)
     if quantity(gold) is not None:
         prose = behind if formula else closing if numbers_in(closing) else given
-        found += [closing, (closing_number(prose) if PROSE.search(prose) else "") or formula]
+        found += [closing, given.rstrip("!"), (closing_number(prose) if PROSE.search(prose) else "") or formula]
     elif not marked:
         found += [closing, formula, _tail(closing)]
     return list(dict.fromkeys(reading for reading in found if reading))
