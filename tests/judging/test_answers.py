@@ -3,6 +3,7 @@
 import doctest
 import importlib
 import pkgutil
+import time
 
 import pytest
 import rlvr_trainer.judging
@@ -12,6 +13,7 @@ from rlvr_trainer.judging.compare import check, compare
 from rlvr_trainer.judging.numbers import last_number
 from rlvr_trainer.judging.stated import stated
 from rlvr_trainer.judging.verdict import BAD_REFERENCE, NO_ANSWER, UNEVALUATED
+from rlvr_trainer.judging.workers import Workers, answers
 
 MATRIX = r"\begin{pmatrix}1\\ 2\end{pmatrix}"
 RIGHT = {
@@ -28,12 +30,15 @@ RIGHT = {
     "numbers": [
         ("5e3", "5000"), ("0.00001", "0.00001"), ("1e16", "10000000000000000"), ("1.2e3", r"1.2 \times 10^{3}"),
         ("10080", "$10{,}080$"),
-        ("10080", r"\boxed{10,\! 080}"), ("1,234", "1234"), ("3/4", "0.75"), ("0.75", r"\frac{3}{4}"), ("1.5", r"1\frac{1}{2}"),
+        ("10080", r"\boxed{10,\! 080}"), ("1,234", "1234"), ("3/4", "0.75"), ("0.75", r"\frac{3}{4}"),
+        ("1.5", r"1\frac{1}{2}"),
         (r"\frac{1}{3}", "0.333333"), ("1.5", "1,5"), ("0.5", ".5"), ("7", "007"), ("10000", "10 000"), ("-5", "−5"),
-        ("1/2", "½"), ("2.5", "2½"), ("7", "７"), ("5", "x = 5."), ("7", "3 + 4 = 7."), ("1024", "2^{10}"), ("7", r"\sqrt{49}"), ("8", "The answer is 8!"), ("120", "5!"), ("5!", "120"),
+        ("1/2", "½"), ("2.5", "2½"), ("7", "７"), ("5", "x = 5."), ("7", "3 + 4 = 7."), ("1024", "2^{10}"),
+        ("7", r"\sqrt{49}"), ("8", "The answer is 8!"), ("120", "5!"), ("5!", "120"),
     ],
     "words": [
-        ("True", "true"), ("Paris", "The answer is Paris."), ("blue", "The sky is blue"), ("Yes", "Yes, because 7 is prime."),
+        ("True", "true"), ("Paris", "The answer is Paris."), ("blue", "The sky is blue"), ("Yes",
+        "Yes, because 7 is prime."),
         (r"\text{even}", "Even"), ("even", r"\boxed{\text{even}}"), ("June 20", "june 20"), ("the cat", "cat"),
         ("São Paulo", "são paulo"),
         ("red, blue", "Red, blue"), ("2:30 pm", "2:30 PM"), ("2024-01-05", "2024-01-05"), ("well-known", "well known"),
@@ -53,7 +58,8 @@ RIGHT = {
         (r"\sqrt{2}", "The answer:\n\\sqrt{2}"), (r"\sqrt{2}", "The answer: \n√2"), ("sqrt(2)", r"\sqrt{2}"),
         ("x^2-1", "$(x-1)(x+1)$"),
         ("x^{2}", "x²"), ("2*x**2", "2x^2"), (r"2\sqrt{3}", r"\sqrt{12}"), (r"\pi", "π"), (r"x \ge 3", r"$x\geq 3$"),
-        (r"x \ge 3", r"[3,\infty)"), ("y = 2x + 3", "y=2x+3"), ("x=5", "5"), ("1+2i", "2i+1"), (MATRIX, rf"\boxed{{{MATRIX}}}"),
+        (r"x \ge 3", r"[3,\infty)"), ("y = 2x + 3", "y=2x+3"), ("x=5", "5"), ("1+2i", "2i+1"),
+        (MATRIX, rf"\boxed{{{MATRIX}}}"),
         (r"(-\infty,3)\cup(5,\infty)", r"$(-\infty, 3) \cup (5, \infty)$"),
         ("$x >= 5$", r"Therefore $x \geq 5$ is the solution."),
         (r"-\frac{1}{2}", r"$-\dfrac12$"), ("$x < 3$", r"We find that $x \lt 3$."),
@@ -81,7 +87,8 @@ WRONG = {
     ],
     "choices": [("C", "D"), ("C", "C or D"), ("A", "A cat"), ("C", "(B), not (C) or (D)"), ("B, C", "B")],
     "lists and tuples": [
-        (r"$d=4\sqrt{10}, M=(1,-4)$", r"\boxed{4}"), ("(1,2)", "(2,1)"), ("(2,1)", "(5,3)"), ("[1,2)", "(1,2)"), ("1, 2", "1"),
+        (r"$d=4\sqrt{10}, M=(1,-4)$", r"\boxed{4}"), ("(1,2)", "(2,1)"), ("(2,1)", "(5,3)"), ("[1,2)", "(1,2)"), ("1, 2",
+        "1"),
         ("1, 2", "1, 2, 3"), ("1, 1", "1, 2"), ("(1,2)", "3"),
     ],
     "mathematics": [
@@ -92,22 +99,118 @@ WRONG = {
         ("7", "<think>7"), ("7", "<answer>7</answer> <answer>8</answer>"), ("7", "8</think>"), ("2", ""), ("7", "\\boxed{}"),
     ],
 }  # fmt: skip
+MORE_RIGHT = {
+    "scales": [("3 million", "3000000"), ("3 dozen", "36"), ("5 thousand", "5,000")],
+    "signs": [("-12", "negative 12"), ("-12", "The answer is minus 12."), ("-5", "‒5"), ("7", "The answer is 7, not 8.")],
+    "repeating": [
+        (r"0.\overline{3}", "1/3"), (r"\frac{1}{3}", "0.333..."), ("1/3", r"0.\overline{3}"),
+        (r"0.\overline{36}", r"\frac{4}{11}"),
+    ],
+    "quantities": [
+        (r"36\pi", r"36\pi \text{ square units}"), (r"36\pi \text{ cm}^2", r"36\pi"), ("12",
+        "So he needs 12 eggs for 3 cakes."),
+        ("$12", "Thus he pays $12 for 3 apples."), ("12", "12 where x=3"), (r"\frac{1}{2}", r"50\%"), ("12", "(A) 12"),
+    ],
+    "choices": [("C", "C is correct."), ("C", "Therefore, option (C) is correct."), ("C", "So C"), ("D", "I choose D.")],
+    "mathematics": [
+        (r"\sqrt{2}", r"Thus the length is $\sqrt{2}$."), (r"\sqrt{2}", r"Hence $x = \sqrt{2}$ as desired."),
+        ("x^2-1", "So the polynomial is $x^2-1$."), (r"\frac{\pi}{2}", "the angle is pi/2"), (r"\pm 3", "3, -3"),
+        ("[1,2]", r"1 \le x \le 2"), (r"\sin x\cos y+\cos x \sin y", r"\boxed{\sin(x+y)}"), ("(1,2)", r"\langle 1,2\rangle"),
+        ("1,2,3", "[1, 2, 3]"), (r"\emptyset", r"\varnothing"), (r"\infty", "infinity"), ("2:30 PM", "2:30 p.m."),
+    ],
+    "marks": [
+        ("12", "#### Step 1: add\n5\n#### Final Answer\n12"), ("12",
+        "The total is 12. I checked and the answer is correct."),
+        ("12", "To answer this question, let x be 5 apples.\nSo he has 12 apples."), ("12", "```\n12\n```"),
+        ("12", r"\boxed{12} is right."),
+    ],
+}  # fmt: skip
+MORE_WRONG = {
+    "denied": [
+        ("7", "The answer is not 7."), ("7", "The answer can't be 7."), ("C", "The answer can't be C."),
+        ("7", r"\boxed{\text{not } 7}"),
+    ],
+    "several": [
+        ("7", "The answer is 5, not 7."), ("7", "The answer is between 5 and 7."), ("7", "5 to 7"), ("7", "at least 7"),
+        ("7", "7 or eight"),
+        ("7", r"\boxed{6 \text{ maybe } 7}"), ("7", r"\boxed{x=5 \text{ or } x=7}"),
+        ("7", r"\boxed{5 \text{ apples and } 7 \text{ pears}}"),
+        ("A", "A, B, C, D"), ("A", "A: B"), ("B", "B: no, it's C"), ("C", r"\boxed{C, D}"), ("Yes", "Yes, no"),
+        (r"\sqrt{2}", r"either $\sqrt{3}$ or $\sqrt{2}$"),
+    ],
+    "operations": [
+        ("2", "The answer is 14 divided by 2."), ("49", "the square root of 49"), ("2", "2^3 apples"), ("2",
+        "2**3 apples"), ("5", "5x10 ft"),
+        ("6", "6 squared"), ("6", "6 plus eight"), ("2", "2 thirds"),
+    ],
+    "units": [
+        ("5", "5m"), ("5", "5n"), ("$2h$", r"\boxed{2}"), ("$4s$", "$4h$"), ("6", r"$6\,ab$"), ("20 $cm^{2}$", "20 cm"),
+        ("20 cm^2", "20 m^2"),
+        ("5 m/s", "5 km/h"), (r"30^\circ", r"30 \text{ radians}"), ("5 million", "5"), ("5", "5 million"),
+    ],
+    "signs, factorials, bases": [
+        ("12", "negative 12"), ("-12", "12"), ("5", r"\boxed{5!}"), ("$5!$", "5"), ("43", "43_7"), ("101_2", "101"),
+        ("5", "5_2"),
+    ],
+}  # fmt: skip
+ONE_GUESS = [
+    "$A$\nB: C", "A: B", "Yes: No", "No, the result is Yes", "True, it is False", "$5$\n7", "<answer>$5$\n7</answer>",
+    r"$\sqrt{2}$ is \sqrt{3}", "$x$ is y+1", "Paris: London", r"\boxed{$5$ 8 = 7}",
+]  # fmt: skip
+REFERENCES = [
+    "A",
+    "B",
+    "C",
+    "Yes",
+    "No",
+    "True",
+    "False",
+    "5",
+    "7",
+    "8",
+    r"\sqrt{2}",
+    r"\sqrt{3}",
+    "x",
+    "y+1",
+    "Paris",
+    "London",
+]
+
+
+@pytest.fixture(scope="module")
+def workers():
+    made = Workers(1)
+    yield made
+    made.close()
 
 
 def rows(table):
     return [pytest.param(*pair, id=f"{kind}-{i}") for kind, pairs in table.items() for i, pair in enumerate(pairs)]
 
 
-@pytest.mark.parametrize(("reference", "completion"), rows(RIGHT))
+@pytest.mark.parametrize(("reference", "completion"), rows(RIGHT) + rows(MORE_RIGHT))
 def test_an_equal_answer_is_right(reference, completion):
     verdict = compare([reference], completion)
     assert (verdict.score, verdict.reason) == (1.0, "right"), verdict
 
 
-@pytest.mark.parametrize(("reference", "completion"), rows(WRONG))
+@pytest.mark.parametrize(("reference", "completion"), rows(WRONG) + rows(MORE_WRONG))
 def test_another_answer_is_wrong(reference, completion):
     verdict = compare([reference], completion)
     assert verdict.score == 0.0, verdict
+
+
+@pytest.mark.parametrize("completion", ONE_GUESS)
+def test_a_completion_is_right_for_one_reference_at_most(completion):
+    assert sum(compare([reference], completion).score == 1.0 for reference in REFERENCES) <= 1
+
+
+def test_a_worker_says_the_same(workers):
+    pairs = [(*pair, 1.0) for table in (RIGHT, MORE_RIGHT) for kind in table.values() for pair in kind]
+    pairs += [(*pair, 0.0) for table in (WRONG, MORE_WRONG) for kind in table.values() for pair in kind]
+    found = workers(answers([([reference], completion) for reference, completion, _ in pairs]))
+    wrong = [(*pair, verdict) for pair, verdict in zip(pairs, found, strict=True) if verdict.score != pair[2]]
+    assert wrong == []
 
 
 @pytest.mark.parametrize("reference", sorted({reference for pairs in RIGHT.values() for reference, _ in pairs}))
@@ -197,6 +300,29 @@ def test_no_text_breaks_the_judge(text):
     assert compare(["x+1"], text).score in (0.0, 1.0)
     assert compare(["Paris"], text).score in (0.0, 1.0)
     assert check(text).score in (1.0, None)
+
+
+STALLS = {
+    "boxes": "\\boxed{", "texts": "\\text{", "groups": "111,", "a list": "100, ", "signs": "-1 ", "threes": "3",
+    "newlines": "\n", "spaces": " ",
+    "brackets": "\\(", "square brackets": "\\[ab", "stars": "*", "quotes": "'", "commas": ",", "answers": "answer: ",
+    "dollars": "$", "braces": "{",
+    "parentheses": "(", "tags": "<answer>", "thoughts": "<think>", "is": "it is ", "fractions": "\\frac", "roots": "√(",
+    "equations": "= 1, 2 ",
+    "sentences": "the number is 12 and so 7. ", "words": "a ", "slashes": "7 m/ ",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("unit", STALLS.values(), ids=STALLS)
+@pytest.mark.parametrize(
+    "form", ["{}", "7 {}x", "\\boxed{{-{}x}}", "The answer is 0.{}x", "\\boxed{{7}}{}x\\boxed{{7}}"]
+)
+def test_no_repetition_takes_long(unit, form):
+    text = form.format(unit * (64_000 // len(unit)))
+    for reference in ("7", "x+1", "Paris"):
+        start = time.process_time()
+        compare([reference], text)
+        assert time.process_time() - start < 2.0
 
 
 def test_every_example_in_the_docstrings_is_as_it_says():

@@ -95,6 +95,36 @@ def test_every_generator_scores_its_own_answers_in_a_worker_as_outside(workers):
 
 
 @pytest.mark.parametrize("name", PARSING)
+def test_no_answer_of_a_generator_that_evaluates_is_refused_unless_it_is_unevaluated(workers, name):
+    data = reasoning_gym.create_dataset(name, seed=5, size=20)
+    found = workers(generated(name, {}, ((entry, str(entry["answer"])) for entry in data)))
+    for entry, verdict in zip(data, found, strict=True):
+        copies_the_question = "Integral(" in str(
+            entry["answer"]
+        )  # which sympy would find equal, and nobody has integrated
+        assert (verdict.reason == "refused") == copies_the_question, (entry["answer"], verdict)
+        assert verdict.reason in ("right", "refused") or entry["answer"] is None  # where any of many is right
+
+
+@pytest.mark.parametrize(
+    ("name", "answer"),
+    [
+        ("countdown", "False*({sum}) + (True+True+True)*{target}"),
+        ("countdown", "{target}"),
+        ("puzzle24", "ceiling(exp(pi)) + False*({sum})"),
+        ("puzzle24", "6*4*1*1"),
+        ("puzzle24", "24"),
+    ],
+)
+def test_a_number_that_is_not_made_of_the_given_ones_is_no_answer(workers, name, answer):
+    for entry in reasoning_gym.create_dataset(name, seed=3, size=3):
+        numbers = entry["metadata"]["numbers"]
+        text = answer.format(sum="+".join(map(str, numbers)), target=entry["metadata"].get("target"))
+        (verdict,) = workers(generated(name, {}, [(entry, text)]))
+        assert verdict.score == 0.0
+
+
+@pytest.mark.parametrize("name", PARSING)
 def test_hostile_answers_do_nothing_and_later_ones_are_judged(workers, name, tmp_path):
     data = reasoning_gym.create_dataset(name, seed=1, size=1)
     entry, file = data[0], tmp_path / "written"

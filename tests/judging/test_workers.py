@@ -62,6 +62,19 @@ def test_a_worker_that_dies_for_another_reason_costs_no_answer(two, monkeypatch)
     assert two(answers([(["7"], "7")] * 3)) == [Verdict(1.0, "right", "7", "7")] * 3
 
 
+def test_what_answers_leave_in_memory_does_not_stay():
+    one = Workers(1)
+    try:
+        large = [(["7"], rf"\boxed{{2^{{{99_000 + i}}}}}") for i in range(20)]
+        huge = [(["7"], rf"\boxed{{2^{{{400_000_000 + i}}}}}") for i in range(20)]
+        assert {verdict.score for verdict in one(answers([*large, *huge]))} == {0.0}
+        with open(f"/proc/{one._all[0]._process.pid}/statm") as file:
+            assert int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") < 2**30
+        assert one(answers([(["7"], "7")]))[0].score == 1.0
+    finally:
+        one.close()
+
+
 def test_closing_waits_for_no_answer():
     hung = Workers(1, seconds=60.0)
     hung.sealed()

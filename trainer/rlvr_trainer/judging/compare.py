@@ -17,6 +17,8 @@ from rlvr_trainer.judging.verdict import (
     Verdict,
 )
 
+LONGEST_READING = 300  # characters of what was read, for logs
+
 
 def compare(
     references: Sequence[str], completion: str, *, extract: str = "whole", accept_unevaluated: bool = False
@@ -52,8 +54,9 @@ def read(reference: str) -> tuple[str, bool]:
 
 def _compare(reference: str, answer: Stated, accept_unevaluated: bool) -> Verdict:
     gold, words = read(reference)
-    found = readings(gold, answer.text, answer.marked)
-    verdict = Verdict(0.0, WRONG if found else NO_ANSWER, gold, found[-1] if found else "")
+    found = readings(gold, answer.text, answer.marked, words)
+    read_answer = found[-1] if found else normal(answer.text[:LONGEST_READING])
+    verdict = Verdict(0.0, WRONG if answer.text.strip() else NO_ANSWER, gold, read_answer)
     for reading in found:
         try:
             if not same(gold, reading, words):

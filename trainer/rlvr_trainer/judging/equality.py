@@ -6,22 +6,19 @@ and sees in `d=4\sqrt{10}, M=(1,-4)` a 4.
 
 import re
 
-from rlvr_trainer.judging.mathematics import same_mathematics
+from rlvr_trainer.judging.mathematics import same_mathematics, without_unit
 from rlvr_trainer.judging.numbers import Quantity, quantity
 from rlvr_trainer.judging.parts import elements, listed, right_side, unlabelled
-from rlvr_trainer.judging.readings import normal
+from rlvr_trainer.judging.readings import CHOICE, FUNCTIONS, NEGATION, PROSE, is_prose, normal
 from rlvr_trainer.judging.verdict import BadReferenceError
 
-CHOICE = re.compile(r"\(?([A-Z])\)?[.:)]?")
-CHOSEN = re.compile(r"(?:(?:option|choice)\s+)?\(?([A-Za-z])(?:\)?|\s*[).:,]\s*.*|\)\s*.*)", re.DOTALL | re.IGNORECASE)
+CHOSEN = re.compile(r"(?:(?:option|choice|answer)\s)?\(?([A-Za-z])\)?(?:[).:]\s?(.*)|\s?)", re.DOTALL | re.IGNORECASE)
+LETTER = re.compile(r"(?<![A-Za-z'\\])(?!A [a-z]|I\b)[A-Z](?![A-Za-z'])")
 DATE_TIME_OR_SCORE = re.compile(r"\d{1,4}(?:[-/.:]\d{1,4}){2}|\d+\s*:\s*\d+(?:\s*[ap]\.?m\.?)?", re.IGNORECASE)
 DECIMAL_COMMA = re.compile(r"(-?\d+),(\d{1,2}|\d{4,})")
-NO_WORDS = {
-    "sin", "cos", "tan", "sec", "csc", "cot", "log", "ln", "exp", "sqrt", "pi", "arcsin", "arccos", "arctan", "inf", "and", "or",
-}  # fmt: skip
 WORD = re.compile(r"[^\W\d_]{2,}")
 ARITHMETIC = re.compile(r"[\d)}]\s*(?:[-+*/]|\\times|\\cdot|\\div)\s*[\d({\\]")
-FIRST_WORDS = ("yes", "no", "true", "false")
+RELATION = re.compile(r"[<>]|\\[lg]e(?![A-Za-z])")
 
 
 def same(gold: str, given: str, words: bool = False) -> bool:
@@ -33,13 +30,12 @@ def same(gold: str, given: str, words: bool = False) -> bool:
     if _spaceless(gold) == _spaceless(given):
         return True
     if choice := CHOICE.fullmatch(gold):
-        chosen = CHOSEN.fullmatch(given)
-        return bool(chosen) and chosen[1].upper() == choice[1]  # type: ignore[index]
+        return _chosen(given) == choice[1]
     if words:
-        return _text(gold) == _text(given) or (_text(gold) in FIRST_WORDS and _first_word(given) == _text(gold))
+        return _text(gold) == _text(given)
     if (number := quantity(gold)) is not None:
         return _same_number(number, right_side(given))
-    if (parts := elements(gold)) is not None:
+    if (parts := elements(gold)) is not None and not (elements(given) is None and RELATION.search(given)):
         return _same_elements(parts, elements(unlabelled(gold, given)))
     return same_mathematics(gold, given)
 
@@ -69,11 +65,11 @@ def is_words(reference: str) -> bool:
     gold = normal(reference)
     if DATE_TIME_OR_SCORE.fullmatch(gold):
         return True
-    if re.search(r"[\\^_=<>+*{}|]", gold) or quantity(gold) is not None:
+    if quantity(gold) is not None or CHOICE.fullmatch(gold):
         return False
-    words = [word for word in WORD.findall(gold) if word.lower() not in NO_WORDS]
-    as_formula = reference.strip().startswith(("$", "\\(")) and "\\text" not in reference
-    return any(len(word) > 2 or not (as_formula and word.islower()) for word in words)
+    as_formula = reference.strip().startswith(("$", "\\(")) or bool(re.search(r"[=^<>+]", gold))
+    words = [word for word in PROSE.findall(without_unit(gold)) if word.lower() not in FUNCTIONS]
+    return any(word.lower() not in FUNCTIONS and (is_prose(word) or not as_formula) for word in words)
 
 
 def is_unevaluated(gold: str, given: str) -> bool:
@@ -83,22 +79,26 @@ def is_unevaluated(gold: str, given: str) -> bool:
         return False
     found = quantity(given)
     if found is not None:
-        return found.ratio and number.value.denominator == 1
+        return found.ratio and number.value.denominator == 1 and number.unit != "%"
     return bool(ARITHMETIC.search(given)) and "\\frac" not in given
 
 
 def _same_number(number: Quantity, given: str) -> bool:
-    found = quantity(given) or quantity(DECIMAL_COMMA.sub(r"\1.\2", given))
+    comma = DECIMAL_COMMA.fullmatch(given)
+    found = quantity(f"{comma[1]}.{comma[2]}" if comma else given)
     if found is not None:
         return number.equals(found)
-    prose = WORD.search(re.sub(r"\\[a-z]+", "", given)) or listed(given) is not None
+    several = listed(given) is not None
     value = f"\\frac{{{number.value.numerator}}}{{{number.value.denominator}}}"
-    return not prose and same_mathematics(value, given)
+    return not several and same_mathematics(value, given)
 
 
 def _same_elements(gold: tuple[str, list[str]], given: tuple[str, list[str]] | None) -> bool:
     """Elements in order inside the same brackets, or each to one of a list or set."""
-    if given is None or gold[0] != given[0] or len(gold[1]) != len(given[1]):
+    if given is None or len(gold[1]) != len(given[1]):
+        return False
+    listed_in_python = gold[0] == "{}" and given[0] == "[]" and len(given[1]) != 2  # which would be an interval
+    if gold[0] != given[0] and not listed_in_python:
         return False
     if gold[0] != "{}":
         return all(_same_element(one, two) for one, two in zip(gold[1], given[1], strict=True))
@@ -115,14 +115,17 @@ def _same_element(gold: str, given: str) -> bool:
     return same(normal(gold), normal(given), is_words(gold))
 
 
+def _chosen(text: str) -> str:
+    """The letter of the one choice that a text names; "" if it names several, denies one, or names none."""
+    found = CHOSEN.fullmatch(text)
+    letters = {*LETTER.findall((found[2] or "") if found else text)} | ({found[1].upper()} if found else set())
+    return letters.pop() if len(letters) == 1 and not NEGATION.search(text) else ""
+
+
 def _text(text: str) -> str:
     text = re.sub(r"^(?:the|an?)\s+", "", text.casefold().strip(" \t\n.,;:!?\"'`*()"))
-    return re.sub(r"[\s\-_]+", " ", text)
-
-
-def _first_word(text: str) -> str:
-    found = re.match(r"\W*(\w+)\s*(?:[.,;:!]|$)", text)
-    return found[1].casefold() if found else ""
+    text = re.sub(r"\b([ap])\.\s?m\b\.?", r"\1m", text)
+    return re.sub(r"[\s\-_]+", " ", text).replace("solutions", "solution")
 
 
 def _spaceless(text: str) -> str:

@@ -1,6 +1,7 @@
 """An answer to a problem of a reasoning-gym generator, judged by the generator itself: what runs inside a worker."""
 
 import json
+import re
 from functools import lru_cache
 from typing import Any
 
@@ -10,11 +11,16 @@ from rlvr_trainer.judging.verdict import (
     MEMORY,
     NO_ANSWER,
     PARTLY,
+    REFUSED,
     RIGHT,
     UNREADABLE,
     WRONG,
     Verdict,
 )
+
+ARITHMETIC = ("countdown", "puzzle24")
+"""Generators whose answers are arithmetic with given numbers, each used once. They evaluate more than that, so that
+`ceiling(exp(pi)) + False*(1+2+3+4)` would be 24, and puzzle24 does not look at the numbers."""
 
 
 @lru_cache(maxsize=8)
@@ -35,6 +41,10 @@ def score(name: str, parameters: dict[str, Any], entry: dict[str, Any], completi
     reference = str(entry["answer"])
     if not answer:
         return Verdict(0.0, NO_ANSWER, reference)
+    if name in ARITHMETIC and not re.fullmatch(r"[\d\s+*/().-]+", answer):
+        return Verdict(0.0, REFUSED, reference, answer)
+    if name in ARITHMETIC and sorted(map(int, re.findall(r"\d+", answer))) != sorted(entry["metadata"]["numbers"]):
+        return Verdict(0.0, WRONG, reference, answer)
     try:
         found = float(judge.score_answer(answer, entry))
     except MemoryError:

@@ -15,7 +15,8 @@ LARGEST_ARGUMENT = 10_000  # of a power or a factorial
 NUMBERS = {"Integer", "Float", "Rational", "Symbol", "Function", "Number"}
 CONSTANTS = {"pi", "E", "I", "oo", "zoo", "nan", "GoldenRatio", "EulerGamma", "true", "false", "True", "False", "None"}
 FUNCTIONS = {
-    "sqrt", "cbrt", "root", "exp", "log", "ln", "Abs", "abs", "sign", "Min", "Max", "floor", "ceiling", "re", "im", "conjugate",
+    "sqrt", "cbrt", "root", "exp", "log", "ln", "Abs", "abs", "sign", "Min", "Max", "floor", "ceiling", "re", "im",
+    "conjugate",
     "sin", "cos", "tan", "sec", "csc", "cot", "asin", "acos", "atan", "atan2", "asec", "acsc", "acot",
     "sinh", "cosh", "tanh", "sech", "csch", "coth", "asinh", "acosh", "atanh", "factorial", "binomial", "gcd", "lcm",
     "Add", "Mul", "Pow", "Mod", "Eq", "Ne", "Lt", "Le", "Gt", "Ge", "erf", "erfc", "gamma",
@@ -27,15 +28,10 @@ NODES = (
     ast.Expression, ast.Constant, ast.Name, ast.Load, ast.Call, ast.BinOp, ast.UnaryOp, ast.operator, ast.unaryop, ast.Compare,
     ast.cmpop, ast.BoolOp, ast.boolop, ast.Tuple, ast.List, ast.Set, ast.Dict, ast.keyword,
 )  # fmt: skip
-TRUSTED = (
-    "collections",
-    "dataclasses",
-    "importlib._bootstrap",
-    "importlib._bootstrap_external",
-    "functools",
-    "typing",
-    "enum",
-)
+TRUSTED = (  # modules whose code is made of names and counts of their own; sympy's writes products of n generators
+    "collections", "dataclasses", "importlib._bootstrap", "importlib._bootstrap_external", "functools", "typing", "enum",
+    "sympy.polys.monomials",
+)  # fmt: skip
 REFUSED = (
     "os.",
     "socket.",
@@ -70,6 +66,11 @@ def check_expression(source: str) -> None:
         tree = ast.parse(source.strip(), mode="eval")
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise RefusedError(f"no expression: {error}") from None
+    check_tree(tree)
+
+
+def check_tree(tree: ast.AST) -> None:
+    """The same of an expression that is parsed already."""
     nodes, depth = _size(tree)
     if nodes > MOST_NODES or depth > DEEPEST:
         raise RefusedError(f"an expression of {nodes} parts, {depth} deep")
@@ -152,11 +153,14 @@ class Guard:
 
     def _on_compile(self, source: Any, filename: Any) -> None:
         text = source.decode("utf-8", "replace") if isinstance(source, bytes) else source
-        if self._busy or text in (None, ITS_OWN) or _asked_by() in TRUSTED:
+        if self._busy or text is None or text == ITS_OWN or _asked_by() in TRUSTED:
             return
         self._busy = True
         try:
-            check_expression(text)
+            if isinstance(text, ast.AST):
+                check_tree(text)
+            else:
+                check_expression(text)
         finally:
             self._busy = False
 

@@ -6,51 +6,72 @@ from fractions import Fraction
 
 from rlvr_trainer.judging.plain import plain
 
-DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+"
+DIGITS = r"(?:\d{1,3}(?:,\d{3})++(?!\d)|\d++)(?:\.\d++)?|\.\d++"
 EXPONENT = (
     r"(?:[eE][+-]?\d{1,4}(?![A-Za-z\d])|\s*(?:\\times|\\cdot|[x*])\s*10\s*(?:\^|\*\*)\s*\{?\s*[+-]?\d{1,4}\s*\}?)"
 )
 DECIMAL = rf"(?:{DIGITS}){EXPONENT}?"
-RATIO = r"\d[\d,]*\s?/\s?\d[\d,]*(?![\d,]*\.\d)|\\frac\s*(?:\{\s*-?[\d.,]+\s*\}|\d)\s*(?:\{\s*-?[\d.,]+\s*\}|\d)"
-NUMERAL = rf"(?:\d+\s+\d+/\d+|\d+\s*\\frac\s*(?:\{{\d+\}}|\d)\s*(?:\{{\d+\}}|\d)|{RATIO}|{DECIMAL})"
+RATIO = r"\d[\d,]*+\s?/\s?\d[\d,]*+(?!\.\d)|\\frac\s?(?:\{\s?-?[\d.,]++\s?\}|\d)\s?(?:\{\s?-?[\d.,]++\s?\}|\d)"
+NUMERAL = rf"(?:\d++\s\d++/\d++|\d++\s?\\frac\s?(?:\{{\d++\}}|\d)\s?(?:\{{\d++\}}|\d)|{RATIO}|{DECIMAL})"
 CURRENCY = r"(?:US\$|[$€£¥₹₩₽¢]|USD|EUR|GBP)"
 SIGN = r"[+-]"
 QUANTITY = re.compile(
-    rf"(?P<sign>{SIGN}?)\s*(?P<money>{CURRENCY}?)\s*(?P<inner>{SIGN}?)\s*(?P<numeral>{NUMERAL})\s*(?P<unit>[^\d\s].*)?",
+    rf"(?P<sign>{SIGN}?)\s?(?P<money>{CURRENCY}?)\s?(?P<inner>{SIGN}?)\s?(?P<numeral>{NUMERAL})(?P<unit>\s?[^\d\s].*)?",
     re.DOTALL,
 )
+REPEATING = re.compile(
+    r"(?P<head>\d*\.\d*?)(?:\\(?:overline|bar|dot)\s?\{(?P<over>\d+)\}|\((?P<round>\d+)\)|(?P<twice>\d{1,6}?)(?P=twice)+(?:\.\.\.|…|\\l?dots))"
+)
+SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+SCALE = re.compile(rf"\s({'|'.join(SCALES)}|dozen)\b\s?", re.IGNORECASE)
 IN_TEXT = re.compile(rf"(?:{SIGN}\s?)?{CURRENCY}?{NUMERAL}")
 NO_NUMBER_FOLLOWS = re.compile(r"(?:[A-Za-z_\d.]|(?:\^|\*\*)\s*\{?\s*-?|\\sqrt\s*\{)$")
 
 SHORT = {
     "centimeter": "cm", "centimetre": "cm", "millimeter": "mm", "millimetre": "mm", "meter": "m", "metre": "m",
-    "kilometer": "km", "kilometre": "km", "mile": "mi", "inch": "in", "inche": "in", "foot": "ft", "feet": "ft", "yard": "yd",
+    "kilometer": "km", "kilometre": "km", "mile": "mi", "inch": "in", "inche": "in", "foot": "ft", "feet": "ft",
+    "yard": "yd",
     "second": "s", "sec": "s", "minute": "min", "hour": "h", "hr": "h", "day": "day", "week": "week", "month": "month",
-    "year": "year", "yr": "year", "gram": "g", "kilogram": "kg", "liter": "l", "litre": "l", "milliliter": "ml", "ounce": "oz",
+    "year": "year", "yr": "year", "gram": "g", "kilogram": "kg", "liter": "l", "litre": "l", "milliliter": "ml",
+    "ounce": "oz",
     "lb": "lb", "pound": "lb", "dollar": "$", "usd": "$", "us$": "$", "euro": "€", "eur": "€", "gbp": "£", "cent": "¢",
-    "percent": "%", "pct": "%", "percentage": "%", "degree": "°", "deg": "°", "unit": "", "mph": "mi/h", "kph": "km/h",
+    "percent": "%", "pct": "%", "percentage": "%", "degree": "°", "radian": "rad", "deg": "°", "unit": "", "mph": "mi/h",
+    "kph": "km/h",
 }  # fmt: skip
-KNOWN = {*SHORT.values(), "$", "€", "£", "¥", "₹", "¢", "%", "°", "v", "w", "j", "n", "k", "hz", "pa", "mg", "ms"} - {
-    ""
-}
+KNOWN = {
+    *SHORT.values(),
+    "$",
+    "€",
+    "£",
+    "¥",
+    "₹",
+    "¢",
+    "%",
+    "°",
+    "v",
+    "w",
+    "j",
+    "n",
+    "k",
+    "hz",
+    "pa",
+    "mg",
+    "ms",
+    "rad",
+} - {""}
+OPERATORS = (
+    "plus", "minus", "times", "divided", "multiplied", "squared", "cubed", "halves", "thirds", "quarters", "fourths",
+    "fifths", "sixths",
+    "eighths", "tenths", "half", "hundred", "thousand", "million", "billion", "dozen", "or", "maybe", "perhaps",
+    "choose", "mod",
+)  # fmt: skip
 NO_UNITS = {
-    "pi",
-    "sqrt",
-    "sin",
-    "cos",
-    "tan",
-    "log",
-    "ln",
-    "exp",
-    "mod",
-    "or",
-    "and",
-    "to",
-    "is",
-    "choose",
-    "times",
-    "over",
-}
+    *OPERATORS, "pi", "sqrt", "sin", "cos", "tan", "log", "ln", "exp", "over", "and", "to", "is", "not", "more", "less",
+    "than", "wrong", "but",
+    "because", "if", "where", "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten",
+    "eleven", "twelve",
+}  # fmt: skip
+MOST_WORDS = 3  # of a unit that is not known
 
 
 @dataclass(frozen=True)
@@ -64,12 +85,8 @@ class Quantity:
 
     def equals(self, other: "Quantity") -> bool:
         """Whether both are the same number, in units that do not contradict each other; percent count as hundredths or not."""
-        if (
-            self.unit in KNOWN
-            and other.unit in KNOWN
-            and self.unit != other.unit
-            and "%" not in (self.unit, other.unit)
-        ):
+        known = _is_known(self.unit) and _is_known(other.unit)
+        if known and self.unit != other.unit and "%" not in (self.unit, other.unit):
             return False
         scales = (1, 100) if (self.unit == "%") != (other.unit == "%") else (1,)
         one, two = (self.value, other.value) if self.unit == "%" else (other.value, self.value)
@@ -82,19 +99,39 @@ def quantity(text: str) -> Quantity | None:
     >>> quantity("$18.90").value, quantity("1e3").value, quantity("12 cm^2").unit, quantity("2x"), quantity("1 1/2").value
     (Fraction(189, 10), Fraction(1000, 1), 'cm^2', None, Fraction(3, 2))
     """
-    text = plain(text)
+    text = _terminated(re.sub(r"\s+", " ", plain(text)).strip())
     text = re.sub(r"(?<=\d) (?=\d{3}(?:\D|$))", ",", text) if re.fullmatch(r"\D*\d{1,3}(?: \d{3})+\D*", text) else text
-    found = QUANTITY.fullmatch(text.strip())
+    found = QUANTITY.fullmatch(text)
     if not found or (found["sign"] and found["inner"]):
         return None
-    unit = _unit(found["unit"] or "", apart=found.start("unit") > found.end("numeral"))
-    value = _value(found["numeral"])
+    behind, factor = _scaled(found["unit"] or "")
+    unit, value = _unit(behind.strip(), apart=behind[:1] == " "), _value(found["numeral"])
     if unit is None or value is None:
         return None
     money = SHORT.get(found["money"].lower(), found["money"])
-    negative = "-" in (found["sign"], found["inner"])
+    sign = -1 if "-" in (found["sign"], found["inner"]) else 1
     ratio = "/" in found["numeral"] or "frac" in found["numeral"]
-    return Quantity(-value if negative else value, unit or money, text, ratio)
+    return Quantity(sign * factor * value, unit or money, text, ratio)
+
+
+def _terminated(text: str) -> str:
+    """A repeating decimal as the fraction that it is."""
+    found = REPEATING.search(text)
+    if not found:
+        return text
+    head, period = found["head"], found["over"] or found["round"] or found["twice"]
+    places = len(head.partition(".")[2])
+    value = Fraction(head + "0") + Fraction(int(period), (10 ** len(period) - 1) * 10**places)
+    return f"{text[: found.start()]}\\frac{{{value.numerator}}}{{{value.denominator}}}{text[found.end() :]}"
+
+
+def _scaled(behind: str) -> tuple[str, int]:
+    """What follows a numeral without `million` and the like, and what that multiplies it by."""
+    found = SCALE.match(behind)
+    if not found:
+        return behind, 1
+    name = found[1].lower()
+    return " " + behind[found.end() :], 12 if name == "dozen" else 10 ** SCALES[name]
 
 
 def last_number(text: str) -> str:
@@ -124,8 +161,8 @@ def _subtracts(text: str, start: int) -> bool:
     """Whether the sign at `start` stands between two numbers, as in `3-5` and `3 - 5`, or is a hyphen."""
     if text[start] not in "+-":
         return False
-    before = text[:start] if text[start + 1] != " " else text[:start].rstrip()
-    return bool(re.search(r"[\w)\]}]$", before))
+    place = start - 1 - (text[start + 1] == " " and text[start - 1 : start] == " ")
+    return place >= 0 and bool(re.match(r"[\w)\]}]", text[place]))
 
 
 def _ascii(number: str) -> str:
@@ -151,21 +188,27 @@ def _value(numeral: str) -> Fraction | None:
 
 
 def _unit(text: str, apart: bool) -> str | None:
-    """A unit in its short form; None if `text` is no unit but something to be multiplied with."""
-    text = re.sub(r"^[({\[]\s*(.*?)\s*[)}\]]$", r"\1", text.strip().rstrip(".")).strip()
-    text = re.sub(r"\^\s*\{?\s*(-?\d)\s*\}?", r"^\1", text)
+    """A unit in its short form; None if `text` is no unit but something to be multiplied with, or something else."""
+    text = re.sub(r"^[({\[]\s?(.*?)\s?[)}\]]$", r"\1", text.rstrip(".")).strip()
+    text = re.sub(r"\^\s?\{?\s?(-?\d)\s?\}?", r"^\1", text)
     if not text:
         return ""
     if not re.fullmatch(
-        r"[%°$€£¥₹¢A-Za-zµμΩ'\"][^\d=+<>\\(){}\[\],;*]*(?:\^-?\d)?(?:\s*/\s*[A-Za-z ]+(?:\^-?\d)?)?", text
+        r"[%°$€£¥₹¢A-Za-zµμΩ'\"][^\d=+<>\\(){}\[\],;*/]*(?:\^-?\d)?(?:\s?/\s?[A-Za-z ]+(?:\^-?\d)?)?", text
     ):
         return None
-    words = [_short(word) for word in re.split(r"\s+", text.lower())]
+    words = [_short(word) for word in text.lower().split()]
     known = _dimension(words)
-    if known in KNOWN or known.split("^")[0] in KNOWN or known.split("/")[0] in KNOWN:
+    if _is_known(known) and (apart or len(text) > 1 or not text.isalpha()):
         return known
-    named = len(re.sub(r"[^A-Za-z]", "", text)) > 1 and words[0] not in NO_UNITS
-    return known if apart and named else None
+    if not apart or len(words) > MOST_WORDS or NO_UNITS & {*words}:
+        return None
+    return known if len(re.sub(r"[^A-Za-z]", "", text)) > 2 else None
+
+
+def _is_known(unit: str) -> bool:
+    """Whether every base of a unit in short form is in the table."""
+    return bool(unit) and all(re.sub(r"\^-?\d$", "", part.strip()) in KNOWN for part in unit.split("/"))
 
 
 def _dimension(words: list[str]) -> str:

@@ -19,7 +19,13 @@ def bracketed(text: str) -> tuple[str, list[str]] | None:
 
 
 def elements(text: str) -> tuple[str, list[str]] | None:
-    """The elements of a tuple, interval, set or list; a list is a set without its braces."""
+    r"""The elements of a tuple, interval, set or list; a list is a set without its braces, and `\pm 3` is one.
+
+    >>> elements(r"2 \pm 3")
+    ('{}', ['2 + 3', '2 - 3'])
+    """
+    if text.count("\\pm") == 1 and listed(text) is None:
+        return "{}", [text.replace("\\pm", sign).strip() for sign in ("+", "-")]
     return bracketed(text) or listed(text)
 
 
@@ -70,7 +76,6 @@ def _depths(text: str) -> list[int]:
 
 
 def _groups_digits(text: str, comma: re.Match[str]) -> bool:
-    before, behind = text[: comma.start()], text[comma.end() :]
-    return comma[0] == "," and bool(
-        re.search(r"(?<!\d)\d{1,3}(?:,\d{3})*$", before) and re.match(r"\d{3}(?!\d)", behind)
-    )
+    before, behind = text[max(comma.start() - 4, 0) : comma.start()], text[comma.end() : comma.end() + 4]
+    grouped = re.search(r"(?:^|[^\d.])\d{1,3}$|,\d{3}$", before) and re.match(r"\d{3}(?!\d)", behind)
+    return comma[0] == "," and bool(grouped)

@@ -6,12 +6,14 @@ from collections.abc import Callable
 
 SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺", "0123456789-+")
 SYMBOLS = {
-    "−": "-", "–": "-", "—": "-", "‐": "-", "‑": "-", "﹣": "-", "－": "-", "×": "\\times ", "·": "\\cdot ", "⋅": "\\cdot ",
+    "−": "-", "–": "-", "—": "-", "‐": "-", "‑": "-", "‒": "-", "﹣": "-", "－": "-", "×": "\\times ", "·": "\\cdot ",
+    "⋅": "\\cdot ",
     "÷": "/", "∕": "/", "⁄": "/", "∗": "*", "π": "\\pi ", "∞": "\\infty ", "≤": "\\le ", "≥": "\\ge ", "≠": "\\ne ",
     "∪": "\\cup ", "∩": "\\cap ", "∈": "\\in ", "∅": "\\emptyset ", "θ": "\\theta ", "α": "\\alpha ", "β": "\\beta ",
     "\u202f": "", "\u2009": "", "\u200a": "", "\u200b": "", "\ufeff": "", "\u2062": "", "\u2061": "",
     "“": '"', "”": '"', "‘": "'", "’": "'",
 }  # fmt: skip
+QUOTES = [(mark, mark) for mark in ("**", "__", "*", "_", "`", '"', "'")] + [("\\(", "\\)"), ("\\[", "\\]")]
 WRAPPERS = (
     "text",
     "textbf",
@@ -25,12 +27,17 @@ WRAPPERS = (
     "bm",
     "boldsymbol",
 )
+WRAPPED = re.compile(rf"\\(?:{'|'.join(WRAPPERS)})\s?\{{((?:[^{{}}]|\{{[^{{}}]*\}})*)\}}")
 ALIKE: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r"\\(?:dfrac|tfrac|cfrac)(?![A-Za-z])", r"\\frac"),
     (r"\\(?:left|right|bigl?|bigr|Bigl?|Bigr|displaystyle|limits)(?![A-Za-z])\s*", ""),
     (r"\\(?:leq|leqslant)(?![A-Za-z])", r"\\le"),
     (r"\\(?:geq|geqslant)(?![A-Za-z])", r"\\ge"),
     (r"\\neq(?![A-Za-z])", r"\\ne"),
+    (r"\binfinity\b", r"\\infty"),
+    (r"\\varnothing(?![A-Za-z])", r"\\emptyset"),
+    (r"\\langle(?![A-Za-z])", "("),
+    (r"\\rangle(?![A-Za-z])", ")"),
     (r"\\lt(?![A-Za-z])", "<"),
     (r"\\gt(?![A-Za-z])", ">"),
     (r"(?<!\\)\\[%$#&_]", lambda m: m[0][1]),  # two of them end a row of a matrix
@@ -50,25 +57,16 @@ def plain(text: str) -> str:
     """
     text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺]+", lambda m: "^{" + m[0].translate(SUPERSCRIPTS) + "}", text)
     text = re.sub(r"(\d?)([¼½¾⅐-⅞])", lambda m: m[1] + " " * bool(m[1]) + unicodedata.normalize("NFKC", m[2]), text)
+    text = re.sub(r"\s*\n\s*", "\n", re.sub(r"[ \t\r\f\v]+", " ", text))
     text = re.sub(r"√\s*(?:\(([^()]*)\)|(\w+))", lambda m: "\\sqrt{" + (m[1] or m[2]) + "}", text)
     for symbol, written in SYMBOLS.items():
         text = text.replace(symbol, written)
     text = unicodedata.normalize("NFKC", text).replace("⁄", "/")
     for pattern, alike in ALIKE:
         text = re.sub(pattern, alike, text)
-    for name in WRAPPERS:
-        text = unwrapped(text, "\\" + name)
+    for _ in range(3):
+        text = WRAPPED.sub(r"\1", text)
     return re.sub(r"[ \t]+", " ", text).strip()
-
-
-def unwrapped(text: str, command: str) -> str:
-    r"""`text` with the contents of every `\command{...}` in its place."""
-    start = text.find(command + "{")
-    while start >= 0:
-        inner, end = braced(text, start + len(command))
-        text = text[:start] + inner + text[end:]
-        start = text.find(command + "{", start)
-    return text
 
 
 def braced(text: str, start: int) -> tuple[str, int]:
@@ -82,17 +80,33 @@ def braced(text: str, start: int) -> tuple[str, int]:
 
 
 def undelimited(text: str) -> str:
-    r"""`text` without the `$...$`, `\(...\)`, `\[...\]`, quotes or markdown around it, and without a final full stop.
+    """`text` without the `$...$`, `\\(...\\)`, `\\[...\\]`, quotes or markdown around it, and without a final full stop.
 
-    >>> undelimited("**$x$.**"), undelimited("$5"), undelimited("so $5$ or $6$")
-    ('x', '$5', 'so 5 or 6')
+    >>> undelimited("**$x$.**"), undelimited("$5"), undelimited("so $5$ or $6$"), undelimited("5!")
+    ('x', '$5', 'so 5 or 6', '5!')
     """
-    before = None
-    while text != before:
-        before = text
-        text = re.sub(r"^(?:\*\*|__|[*_`\"'])\s*(.*?)\s*(?:\*\*|__|[*_`\"'])$", r"\1", text.strip(), flags=re.DOTALL)
-        text = re.sub(r"(?<=[^.\s])\s*[.,;:]+$|(?<=[^\d\s)}\]])!+$|(?:\*\*|__)$|^(?:\*\*|__)", "", text)
-        text = re.sub(r"^\\\((.*)\\\)$|^\\\[(.*)\\\]$", lambda m: m[1] or m[2] or "", text, flags=re.DOTALL)
-    if text.count("$") >= 2:  # one dollar is money
-        text = re.sub(r"\$\$?([^$]+)\$?\$", r"\1", text)
+    for _ in range(5):
+        before, text = text, _unquoted(_unpunctuated(text.strip()))
+        if text == before:
+            break
+    if text.count("$") >= 2:
+        return re.sub(r"\$\$?([^$]+)\$?\$", r"\1", text).strip()
+    return re.sub(r"\$(?!\s?[-+]?\s?[\d.]|$)", "", text).strip()  # one dollar is money, or half of a formula's
+
+
+def _unpunctuated(text: str) -> str:
+    """Without a final full stop or the like; `...` goes on, and `5!` is a factorial."""
+    if text.endswith(("...", "\\dots")):
+        return text
+    text = text.rstrip(".,;: ")
+    exclaimed = text.rstrip("! ")
+    return text if exclaimed[-1:].isdigit() or exclaimed[-1:] in (")", "}", "]") else exclaimed
+
+
+def _unquoted(text: str) -> str:
+    for left, right in QUOTES:
+        if len(text) > len(left + right) and text.startswith(left) and text.endswith(right):
+            return text[len(left) : -len(right)].strip()
+    for mark in ("**", "__"):
+        text = text.removeprefix(mark).removesuffix(mark)
     return text.strip()

@@ -1,74 +1,159 @@
-"""What a statement may be read as: itself or, where no box, tag or phrase marked it as the answer, what closes it."""
+"""The one statement that a text makes: itself if a mark singled it out, else what closes it.
+
+A text is never read in two ways that could be two answers. Negations, ranges and alternatives are no answer.
+"""
 
 import re
 
-from rlvr_trainer.judging.numbers import DIGITS, numbers_in, quantity
+from rlvr_trainer.judging.numbers import CURRENCY, DIGITS, OPERATORS, numbers_in, quantity
 from rlvr_trainer.judging.plain import plain, undelimited
 
+PROSE = re.compile(r"(?<![\\{\w])[^\W\d_]{2,}(?![\w}])")
+FUNCTIONS = {
+    "sin", "cos", "tan", "sec", "csc", "cot", "sinh", "cosh", "tanh", "log", "ln", "lg", "exp", "sqrt", "pi", "max",
+    "min", "gcd", "lcm",
+    "arcsin", "arccos", "arctan", "asin", "acos", "atan", "inf", "det", "mod", "and", "or",
+}  # fmt: skip
+CHOICE = re.compile(r"\(?([A-Z])\)?[.:)]?")
+SMALL_WORDS = {
+    "is", "be", "we", "so", "to", "of", "in", "it", "at", "by", "if", "no", "an", "as", "on", "he", "do", "go", "my",
+    "up", "us", "am",
+}  # fmt: skip
 LEAD_IN = re.compile(
-    r"^(?:(?:so|thus|therefore|hence|then|well|ok(?:ay)?)\b,?\s*)?"
-    r"(?:(?:it|that)(?:'s| is)|this is|the result is|(?:we|i) get)\s+",
+    r"^(?:(?:so|thus|therefore|hence|then|well|ok(?:ay)?)\b,? ?)?"
+    r"(?:(?:it|that)(?:'s| is)|this is|the result is|(?:we|i) get)\s",
     re.IGNORECASE,
 )
-FORMULA = re.compile(r"\$([^$]+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
-PROSE = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
+FORMULA = re.compile(r"\$([^$]{1,500})\$|\\\(([^\\]{1,500}?|.{1,500}?)\\\)|\\\[(.{1,500}?)\\\]", re.DOTALL)
+TAIL = re.compile(r"(?:\s(?:is|are|be|equals)|'s|:)\s")
+FIRST_WORD = re.compile(r"\W*(yes|no|true|false)\s?(?:[.,;!](?!\s?(?:yes|no|true|false)\b)|$)", re.IGNORECASE)
+AFTERTHOUGHT = re.compile(r",? (?:and |but )?not\b.*$", re.DOTALL)
+NEGATION = re.compile(r"\b(?:not|never|cannot|neither|nor|wrong|incorrect)\b|n't\b", re.IGNORECASE)
+LIST_BEFORE = 200  # characters
 NUMBER = rf"[-+]?[$€£]?(?:{DIGITS})(?!,?\d)"
-LIST = re.compile(rf"(?:^|\b(?:is|are)\s|[=:])\s*{NUMBER}(?:\s*(?:,|;|\band\b|,\s*and\b)\s*{NUMBER})+$")
-HEDGE = re.compile(r"\s*(?:,?\s*or|/|,\s*and)\s*[$€£]?")
-UNIT = re.compile(r"\s*(?:%|°|[a-z]{1,12}(?:\^\{?\d\}?)?(?=[\s.]|$))")
+LIST = re.compile(rf"(?:^|\b(?:is|are)\s|[=:])\s?{NUMBER}(?:\s?(?:,|;|\band\b|,\s?and\b)\s?{NUMBER})+$")
+ALTERNATIVE = re.compile(r"\b(?:or|maybe|perhaps|possibly)\b|^\s?[/&–-]\s?$|^\sto\s$", re.IGNORECASE)
+CONCLUDES = r"=|:|\b(?:is|are|gives?|makes?|gets?|leaves?|equals|totals?|becomes?|so|then)\b"
+JOINED = re.compile(rf"^[^=:]{{0,40}}\band\b(?!.*(?:{CONCLUDES}))", re.DOTALL)
+OPERATION = re.compile(
+    r"\b(?:divided by|multiplied by|times|plus|minus|over|root of|power of|at (?:least|most)|up to|between|about to"
+    r"|(?:less|more|greater|fewer|other) than)\s?[$€£]?$",
+    re.IGNORECASE,
+)
+PART_OF_MORE = re.compile(rf"\s?(?:[\^_*/+×-]\s?[\w\\({{*]|\\[a-z]|x\d|(?:{'|'.join(OPERATORS)})\b)", re.IGNORECASE)
+ASIDE = re.compile(r"\b(?:for|per|where|when|with|if)\s(?:\w+\s?=\s?)?(?:the\s|every\s|each\s)?[$€£]?$", re.IGNORECASE)
+SIGN_IN_WORDS = re.compile(r"\b(?:minus|negative)\s(?=[$\d.\\])", re.IGNORECASE)
+UNIT = re.compile(r"\s?(?:%|°|[a-z]{1,12}(?:\^\{?\d\}?)?(?=[\s.,]|$))")
 
 
 def normal(text: str) -> str:
-    """A statement in plain form, without what only wraps it."""
-    return undelimited(plain(undelimited(text)))
+    """A statement in plain form, without what only wraps it; `minus 5` and `negative 5` as -5."""
+    text = undelimited(plain(undelimited(text)))
+    return SIGN_IN_WORDS.sub(lambda found: found[0] if _subtracts(text, found.start()) else "-", text)
 
 
-def readings(gold: str, answer: str, marked: bool) -> list[str]:
-    """`answer` as it can be read beside the reference `gold`, best first; `gold` as `normal` gives it.
+def _subtracts(text: str, start: int) -> bool:
+    return bool(re.search(r"[\d)}]\s?$", text[max(start - 2, 0) : start]))
 
-    What no mark singled out is read as its last line, the formula in or before it, and what its last sentence closes with.
+
+def is_prose(text: str) -> bool:
+    r"""Whether there are words in `text` that are no functions, commands or environments of LaTeX."""
+    return any(
+        word.lower() in SMALL_WORDS or (len(word) > 2 and not word.isupper() and word.lower() not in FUNCTIONS)
+        for word in PROSE.findall(text)
+    )
+
+
+def readings(gold: str, answer: str, marked: bool, words: bool = False) -> list[str]:
+    """The statement of `answer` beside the reference `gold`, which is as `normal` gives it; empty if there is none.
+
+    More than one only where they are ways to write the same statement. `words`: the reference is text.
     """
-    lines = [line.strip() for line in answer.splitlines() if line.strip()]
-    if not lines:
-        return []
-    given, closing = normal(answer), undelimited(LEAD_IN.sub("", normal(lines[-1])))
-    found = [given] if marked or len(lines) == 1 else []
-    formula, behind = _closing_formula(answer)
     if quantity(gold) is not None:
-        prose = behind if formula else closing if numbers_in(closing) else given
-        found += [closing, given.rstrip("!"), (closing_number(prose) if PROSE.search(prose) else "") or formula]
-    elif not marked:
-        found += [closing, formula, _tail(closing)]
-    return list(dict.fromkeys(reading for reading in found if reading))
+        return _distinct(_numeric(answer, marked))
+    given = normal(answer if marked else _last_line(answer))
+    if CHOICE.fullmatch(gold):
+        return _distinct([given])
+    if words:
+        return _distinct(_verbal(given))
+    if marked or not is_prose(given):
+        return _distinct([given])
+    return _distinct([_formula(answer) or undelimited(TAIL.split(LEAD_IN.sub("", given))[-1])])
 
 
 def closing_number(text: str) -> str:
-    """The last number of a sentence, with its unit; or the list that it ends.
+    """The number that a sentence states, with its unit; "" if it states several, denies one, or says only what it is part of.
 
-    >>> closing_number("it is 5 or 6"), closing_number("so it costs $18.90"), closing_number("5 and 6 give 11 cm")
-    ('5, 6', '$18.90', '11 cm')
+    >>> closing_number("so it costs $18.90"), closing_number("5 and 6 give 11 cm"), closing_number("it is 5 or 6")
+    ('$18.90', '11 cm', '')
     """
-    shown, found = plain(text), numbers_in(text)
-    if not found:
+    shown = plain(AFTERTHOUGHT.sub("", text) or text)
+    found = numbers_in(shown)
+    while len(found) > 1 and ASIDE.search(shown[found[-2][2] : found[-1][1]]):
+        found.pop()
+    if not found or NEGATION.search(shown):
         return ""
     number, start, end = found[-1]
-    if len(found) > 1 and (HEDGE.fullmatch(shown[found[-2][2] : start]) or LIST.search(shown[:end])):
-        return f"{found[-2][0]}, {number}"
-    currency = re.search(r"[$€£]", shown[max(start - 1, 0) : start + 2])
+    between = shown[found[-2][2] if len(found) > 1 else 0 : start]
+    if OPERATION.search(between) or (len(found) > 1 and _several(between, shown[max(end - LIST_BEFORE, 0) : end])):
+        return ""
+    currency = re.match(rf"[+-]?\s?({CURRENCY})", shown[start:end])
     unit = UNIT.match(shown[end:])
-    behind = unit[0] if unit and quantity(number + unit[0]) else ""
-    return (currency[0] if currency else "") + number + behind
+    behind = unit[0].rstrip(",") if unit and quantity(number + unit[0]) else ""
+    if not behind and PART_OF_MORE.match(shown[end:]):
+        return ""
+    return (currency[1] if currency else "") + number + behind
 
 
-def _closing_formula(answer: str) -> tuple[str, str]:
-    """The last formula between dollars or LaTeX's brackets, and what follows it; words between sums of money are none."""
+def _several(between: str, up_to: str) -> bool:
+    return bool(ALTERNATIVE.search(between) or JOINED.search(between) or LIST.search(up_to))
+
+
+def _numeric(answer: str, marked: bool) -> list[str]:
+    given = normal(answer)
+    if marked or "\n" not in given:
+        formula = "" if marked else _formula(answer)
+        if not is_prose(given):
+            return [re.sub(r"^\(?[A-J]\)\s", "", given)]
+        whole = LEAD_IN.sub("", given)
+        return [whole] if quantity(whole) else [formula or closing_number(given)]
+    formula = _formula(answer)
+    line = normal(_last_line(answer, with_number=True))
+    if formula:
+        return [formula]
+    return [line] if not is_prose(line) else _numeric(line, marked=True)
+
+
+def _verbal(given: str) -> list[str]:
+    """Text in whole and what stands behind its last `is` or colon; of an answer that begins with yes or no only that."""
+    if first := FIRST_WORD.match(given):
+        return [first[1]]
+    whole = undelimited(LEAD_IN.sub("", given))
+    tail = undelimited(TAIL.split(whole)[-1])
+    return [given, whole, *[tail] * (not NEGATION.search(given))]
+
+
+def _formula(answer: str) -> str:
+    """The last formula between dollars or LaTeX's brackets, if only prose follows; words between sums of money are none."""
     for match in reversed(list(FORMULA.finditer(answer))):
         formula = normal("".join(match.groups(default="")))
-        if not PROSE.search(formula):
-            return formula, normal(answer[match.end() :])
-    return "", ""
+        if is_prose(formula):
+            continue
+        behind = answer[match.end() :]
+        before = answer[max(match.start() - 60, 0) : match.start()].rpartition("\n")[2]
+        clear = not (re.search(r"\d|\\|\$", behind) or NEGATION.search(before + behind) or ALTERNATIVE.search(before))
+        return formula if clear else ""
+    return ""
 
 
-def _tail(closing: str) -> str:
-    """What stands behind the last `is`, `equals` or colon of a sentence."""
-    return undelimited(re.split(r"(?:\s(?:is|are|be|equals|to)|'s|:)\s", closing)[-1])
+def _last_line(text: str, with_number: bool = False) -> str:
+    """The last line that says something: no fence of code, and with a number if one is wanted."""
+    lines = [
+        line.strip() for line in text.splitlines() if re.search(r"\w", line) and not line.strip().startswith("```")
+    ]
+    wanted = [line for line in lines if numbers_in(line)] if with_number else lines
+    return (wanted or lines or [""])[-1]
+
+
+def _distinct(found: list[str]) -> list[str]:
+    return list(dict.fromkeys(reading for reading in found if reading))

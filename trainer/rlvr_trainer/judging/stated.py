@@ -2,7 +2,7 @@ r"""What a completion states as its answer.
 
 Thinking is no answer: all before the last `</think>` is left out, and so is a thought that never ends. Of the rest the last of
 these counts, in this order: `<answer>...</answer>`, `\boxed{...}`, `#### ...`, "the answer is ..." or "Answer: ...". What has none
-of them is judged whole. A tag or brace that never closes goes on to the end, as in a completion that was cut off.
+of them is judged by its end. A tag or brace that never closes goes on to the end, as in a completion that was cut off.
 """
 
 import re
@@ -11,17 +11,30 @@ from dataclasses import dataclass
 from rlvr_trainer.judging.numbers import last_number
 from rlvr_trainer.judging.plain import braced, plain, undelimited
 
-THOUGHT = re.compile(r"<\s*(/?)\s*(?:think|thinking|thought|reasoning)\s*>", re.IGNORECASE)
-ANSWER = re.compile(r"<\s*answer\s*>(.*?)(?=<\s*/?\s*answer\s*>|$)", re.IGNORECASE | re.DOTALL)
-EMPTY = re.compile(r"<\s*/?\s*answer\s*>", re.IGNORECASE)
+LONGEST = 2_000  # characters of a statement
+TAIL = 20_000  # characters behind the thoughts in which an answer is looked for
+
+THOUGHT = re.compile(r"<(/?)(?:think|thinking|thought|reasoning)>", re.IGNORECASE)
+ANSWER = re.compile(r"<answer>(.*?)(?=</?answer>|$)", re.IGNORECASE | re.DOTALL)
+ANSWER_TAG = re.compile(r"</?answer>", re.IGNORECASE)
+BOX = re.compile(r"\\f?box(?:ed)?\s?(?=\{)|\\boxed\s(\S+)")
+BETWEEN_BOXES = re.compile(r"[\s$.,;&\\()\[\]]*(?:\b(?:and|or)\b)?[\s$.,;&\\()\[\]]*")
+FARTHEST = 60  # characters between two boxes of one list
+HEADING = re.compile(r"(?:step|final|answer|solution|conclusion|explanation)\b", re.IGNORECASE)
 PHRASE = re.compile(
-    r"\banswer\b(?:\s*\([^()\n]*\))?(?:[^\n.:=]{0,60}?(?:\bis\b|\bbe\b|\bequals\b|[:=])|[\s*_#]*\n)[\s*_:]*",
+    r"(?:^[\s*_#>-]{0,10}(?:(?:final|correct)\s)?|\b(?:the|final|correct|my|our)\s(?:(?:final|correct)\s)?|\b(?=answer\s?[:=]))answer\b"
+    r"(?:\s\([^()\n]{0,40}\))?(?:[^\n.:=]{0,60}?(?:\bis\b|\bbe\b|\bequals\b|[:=])|[\s*_#]{0,10}\n)[\s*_:]{0,10}",
+    re.IGNORECASE | re.MULTILINE,
+)
+DENIED = re.compile(r"\b(?:not|never|cannot)\b|n't\b", re.IGNORECASE)
+FINAL = re.compile(r"\bfinal\b", re.IGNORECASE)
+NO_STATEMENT = re.compile(
+    r"(?:in)?correct\b|reasonable\b|right\b|valid\b|wrong\b|not\b|as follows\b|clear\b|given\b|below\b|obvious\b",
     re.IGNORECASE,
 )
-BOX = re.compile(r"\\f?box(?:ed)?\s*(?=\{)|\\boxed\s+(\S+)")
-BETWEEN_BOXES = re.compile(r"[\s$.,;&\\()\[\]]*(?:\b(?:and|or)\b)?[\s$.,;&\\()\[\]]*")
-FINAL = re.compile(r"\bfinal\s+$", re.IGNORECASE)
-SENTENCE_END = re.compile(r"\n|(?<=[^.\s])[.!?](?=\s|$)|,?\s+(?:because|since|as shown|so that)\b")
+SENTENCE_END = re.compile(
+    r"\n|(?<=[^.\s])[.?](?=\s|$)|(?<=[^.\s\d)}\]])!(?=\s|$)|,? (?:because|since|as shown|so that)\b"
+)
 
 
 @dataclass(frozen=True)
@@ -41,19 +54,20 @@ def stated(completion: str, extract: str = "whole") -> Stated:
     ('4', '18', 'Paris')
     """
     text, tagged = tagged_answer(completion)
+    text = text[-TAIL:]
     if extract == "last_number":
-        return Stated(last_number(text) or text, True)
+        return Stated(last_number(text[-LONGEST:]) or text[-LONGEST:], True)
     for find in (_boxed, _after_hashes, _after_phrase):
         if found := find(text):
-            return Stated(undelimited(found), True)
-    return Stated(text, tagged)
+            return Stated(undelimited(found[:LONGEST]), True)
+    return Stated(text[-LONGEST:], tagged and "\n" not in text)
 
 
 def tagged_answer(completion: str) -> tuple[str, bool]:
     """All after thinking or, if there is one, the last thing in answer tags; and whether it was in tags."""
     text = _without_thought(completion)
     tagged = [found for found in ANSWER.findall(text) if found.strip()]
-    return (tagged[-1] if tagged else EMPTY.sub("", text)).strip(), bool(tagged)
+    return (tagged[-1] if tagged else ANSWER_TAG.sub("", text)).strip(), bool(tagged)
 
 
 def _without_thought(text: str) -> str:
@@ -72,28 +86,45 @@ def _boxed(text: str) -> str:
 
     A "final answer" that is stated later counts instead.
     """
-    contents: list[str] = []
-    end = 0
-    for match in BOX.finditer(text):
-        inner, stop = (match[1].rstrip("$."), match.end()) if match[1] else braced(text, match.end())
-        if contents and not BETWEEN_BOXES.fullmatch(plain(text[end : match.start()])):
-            contents = []
-        contents.append(inner.strip())
-        end = stop
-    later = [match for match in PHRASE.finditer(text, end) if FINAL.search(text[: match.start()])]
-    return "" if later else ", ".join(contents)
+    boxes = list(BOX.finditer(text))
+    if not boxes:
+        return ""
+    inner, end = _contents(text, boxes[-1])
+    if any(FINAL.search(match[0]) for match in PHRASE.finditer(text, end)):
+        return ""
+    contents, start = [inner], boxes[-1].start()
+    for box in reversed(boxes[:-1]):
+        if start - box.start() > LONGEST:
+            break
+        inner, end = _contents(text[:start], box)
+        between = text[end:start]
+        if len(between) > FARTHEST or not BETWEEN_BOXES.fullmatch(plain(between)):
+            break
+        contents, start = [inner, *contents], box.start()
+    return ", ".join(contents)
+
+
+def _contents(text: str, box: re.Match[str]) -> tuple[str, int]:
+    if box[1]:
+        return box[1].rstrip("$."), box.end()
+    inner, end = braced(text, box.end())
+    return inner.strip(), end
 
 
 def _after_hashes(text: str) -> str:
-    found = re.findall(r"^\s*####\s*(.+)$", text, flags=re.MULTILINE)
-    return found[-1] if found else ""
+    """GSM8K's mark; headings of Markdown look like it."""
+    for line in reversed(text.splitlines()):
+        found = line.strip()
+        if found.startswith("####") and not HEADING.match(content := found.lstrip("#").strip()):
+            return content
+    return ""
 
 
 def _after_phrase(text: str) -> str:
-    """What follows the last "answer is" or "answer:", up to the end of its sentence."""
-    places = [match.end() for match in PHRASE.finditer(text)]
-    for place in reversed(places):
-        rest = text[place:].lstrip()
-        if found := SENTENCE_END.split(rest, maxsplit=1)[0].strip():
-            return found
+    """What follows the last "the answer is" or "Answer:", up to the end of its sentence."""
+    for match in reversed([match for match in PHRASE.finditer(text) if not DENIED.search(match[0])]):
+        rest = re.sub(r"[ \t]+", " ", text[match.end() : match.end() + LONGEST]).strip()
+        found = SENTENCE_END.split(rest, maxsplit=1)[0].strip()
+        if found and not NO_STATEMENT.match(found):
+            return found.rstrip("!")
     return ""

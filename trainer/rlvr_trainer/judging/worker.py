@@ -13,12 +13,12 @@ import sys
 from dataclasses import replace
 from typing import Any
 
-from rlvr_trainer.judging.compare import check, compare
+from rlvr_trainer.judging.compare import LONGEST_READING, check, compare
 from rlvr_trainer.judging.guard import Guard
 from rlvr_trainer.judging.sandbox import seal
 from rlvr_trainer.judging.verdict import CRASHED, MEMORY, REFUSED, Verdict
 
-LONGEST_READING = 300  # characters of what was read, for logs
+MOST_MEMORY = 2**30  # bytes after which a worker ends: what answers leave in caches must not fall on later ones
 
 
 def answer(request: dict[str, Any]) -> Verdict:
@@ -50,11 +50,14 @@ def main() -> None:
     guard.close()
     print(json.dumps({"sealed": taken}), file=channel, flush=True)
     for line in sys.stdin:
+        request = json.loads(line)
         guard.refused = ""
-        verdict = _answer(json.loads(line))
-        if guard.refused:  # whoever asked may have swallowed it
+        verdict = _answer(request)
+        if guard.refused and "entry" in request and verdict.score != 1.0:  # the generator may have swallowed it
             verdict = replace(verdict, score=0.0, reason=REFUSED)
         print(json.dumps(_reply(verdict)), file=channel, flush=True)
+        if _memory() > MOST_MEMORY:
+            break  # the next answer finds a new worker
 
 
 def warm_up(generators: bool) -> None:
@@ -63,6 +66,15 @@ def warm_up(generators: bool) -> None:
         import reasoning_gym  # noqa: F401
     else:
         compare(["\\frac{1}{2}", "x^2-1", "\\{1\\}", "(1, \\pi)"], "$(x-1)(x+1) = \\boxed{\\sqrt{3}}$")
+
+
+def _memory() -> int:
+    """The most bytes that this process has ever held; 0 where nobody counts them."""
+    try:
+        import resource
+    except ImportError:
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _answer(request: dict[str, Any]) -> Verdict:

@@ -15,6 +15,7 @@ import threading
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
@@ -85,7 +86,8 @@ class Worker:
         assert process is not None
         assert process.stdin is not None
         assert process.stdout is not None
-        timer = threading.Timer(seconds, process.kill)
+        late = threading.Event()
+        timer = threading.Timer(seconds, _end, (process, late))
         timer.start()
         try:
             if request is not None:
@@ -94,12 +96,16 @@ class Worker:
             line = process.stdout.readline(LONGEST_REPLY)
         except OSError:
             line = b""
-        late = not timer.is_alive()
         timer.cancel()
         if not line.endswith(b"\n"):
             self.close()
-            return None, late
-        return json.loads(line), late
+            return None, late.is_set()
+        return json.loads(line), late.is_set()
+
+
+def _end(process: subprocess.Popen[bytes], late: threading.Event) -> None:
+    late.set()
+    process.kill()
 
 
 class Workers:
@@ -209,7 +215,7 @@ def generated(
 def _verdict(reply: dict[str, Any]) -> Verdict:
     """What a worker said, believed only as far as its types go."""
     score = reply.get("score")
-    if score is not None and not (isinstance(score, int | float) and 0 <= score <= 1):
+    if score is not None and not (isinstance(score, float) and 0 <= score <= 1):
         return Verdict(0.0, CRASHED)
     texts = [str(reply.get(name, "")) for name in ("reason", "read_reference", "read_answer")]
     return Verdict(None if score is None else float(score), *texts)
@@ -218,7 +224,9 @@ def _verdict(reply: dict[str, Any]) -> Verdict:
 def _environment() -> dict[str, str]:
     """Nothing of the trainer's environment but where Python finds its modules."""
     kept = {name: os.environ[name] for name in ("SYSTEMROOT", "LD_LIBRARY_PATH") if name in os.environ}
-    paths = os.pathsep.join(path for path in sys.path if path)
+    own = str(Path(__file__).parents[2])
+    here = os.path.realpath(os.getcwd())
+    paths = os.pathsep.join([own, *(path for path in sys.path if path and os.path.realpath(path) != here)])
     threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
     return {
         **kept,
