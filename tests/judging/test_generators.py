@@ -96,7 +96,7 @@ def test_every_generator_scores_its_own_answers_in_a_worker_as_outside(workers):
 
 @pytest.mark.parametrize("name", PARSING)
 def test_no_answer_of_a_generator_that_evaluates_is_refused_unless_it_is_unevaluated(workers, name):
-    data = reasoning_gym.create_dataset(name, seed=5, size=20)
+    data = reasoning_gym.create_dataset(name, seed=5, size=8)
     found = workers(generated(name, {}, ((entry, str(entry["answer"])) for entry in data)))
     for entry, verdict in zip(data, found, strict=True):
         copies_the_question = "Integral(" in str(
