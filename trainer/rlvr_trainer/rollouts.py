@@ -18,7 +18,7 @@ from rlvr_trainer.judging.verdict import Verdict, counts
 from rlvr_trainer.parsing import ConfigError
 from rlvr_trainer.policies import Policy
 from rlvr_trainer.prompt_limit import PromptLimit, positions
-from rlvr_trainer.stopping import StopTexts
+from rlvr_trainer.stop_texts import StopTexts
 from rlvr_trainer.tasks import Problem, Task
 
 

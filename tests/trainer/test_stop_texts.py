@@ -9,7 +9,7 @@ from rlvr_trainer.config import load
 from rlvr_trainer.parsing import ConfigError
 from rlvr_trainer.prompts import PromptFormat
 from rlvr_trainer.rollouts import sample
-from rlvr_trainer.stopping import StopTexts
+from rlvr_trainer.stop_texts import StopTexts
 from rlvr_trainer.tasks import Problem
 
 
