@@ -57,7 +57,7 @@ def test_a_run_in_a_log_file_is_plain_lines(tmp_path):
     [
         (["demo", "--model", "tinny"], r"unknown --model 'tinny': did you mean 'tiny'?"),
         (["train", "demo-tinny"], "no configuration 'demo-tinny'"),
-        (["train", "run.stepz=3"], "unknown key run.stepz: did you mean 'steps'?"),
+        (["train", "run.stepz=3"], "unknown key run.stepz: did you mean run.steps?"),
         (["train", "task.name=chain_summ"], "unknown task.name 'chain_summ': did you mean 'chain_sum'?"),
         (["train", "--resume", "nowhere"], "cannot resume: nowhere holds no config.yaml"),
         (["plot", "nowhere"], "nothing to plot: nowhere holds no metrics.jsonl"),
