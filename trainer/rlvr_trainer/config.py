@@ -84,7 +84,8 @@ class RunConfig:
     seed: int = 0
     out: str = "runs/latest"
     checkpoint_every: int = 0  # steps between checkpoints; 0 = only when interrupted
-    keep_checkpoints: int = 1
+    keep_checkpoints: int = 2  # the last ones: should one be damaged, there is the one before it
+    keep_best: bool = False  # keep the checkpoint with the best held-out Pass@1 too, the first of equals
     table_every: int = 10  # steps between printed completions; 0 = never
     log_completions: bool = True
     threads: int = 0  # CPU threads; 0 = torch's choice
@@ -153,6 +154,8 @@ class Config:
         if not 0 <= self.algorithm.overlong_fraction < 1:
             raise ConfigError(f"algorithm.overlong_fraction must be in [0, 1), got {self.algorithm.overlong_fraction}")
         self._check_advantages()
+        if self.run.keep_best and not self.evaluation.every:
+            raise ConfigError("run.keep_best needs evaluation.every: only what was evaluated can be the best")
         if len(self.optim.betas) != 2 or not all(0 <= beta < 1 for beta in self.optim.betas):
             raise ConfigError(f"optim.betas must hold two numbers in [0, 1), got {self.optim.betas}")
         if not 0 <= self.policy.warm_start_noise <= 1:

@@ -1,6 +1,7 @@
 """Pass@k on the held-out problems, with bootstrap intervals over problems, and how well confidence tells right from wrong."""
 
 import math
+import random
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ import rlvr_ops
 from rlvr_ops.evaluation import bootstrap_interval, paired_bootstrap_interval
 from rlvr_trainer.config import Config
 from rlvr_trainer.policies import Policy
-from rlvr_trainer.rollouts import sample
+from rlvr_trainer.rollouts import Rollouts, sample
 from rlvr_trainer.scoring import confidences_of
 from rlvr_trainer.tasks import Task
 
@@ -89,29 +90,67 @@ def powers_of_two(n: int) -> list[int]:
     return sorted({n, *(2**i for i in range(n.bit_length()) if 2**i <= n)})
 
 
-def evaluate(policy: Policy, task: Task, config: Config) -> Evaluation:
-    """Sample `evaluation.samples` answers to every held-out problem. The random state of training is left alone.
+@dataclass
+class Answers:
+    """`evaluation.samples` completions of every held-out problem, judged, those of a problem next to each other."""
 
-    A problem on which the verifier fails even once is not counted at all, neither as solved nor as missed. The answers'
-    confidences cost one forward pass over them in batches of `rollout.batch_size`.
+    rollouts: Rollouts
+    scores: list[float | None]  # None where the verifier failed
+    confidences: list[float]
+    stated: int
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A row for each completion, for JSON Lines."""
+        together = zip(self.rollouts.problems, self.rollouts.texts, self.scores, self.confidences, strict=True)
+        return [
+            {"prompt": p.prompt, "answer": p.answer, "completion": text, "score": score, "confidence": round(q, 6)}
+            for p, text, score, q in together
+        ]
+
+    def evaluation(self, samples: int) -> Evaluation:
+        """A problem on which the verifier failed even once is not counted at all, neither as solved nor as missed."""
+        groups = [self.scores[i : i + samples] for i in range(0, len(self.scores), samples)]
+        return Evaluation(
+            samples=samples,
+            correct=[None if None in group else sum(score == 1 for score in group) for group in groups],
+            verifier_errors=sum(score is None for score in self.scores),
+            mean_length=float(self.rollouts.completion_mask.sum(1).float().mean()),
+            confidences=[round(value, 6) for value in self.confidences],
+            verdicts=[None if score is None else score == 1 for score in self.scores],
+            stated=self.stated,
+        )
+
+
+def answer(policy: Policy, task: Task, config: Config) -> Answers:
+    """Sample `evaluation.samples` answers to every held-out problem, and judge them.
+
+    The random states of training are left alone. The answers' confidences cost one forward pass over them in batches of
+    `rollout.batch_size`.
     """
-    n = config.evaluation.samples
+    n, temperature = config.evaluation.samples, config.evaluation.temperature
     devices = [policy.device] if policy.device.type != "cpu" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(config.evaluation.seed)
-        rollouts = sample(policy, task.held_out, config, n, config.evaluation.temperature)
-    confidences, stated = confidences_of(policy, rollouts, config.evaluation.temperature, config.rollout.batch_size)
-    scores = task.score(rollouts.problems, rollouts.texts)
-    groups = [scores[i : i + n] for i in range(0, len(scores), n)]
-    return Evaluation(
-        samples=n,
-        correct=[None if None in group else sum(score == 1 for score in group) for group in groups],
-        verifier_errors=sum(score is None for score in scores),
-        mean_length=float(rollouts.completion_mask.sum(1).float().mean()),
-        confidences=[round(value, 6) for value in confidences],
-        verdicts=[None if score is None else score == 1 for score in scores],
-        stated=stated,
-    )
+    state = random.getstate()
+    try:
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(config.evaluation.seed)
+            rollouts = sample(policy, task.held_out, config, n, temperature)
+        confidences, stated = confidences_of(policy, rollouts, temperature, config.rollout.batch_size)
+        scores = task.score(rollouts.problems, rollouts.texts)
+    finally:
+        random.setstate(state)
+    return Answers(rollouts, scores, confidences, stated)
+
+
+def evaluate(policy: Policy, task: Task, config: Config) -> Evaluation:
+    """What the `answer`s to the held-out problems come to."""
+    return answer(policy, task, config).evaluation(config.evaluation.samples)
+
+
+def best_of(rows: list[dict[str, Any]]) -> tuple[int, float] | None:
+    """Step and Pass@1 of the best evaluation, the first of equals, among those of `evaluations.jsonl`; None without any."""
+    judged = [(row["step"], row["samples"], [c for c in row["correct"] if c is not None]) for row in rows]
+    found = [(step, sum(correct) / len(correct) / samples) for step, samples, correct in judged if correct]
+    return max(found, key=lambda one: one[1], default=None)
 
 
 def compare(before: Evaluation, after: Evaluation) -> dict[str, Any]:

@@ -79,13 +79,14 @@ def unknown(key: str, known: Iterable[str]) -> str:
     'unknown key num_generations: did you mean rollout.group_size?'
     """
     known = sorted(known)
-    meant = " or ".join(_meant(key, known))
+    meant = " or ".join(meant_by(key, known))
     listed = [name for name in known if name.startswith(f"{key.partition('.')[0]}.")] or _sections(known)
     return f"unknown key {key}" + (f": did you mean {meant}?" if meant else f" (known: {', '.join(listed)})")
 
 
-def _meant(key: str, known: list[str]) -> list[str]:
-    """By the same name elsewhere, then by meaning, then by spelling."""
+def meant_by(key: str, known: Iterable[str]) -> list[str]:
+    """The settings that a name may stand for: by the same name elsewhere, then by meaning, then by spelling."""
+    known = sorted(known)
     section, _, last = key.lower().replace("-", "_").rpartition(".")
     same = [name for name in known if name.endswith(f".{last}")]
     found = [name for name in same if name == f"{section}.{last}"] or same

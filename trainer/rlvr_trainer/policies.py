@@ -16,6 +16,7 @@ from rlvr_trainer.config import Config
 from rlvr_trainer.head import Head, completion_hidden_states
 from rlvr_trainer.parsing import ConfigError, nearest
 from rlvr_trainer.tasks import Task
+from rlvr_trainer.writing import whole_folder
 
 NAMED = ("tiny", "smollm2-135m")
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -32,6 +33,8 @@ class Policy:
     eos_ids: list[int]
     sampler: Any  # the copy that generates: bf16 under mixed precision, else the model itself
     system_prompt: str | None = None
+    dtype: torch.dtype = torch.float32  # that it came in, and is saved in
+    generation_defaults: Any = None  # those that it came with, which sampling here forgets
 
     @property
     def device(self) -> torch.device:
@@ -71,8 +74,11 @@ class Policy:
         ]
 
     def save(self, folder: Path) -> None:
-        """Model and tokenizer in a folder that `policy.name` can point to."""
-        self.model.save_pretrained(folder)
+        """Model and tokenizer in a folder that `policy.name` can point to, with the type and the defaults it came with."""
+        same = self.dtype == self.model.dtype
+        (self.model if same else copy.deepcopy(self.model).to(self.dtype)).save_pretrained(folder)
+        if self.generation_defaults is not None:  # written without transformers' checks: what came in goes out
+            self.generation_defaults.to_json_file(folder / "generation_config.json")
         self.tokenizer.save_pretrained(folder)
 
 
@@ -89,8 +95,9 @@ def load_policy(config: Config, task: Task, made: Path | None = None) -> Policy:
     if name == "tiny" and (made is None or not made.exists()):
         model, tokenizer = _tiny(config, task)
         if made is not None:
-            model.save_pretrained(made)
-            tokenizer.save_pretrained(made)
+            with whole_folder(made) as unfinished:
+                model.save_pretrained(unfinished)
+                tokenizer.save_pretrained(unfinished)
     elif name == "smollm2-135m":
         model, tokenizer = _smollm2()
     else:
@@ -98,11 +105,22 @@ def load_policy(config: Config, task: Task, made: Path | None = None) -> Policy:
     tokenizer.padding_side = "left"
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    generation_defaults = model.generation_config
     eos_ids = _forget_sampling_defaults(model, tokenizer)
     model.to(_device(config.policy.device)).eval()  # eval for good: dropout would make ratios of noise
     mixed = config.policy.precision == "mixed"
     sampler = copy.deepcopy(model).to(torch.bfloat16).requires_grad_(False) if mixed else model
-    return Policy(model, tokenizer, Head.of(model), mixed, eos_ids, sampler, config.policy.system_prompt)
+    return Policy(
+        model,
+        tokenizer,
+        Head.of(model),
+        mixed,
+        eos_ids,
+        sampler,
+        config.policy.system_prompt,
+        dtype=getattr(model, "stored_dtype", torch.float32),
+        generation_defaults=generation_defaults,
+    )
 
 
 def _tiny(config: Config, task: Task) -> tuple[Any, Any]:
@@ -141,11 +159,13 @@ def _smollm2() -> tuple[Any, Any]:
 
 
 def _pretrained(name: str) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-        return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32), tokenizer
+        model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+        model.stored_dtype = AutoConfig.from_pretrained(name).dtype or torch.float32
+        return model, tokenizer
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(f"cannot load policy.name {name!r}{nearest(name, NAMED)} {reason}") from error

@@ -5,10 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import rlvr_ops
+from rlvr_trainer.checkpoints import folder_of
 from rlvr_trainer.config import Config
 from rlvr_trainer.console import EVALUATIONS, METRICS, RunLog, read_jsonl
-from rlvr_trainer.evaluation import RELIABILITY_BINS, Evaluation, compare, powers_of_two
+from rlvr_trainer.evaluation import RELIABILITY_BINS, Evaluation, best_of, compare, powers_of_two
 from rlvr_trainer.parsing import ConfigError
+from rlvr_trainer.writing import write_text, writing
 
 CURVES = [
     ("reward", "reward (training)"),
@@ -21,6 +23,7 @@ CURVES = [
 def summarise(run: Path, config: Config, log: RunLog, step: int, seconds: dict[str, float]) -> dict[str, Any]:
     """Compare the first and the last evaluation, say so, and write `summary.json` and `report.png`."""
     before, after = (_evaluation(log.evaluations[i]) for i in (0, -1))
+    best = best_of(log.evaluations) if config.run.keep_best else None
     summary = {
         "model": config.policy.name,
         "task": config.task.name,
@@ -28,13 +31,16 @@ def summarise(run: Path, config: Config, log: RunLog, step: int, seconds: dict[s
         "seed": config.run.seed,
         "steps": step,
         **compare(before, after),
+        **({"best": {"step": best[0], "pass@1": best[1], "checkpoint": str(folder_of(run, best[0]))}} if best else {}),
         "before": before.metrics(),
         "after": after.metrics(),
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
     }
-    (run / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    write_text(run / "summary.json", json.dumps(summary, indent=2) + "\n")
     picture = plot(run)
     log.say(f"report: {picture}, model: {run / 'model'}")
+    if best:
+        log.say(f"best held-out pass@1: {best[1]:.3f} at step {best[0]}, kept in {folder_of(run, best[0])}")
     log.say(summary["sentence"])
     return summary
 
@@ -65,7 +71,8 @@ def plot(run: Path) -> Path:
     _reliability(axes["f"], chosen)
     _sentence(axes["g"], run)
     path = run / "report.png"
-    figure.savefig(path, dpi=110)
+    with writing(path):
+        figure.savefig(path, dpi=110)
     plt.close(figure)
     return path
 
