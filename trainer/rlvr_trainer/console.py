@@ -1,6 +1,7 @@
 """What a run says and writes: one line per step, a table of completions now and then, and JSON Lines of everything."""
 
 import json
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,12 @@ class RunLog:
 
     def __init__(self, run: Path, resumed_at: int | None = None, quiet: bool = False) -> None:
         self.quiet = quiet
-        self._files = {name: _Rows(run / name, resumed_at) for name in (METRICS, COMPLETIONS, EVALUATIONS)}
+        last = -1 if resumed_at is None else resumed_at
+        self._files = {name: _Rows(run / name, lambda row: row["step"] <= last) for name in (METRICS, COMPLETIONS)}
+        whole = {row["step"] for row in read_jsonl(run / METRICS) if "eval/mean_length" in row}
+        self._files[EVALUATIONS] = _Rows(
+            run / EVALUATIONS, lambda row: row["step"] in whole
+        )  # not if killed in between
         self.evaluations = read_jsonl(run / EVALUATIONS)
 
     def say(self, text: str) -> None:
@@ -109,20 +115,15 @@ def _whole_lines(path: Path) -> list[bytes]:
 
 
 class _Rows:
-    """A JSON Lines file to add to, without what was written after step `resumed_at`. Nothing is rewritten: a kill loses no row."""
+    """A JSON Lines file to add to, cut off behind the rows that are `kept`. They are not rewritten: a kill loses none."""
 
-    def __init__(self, path: Path, resumed_at: int | None) -> None:
+    def __init__(self, path: Path, kept: Callable[[dict[str, Any]], bool]) -> None:
         self._path = path
         with writing(path):
-            kept = 0
-            if resumed_at is not None and path.exists():
-                kept = sum(
-                    len(line)
-                    for line, row in zip(_whole_lines(path), read_jsonl(path), strict=True)
-                    if row["step"] <= resumed_at
-                )
+            rows = zip(_whole_lines(path), read_jsonl(path), strict=True) if path.exists() else ()
+            size = sum(len(line) for line, row in rows if kept(row))
             self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115  closed by RunLog.close
-            self._file.truncate(kept)
+            self._file.truncate(size)
 
     def write(self, rows: list[dict[str, Any]]) -> None:
         with writing(self._path):
