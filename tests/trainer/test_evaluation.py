@@ -61,6 +61,22 @@ def test_only_problems_judged_both_times_are_compared():
     assert "over 1 problems" in compare(counts(0, None, 1), counts(4, 4, None))["sentence"]
 
 
+def test_without_a_problem_judged_both_times_nothing_is_compared():
+    found = compare(counts(None, 1), counts(2, None))
+    assert found == {"improved": False, "sentence": "No held-out problem could be judged both before and after."}
+
+
+def test_a_run_of_no_steps_compares_no_evaluation_with_itself(small):
+    assert loop.train(small("run.steps=0"), quiet=True)["sentence"].startswith("No step was taken")
+
+
+def test_a_run_whose_verifier_always_fails_still_ends_with_a_report(small, digits, monkeypatch, tmp_path):
+    task = digits(broken=tuple(f"held out {i}" for i in range(4)))
+    monkeypatch.setattr(loop, "make_task", lambda *_: task)
+    assert loop.train(small("run.steps=1"), quiet=True)["sentence"].startswith("No held-out problem could be judged")
+    assert (tmp_path / "run" / "report.png").is_file()
+
+
 def judged(confidences, verdicts, **changed):
     arguments = {"samples": 2, "correct": [None] * (len(verdicts) // 2), "verifier_errors": 0, "mean_length": 3.0}
     return Evaluation(**{**arguments, "confidences": confidences, "verdicts": verdicts, **changed})

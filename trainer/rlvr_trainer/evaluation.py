@@ -154,8 +154,13 @@ def best_of(rows: list[dict[str, Any]]) -> tuple[int, float] | None:
 
 
 def compare(before: Evaluation, after: Evaluation) -> dict[str, Any]:
-    """Pass@1 after minus before, by paired bootstrap over the problems judged both times, and what to say about it."""
+    """Pass@1 after minus before, by paired bootstrap over the problems judged both times, and what to say about it.
+
+    Without such problems it says that alone.
+    """
     pairs = [(b, a) for b, a in zip(before.correct, after.correct, strict=True) if b is not None and a is not None]
+    if not pairs:
+        return {"improved": False, "sentence": "No held-out problem could be judged both before and after."}
     was = [b / before.samples for b, _ in pairs]
     is_now = [a / after.samples for _, a in pairs]
     low, high = paired_bootstrap_interval(was, is_now)

@@ -36,6 +36,8 @@ def summarise(run: Path, config: Config, log: RunLog, step: int, seconds: dict[s
         "after": after.metrics(),
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
     }
+    if step == 0:
+        summary["sentence"] = "No step was taken: there is nothing to compare the first evaluation with."
     write_text(run / "summary.json", json.dumps(summary, indent=2) + "\n")
     picture = plot(run)
     log.say(f"report: {picture}, model: {run / 'model'}")
@@ -80,6 +82,8 @@ def plot(run: Path) -> Path:
 def _pass_at_k(axis: Any, chosen: list[dict[str, Any]]) -> None:
     for name, row in zip(("before", "after"), chosen, strict=False):
         found = _evaluation(row)
+        if not found.per_problem(1):
+            continue
         ks = powers_of_two(found.samples)
         means, lows, highs = zip(*(found.pass_at(k) for k in ks), strict=True)
         axis.plot(ks, means, marker="o", label=f"{name} (step {row['step']})")
@@ -87,7 +91,7 @@ def _pass_at_k(axis: Any, chosen: list[dict[str, Any]]) -> None:
     axis.set(title="held-out Pass@k, 95 % interval over problems", xlabel="k", ylim=(0, 1))
     axis.set_xscale("log", base=2)
     axis.grid(alpha=0.3)
-    if chosen:
+    if axis.get_legend_handles_labels()[1]:
         axis.legend()
 
 
