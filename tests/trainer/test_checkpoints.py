@@ -29,6 +29,7 @@ def test_a_checkpoint_is_a_hugging_face_folder(finished):
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     again = transformers.AutoModelForCausalLM.from_pretrained(finished / "model")
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    assert not [path for path in finished.rglob("*") if "unfinished" in path.name]
     assert transformers.AutoTokenizer.from_pretrained(folder).decode([5, 6]) == '!"'
 
 
@@ -226,6 +227,15 @@ def test_the_best_checkpoint_is_kept_and_named(small, tmp_path, monkeypatch, cap
 def test_the_best_is_kept_without_other_checkpoints(small, tmp_path):
     summary = loop.train(small("run.keep_best=true", "evaluation.every=1", "run.steps=2"), quiet=True)
     assert f"step-{summary['best']['step']:06d}" in names(tmp_path / "run")
+
+
+def test_the_best_is_among_those_of_which_there_is_a_checkpoint(four):
+    run, config = four
+    for step in (0, 1, 2):
+        shutil.rmtree(checkpoints.folder_of(run, step))
+    summary = loop.train(config("run.keep_best=true", "evaluation.every=9", "run.steps=5"), resume=True, quiet=True)
+    assert summary["best"]["step"] in (4, 5)  # not 0, although it was evaluated
+    assert checkpoints.folder_of(run, summary["best"]["step"]).is_dir()
 
 
 def test_the_best_needs_evaluations(small):

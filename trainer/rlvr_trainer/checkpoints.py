@@ -10,7 +10,7 @@ import torch
 
 from rlvr_trainer.parsing import ConfigError
 from rlvr_trainer.policies import Policy
-from rlvr_trainer.writing import remove_folder, whole_folder
+from rlvr_trainer.writing import UNFINISHED, remove, whole_folder
 
 CHECKPOINTS, STATE = "checkpoints", "state.pt"
 
@@ -61,7 +61,7 @@ def save(
         WriteError: no room, or no permission. The earlier ones are as they were.
     """
     folder = folder_of(run, place.step)
-    for leftover in folder.parent.glob("*.unfinished*"):
+    for leftover in folder.parent.glob(f"*{UNFINISHED}*"):
         shutil.rmtree(leftover, ignore_errors=True)
     if not (folder / STATE).is_file():
         with whole_folder(folder) as unfinished:
@@ -74,7 +74,7 @@ def save(
                 torch.save(state, file)
     for old in list_checkpoints(run)[:-keep]:
         if best is None or old != folder_of(run, best):
-            remove_folder(old)
+            remove(old)
     return folder
 
 
@@ -141,7 +141,7 @@ def restore(checkpoint: Checkpoint, policy: Policy, optimizer: torch.optim.Optim
     run = checkpoint.folder.parent.parent
     for later in list_checkpoints(run):
         if int(later.name[5:]) > checkpoint.step:
-            remove_folder(later)
+            remove(later)
     set_random_state(state["random"])
     return Place(checkpoint.step, int(state["cursor"]), state["random"])
 

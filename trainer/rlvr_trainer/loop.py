@@ -153,7 +153,7 @@ def _learn(learner: Learner, task: Task, config: Config, log: RunLog, stop: Stop
                     found = evaluate(learner.policy, task, config)
                 _log_evaluation(found, log, step)
                 clock.lap("evaluate")
-            best = best_of(log.evaluations) if config.run.keep_best else None
+            best = _best(log, config, step)
             if _checkpoint_is_due(step, config) or (best and best[0] == step):
                 learner.save(config, best)
                 clock.lap("save")
@@ -175,7 +175,13 @@ def _learn(learner: Learner, task: Task, config: Config, log: RunLog, stop: Stop
     with whole_folder(Path(config.run.out) / "model") as folder:
         learner.policy.save(folder)
     clock.lap("save")
-    return summarise(Path(config.run.out), config, log, step, clock.total)
+    return summarise(Path(config.run.out), config, log, step, clock.total, best)
+
+
+def _best(log: RunLog, config: Config, step: int) -> tuple[int, float] | None:
+    """Step and Pass@1 of the best evaluation of which there is a checkpoint, or will be in a moment."""
+    kept = {int(path.name[5:]) for path in checkpoints.list_checkpoints(Path(config.run.out))} | {step}
+    return best_of([row for row in log.evaluations if row["step"] in kept]) if config.run.keep_best else None
 
 
 def _evaluation_is_due(step: int, config: Config) -> bool:

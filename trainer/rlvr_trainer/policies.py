@@ -75,8 +75,8 @@ class Policy:
 
     def save(self, folder: Path) -> None:
         """Model and tokenizer in a folder that `policy.name` can point to, with the type and the defaults it came with."""
-        same = self.dtype == self.model.dtype
-        (self.model if same else copy.deepcopy(self.model).to(self.dtype)).save_pretrained(folder)
+        alike = [model for model in (self.model, self.sampler) if model.dtype == self.dtype]
+        (alike[0] if alike else copy.deepcopy(self.model).to(self.dtype)).save_pretrained(folder)
         if self.generation_defaults is not None:  # written without transformers' checks: what came in goes out
             self.generation_defaults.to_json_file(folder / "generation_config.json")
         self.tokenizer.save_pretrained(folder)

@@ -8,7 +8,7 @@ import rlvr_ops
 from rlvr_trainer.checkpoints import folder_of
 from rlvr_trainer.config import Config
 from rlvr_trainer.console import EVALUATIONS, METRICS, RunLog, read_jsonl
-from rlvr_trainer.evaluation import RELIABILITY_BINS, Evaluation, best_of, compare, powers_of_two
+from rlvr_trainer.evaluation import RELIABILITY_BINS, Evaluation, compare, powers_of_two
 from rlvr_trainer.parsing import ConfigError
 from rlvr_trainer.writing import write_text, writing
 
@@ -20,10 +20,19 @@ CURVES = [
 ]
 
 
-def summarise(run: Path, config: Config, log: RunLog, step: int, seconds: dict[str, float]) -> dict[str, Any]:
-    """Compare the first and the last evaluation, say so, and write `summary.json` and `report.png`."""
+def summarise(
+    run: Path,
+    config: Config,
+    log: RunLog,
+    step: int,
+    seconds: dict[str, float],
+    best: tuple[int, float] | None = None,
+) -> dict[str, Any]:
+    """Compare the first and the last evaluation, say so, and write `summary.json` and `report.png`.
+
+    `best` is the step and the Pass@1 of the checkpoint that was kept for it.
+    """
     before, after = (_evaluation(log.evaluations[i]) for i in (0, -1))
-    best = best_of(log.evaluations) if config.run.keep_best else None
     summary = {
         "model": config.policy.name,
         "task": config.task.name,

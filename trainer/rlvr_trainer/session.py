@@ -1,7 +1,6 @@
 """The run around the loop: its folder, which one process at a time may write to, and its clock."""
 
 import os
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ from typing import Any
 from rlvr_trainer.checkpoints import CHECKPOINTS
 from rlvr_trainer.console import METRICS
 from rlvr_trainer.parsing import ConfigError
+from rlvr_trainer.writing import UNFINISHED, remove
 
 fcntl: Any
 try:
@@ -20,6 +20,7 @@ except ImportError:  # Windows: nothing keeps two runs apart
 
 INITIAL_POLICY = "initial_policy"  # a policy made on the spot is kept here, the reference of a resumed run
 LOCK = ".lock"
+RESULTS = ("model", "eval", "summary.json", "report.png")  # of a run that came to its end
 
 
 @contextmanager
@@ -33,22 +34,22 @@ def claimed(run: Path, *, resume: bool, overwrite: bool) -> Iterator[None]:
     _refuse_foreign(run)
     with _locked(run):
         if not resume:
-            if (run / METRICS).exists() and not overwrite:
+            earlier = (run / METRICS).exists()
+            if earlier and not overwrite:
                 raise ConfigError(
                     f"{run} holds a run already: continue it with --resume {run}, or choose another run.out"
                 )
-            shutil.rmtree(run / INITIAL_POLICY, ignore_errors=True)
-            shutil.rmtree(run / CHECKPOINTS, ignore_errors=True)
+            for name in (CHECKPOINTS, INITIAL_POLICY, *(RESULTS if earlier else ())):
+                remove(run / name)
         yield
 
 
 def _refuse_foreign(run: Path) -> None:
     try:
-        foreign = (
-            [path.name for path in run.iterdir() if path.name not in (INITIAL_POLICY, LOCK)] if run.is_dir() else []
-        )
+        names = [path.name for path in run.iterdir()] if run.is_dir() else []
     except OSError as error:
         raise ConfigError(f"run.out={run} cannot be read: {error.strerror}") from error
+    foreign = [name for name in names if name not in (INITIAL_POLICY, LOCK) and UNFINISHED not in name]
     if foreign and not (run / "config.yaml").is_file():
         raise ConfigError(f"{run} is not empty and holds no run ({foreign[0]}, ...): choose another run.out")
 

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+UNFINISHED = ".unfinished"  # in the names of what is being written or removed
+
 
 class WriteError(OSError):
     """A file of a run that could not be written. The message is meant for the person who runs it."""
@@ -36,7 +38,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 
     What is left over after an error or a kill has another name, and the next one removes it.
     """
-    unfinished = folder.with_name(f"{folder.name}.unfinished")
+    unfinished = folder.with_name(f"{folder.name}{UNFINISHED}")
     with writing(folder):
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
@@ -47,18 +49,20 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         except BaseException:
             shutil.rmtree(unfinished, ignore_errors=True)  # on a full disk its room is needed
             raise
-        remove_folder(folder)
+        remove(folder)
         os.replace(unfinished, folder)
         _sync(folder.parent)
 
 
-def remove_folder(folder: Path) -> None:
-    """Remove a folder under another name: killed half-way, it cannot be taken for a whole one."""
-    doomed = folder.with_name(f"{folder.name}.unfinished-removal")
+def remove(path: Path) -> None:
+    """Remove a file or a folder, under another name: killed half-way, a folder cannot be taken for a whole one."""
+    doomed = path.with_name(f"{path.name}{UNFINISHED}-removal")
     shutil.rmtree(doomed, ignore_errors=True)
-    if folder.exists():
-        os.replace(folder, doomed)
+    if path.is_dir() and not path.is_symlink():
+        os.replace(path, doomed)
         shutil.rmtree(doomed, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -67,7 +71,7 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         WriteError: it cannot be written.
     """
-    unfinished = path.with_name(f".{path.name}.unfinished")
+    unfinished = path.with_name(f".{path.name}{UNFINISHED}")
     with writing(path):
         with open(unfinished, "w", encoding="utf-8") as file:
             file.write(text)
