@@ -128,6 +128,14 @@ def test_a_run_without_a_checkpoint_cannot_be_resumed(tmp_path, capsys):
     assert "holds no checkpoint" in capsys.readouterr().err
 
 
+def test_a_file_that_cannot_be_read_is_one_line(four, capsys):
+    run, _ = four
+    assert main(["train", "x" * 5000]) == 1
+    assert capsys.readouterr().err.endswith("x: File name too long\n")
+    assert main(["train", str(run)]) == 2
+    assert f"{run} is a folder: to continue the run in it, rlvr-ops train --resume {run}" in capsys.readouterr().err
+
+
 def test_the_version_is_one_line(capsys):
     assert main(["--version"]) == 0
     said = capsys.readouterr().out

@@ -52,6 +52,10 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:
         mute()
         return BROKEN_PIPE
+    except OSError as error:
+        if error.filename is None:
+            raise
+        return _fail(f"{error.filename}: {error.strerror}", 1)  # that cannot be read, or is too long for a name
     except Signalled as signalled:
         return _fail(str(signalled), signalled.exit_code)
     except KeyboardInterrupt:

@@ -223,6 +223,8 @@ def load(source: str | Path | None = None, overrides: list[str] | None = None) -
     tree: dict[str, Any] = {}
     if source is not None:
         path = shipped().get(str(source), Path(source))
+        if path.is_dir():
+            raise ConfigError(f"{path} is a folder: to continue the run in it, rlvr-ops train --resume {path}")
         if not path.is_file():
             raise ConfigError(f"no configuration {str(source)!r}: neither a file nor one of {', '.join(shipped())}")
         tree = read_file(path)
