@@ -229,6 +229,12 @@ def test_utf8_is_read_in_every_locale_with_a_mark_or_without(tmp_path, monkeypat
         assert load(tmp_path / "config.yaml").task.instruction == "é"
 
 
+def test_a_wrong_preset_in_a_file_gives_way_to_one_on_the_command_line(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("algorithm: {name: [a]}")
+    assert load(path, ["algorithm.name=grpo"]).algorithm == load(None, ["algorithm.name=grpo"]).algorithm
+
+
 def test_an_empty_file_is_all_defaults(tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text("# nothing\nrun:\n")

@@ -257,5 +257,5 @@ def _override(tree: dict[str, Any], override: str) -> None:
 
 def _without_preset(algorithm: dict[str, Any]) -> dict[str, Any]:
     """The keys that say something else than their preset, so that another preset can take its place."""
-    preset = {**asdict(AlgorithmConfig()), **PRESETS.get(algorithm.get("name", DEFAULT_NAME), {})}
+    preset = {**asdict(AlgorithmConfig()), **PRESETS.get(str(algorithm.get("name", DEFAULT_NAME)), {})}
     return {key: value for key, value in algorithm.items() if key == "name" or preset.get(key) != value}
