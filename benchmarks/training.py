@@ -87,7 +87,7 @@ def demo(here: Stage) -> Row:
     began = time.perf_counter()
     (run / "summary.json").unlink(missing_ok=True)  # an earlier run's
     arguments = ["demo", "--model", model, "--out", str(run), f"policy.device={here.device}", *given]
-    if code := trainer("cli").main(arguments):
+    if 0 < (code := trainer("cli").main(arguments)) < 128:  # above it is a signal's
         raise RuntimeError(f"rlvr-ops {' '.join(arguments)} ended with {code}")
     if not (run / "summary.json").exists():  # interrupted
         raise SystemExit(TIMED_OUT)

@@ -5,9 +5,11 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TQDM_DISABLE"] = "1"
 
+import shutil
 from dataclasses import dataclass, field
 
 import pytest
+from rlvr_trainer import loop
 from rlvr_trainer.config import Config, load
 from rlvr_trainer.judging.verdict import BAD_REFERENCE, RIGHT, WRONG, Verdict
 from rlvr_trainer.policies import Policy, load_policy
@@ -83,3 +85,19 @@ def untrained() -> Policy:
     """A `tiny` nobody has taught anything; not to be trained, it is shared."""
     config = load(None, [*SMALL, "policy.warm_start_steps=0"])
     return load_policy(config, DigitTask())
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """A run of four steps with a checkpoint of each; not to be changed, it is shared."""
+    run = tmp_path_factory.mktemp("finished") / "run"
+    every = ["run.checkpoint_every=1", "run.keep_checkpoints=9", "run.steps=4", f"run.out={run}"]
+    loop.train(load(None, [*SMALL, *every]), quiet=True)
+    return run
+
+
+@pytest.fixture
+def four(finished, tmp_path):
+    """A copy of that run, and its settings with further overrides."""
+    run = shutil.copytree(finished, tmp_path / "copy")
+    return run, lambda *overrides: load(run / "config.yaml", [f"run.out={run}", *overrides])

@@ -1,11 +1,15 @@
 """The command line: exit codes, messages on stderr, and nothing but plain lines in a log file."""
 
 import json
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from rlvr_trainer import doctor
 from rlvr_trainer.cli import main
+from rlvr_trainer.console import read_jsonl
 
 FAST = [
     "policy.warm_start_steps=1",
@@ -57,8 +61,24 @@ def test_a_run_in_a_log_file_is_plain_lines(tmp_path):
     [
         (["demo", "--model", "tinny"], r"unknown --model 'tinny': did you mean 'tiny'?"),
         (["train", "demo-tinny"], "no configuration 'demo-tinny'"),
-        (["train", "run.stepz=3"], "unknown key run.stepz: did you mean 'steps'?"),
+        (["train", "run.stepz=3"], "unknown key run.stepz: did you mean run.steps?"),
         (["train", "task.name=chain_summ"], "unknown task.name 'chain_summ': did you mean 'chain_sum'?"),
+        (["train", "num_generations=8"], "unknown key num_generations: did you mean rollout.group_size?"),
+        (
+            ["train", "--learning_rate", "1"],
+            "unknown option --learning_rate: did you mean optim.learning_rate? A setting",
+        ),
+        (["train", "--lr=1"], "unknown option --lr=1: did you mean optim.learning_rate? A setting is written section."),
+        (["train", "--zzz"], "unknown option --zzz: a setting is written section.key=value"),
+        (["train", "--res", "x"], "unknown option --res"),
+        (["train", "demo-tiny", "run.steps"], "an override must look like section.key=value, got 'run.steps'"),
+        (["train", "--out"], "argument --out: expected one argument"),
+        (["train", "--from", "3"], "--from goes with --resume RUN"),
+        (["train", "demo-tiny", "--keep-best"], "run.keep_best needs evaluation.every"),
+        (["trian"], "invalid choice: 'trian'"),
+        ([], "which command? (rlvr-ops COMMAND --help says what there is)"),
+        (["plot", "x", "run.steps=3"], "this command takes no settings, got run.steps=3"),
+        (["demo", "--seed", "x"], "run.seed must be an integer, got 'x'"),
         (["train", "--resume", "nowhere"], "cannot resume: nowhere holds no config.yaml"),
         (["plot", "nowhere"], "nothing to plot: nowhere holds no metrics.jsonl"),
         (["eval", "nowhere"], "no configuration 'nowhere'"),
@@ -73,16 +93,99 @@ def test_a_mistake_is_one_line_and_exit_code_2(arguments, message, capsys, tmp_p
     assert "Traceback" not in said.err
 
 
-def test_resuming_takes_no_other_configuration(tmp_path, capsys):
-    (tmp_path / "config.yaml").write_text("")
-    assert main(["train", "demo-tiny", "--resume", str(tmp_path)]) == 2
-    assert "--resume takes its settings from" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--out", "new"], "--resume continues in {run}, and so takes no --out: for another folder, start a new run"),
+        (["run.out=new"], "--resume continues in {run}, and so takes no --out"),
+        (["demo-tiny"], "--resume takes its settings from {run}/config.yaml: give overrides, not 'demo-tiny'"),
+        (["task.held_out=2"], "cannot resume: task.held_out was 4 and cannot become 2 within a run"),
+        (["--from", "7"], "{run} holds no checkpoint '7', only step-000000, step-000001"),
+    ],
+)
+def test_what_does_not_go_with_resuming_is_one_line_and_exit_code_2(four, arguments, message, capsys):
+    run, _ = four
+    before = sorted(run.rglob("*"))
+    assert main(["train", "--resume", str(run), *arguments]) == 2
+    said = capsys.readouterr().err
+    assert message.format(run=run) in said
+    assert said.count("\n") == 1
+    assert sorted(run.rglob("*")) == before
+
+
+def test_an_older_checkpoint_is_resumed_on_request(four, capsys):
+    run, _ = four
+    (run / "checkpoints" / "step-000004" / "state.pt").write_bytes(b"half")
+    assert main(["train", "--resume", str(run)]) == 2
+    assert "use the one before it with --from step-000003" in capsys.readouterr().err
+    assert main(["train", "--resume", str(run), "--from", "step-000003"]) == 0
+    assert main(["train", "--resume", str(run), "run.steps=5"]) == 0
 
 
 def test_a_run_without_a_checkpoint_cannot_be_resumed(tmp_path, capsys):
     (tmp_path / "config.yaml").write_text("")
     assert main(["train", "--resume", str(tmp_path)]) == 2
     assert "holds no checkpoint" in capsys.readouterr().err
+
+
+def test_a_file_that_cannot_be_read_is_one_line(four, capsys):
+    run, _ = four
+    assert main(["train", "x" * 5000]) == 1
+    assert capsys.readouterr().err.endswith("x: File name too long\n")
+    assert main(["train", str(run)]) == 2
+    assert f"{run} is a folder: to continue the run in it, rlvr-ops train --resume {run}" in capsys.readouterr().err
+
+
+def test_the_version_is_one_line(capsys):
+    assert main(["--version"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("rlvr-ops")
+    assert said.count("\n") == 1
+
+
+def test_the_command_is_read_before_anything_slow_is_imported():
+    said = "import sys, rlvr_trainer.cli as cli; cli._parse(['doctor']); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", said], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout == "False\n"
+
+
+def test_a_missing_package_is_named_with_what_to_install(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr("rlvr_trainer.report.read_jsonl", lambda _: [])
+    monkeypatch.setattr("pathlib.Path.is_file", lambda _: True)
+    assert main(["plot", "x"]) == 1
+    assert "this needs matplotlib: in the repository's root, pip install '.[train]'" in capsys.readouterr().err
+
+
+def test_the_doctor_finds_nothing_wrong_here(capsys, tmp_path):
+    assert main(["doctor", f"run.out={tmp_path}"]) == 0
+    said = capsys.readouterr().out
+    assert said.splitlines()[-1] == "everything that a run needs is here"
+    assert {line[:5].strip() for line in said.splitlines()[:-1]} <= {"ok", "note"}
+    for word in (
+        "Python 3.",
+        "torch 2.",
+        "transformers 5.",
+        "gguf",
+        "for tasks from a file",
+        "Triton",
+        " on cpu",
+        "GiB of",
+    ):
+        assert word in said
+
+
+def test_the_doctor_names_what_is_missing_and_what_does_not_work(capsys, tmp_path, monkeypatch):
+    own = doctor.version_of
+    monkeypatch.setattr(doctor, "version_of", lambda name: None if name in ("matplotlib", "gguf") else own(name))
+    (tmp_path / "file").write_text("")
+    assert main(["doctor", "policy.device=tpu9", f"run.out={tmp_path}/file/run"]) == 1
+    said = capsys.readouterr().out
+    assert "FAIL  matplotlib is not installed, for report.png" in said
+    assert "note  gguf is not installed, for policy.name=smollm2-135m" in said
+    assert "FAIL  device: policy.device 'tpu9' cannot be used here" in said
+    assert "FAIL  run folder: " in said
+    assert said.endswith("3 of these must be mended first\n")
 
 
 def test_env_names_versions_and_devices(capsys):
@@ -104,6 +207,58 @@ def test_an_interrupted_start_saves_nothing_and_says_so(monkeypatch, capsys):
 def test_overrides_may_follow_an_option(tmp_path, capsys):
     assert main(["train", "demo-tiny", "--out", str(tmp_path / "run"), "run.stepz=1"]) == 2
     assert "run.stepz" in capsys.readouterr().err
+
+
+def test_every_folder_with_a_model_can_be_evaluated(four, capsys, tmp_path, monkeypatch):
+    run, _ = four
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(run / "model", tmp_path / "elsewhere")
+    task = ["task.parameters={min_terms: 2, max_terms: 2, min_digits: 1, max_digits: 1}", "task.held_out=4"]
+    alike = [*task, "rollout.max_new_tokens=5", "evaluation.samples=2", "run.threads=1", "policy.precision=full"]
+    evaluated = {
+        run / "eval" / "model": [str(run)],
+        run / "eval" / "step-000004": [str(run / "checkpoints" / "step-000004")],
+        run / "mine": [str(run / "model"), "--out", str(run / "mine")],
+        Path("eval") / "elsewhere": ["elsewhere", *alike],
+        Path("again"): ["elsewhere", "--config", str(run / "config.yaml"), "--out", "again"],
+    }
+    wanted = json.loads((run / "summary.json").read_text())["after"]
+    for out, arguments in evaluated.items():
+        assert main(["eval", *arguments]) == 0
+        values = json.loads(capsys.readouterr().out)
+        assert {name: value for name, value in values.items() if name.startswith("eval/")} == wanted
+        assert json.loads((out / "evaluation.json").read_text()) == values
+        assert values["completions"] == str(out / "completions.jsonl")
+        rows = read_jsonl(out / "completions.jsonl")
+        assert len(rows) == 8
+        assert set(rows[0]) == {
+            "prompt",
+            "answer",
+            "completion",
+            "score",
+            "reason",
+            "read_reference",
+            "read_answer",
+            "confidence",
+        }
+        assert sum(row["score"] == 1 for row in rows) / 8 == values["eval/pass@1"]
+
+
+def test_a_run_that_did_not_finish_is_evaluated_at_its_last_checkpoint(four, capsys):
+    run, _ = four
+    shutil.rmtree(run / "model")
+    assert main(["eval", str(run)]) == 0
+    assert json.loads(capsys.readouterr().out)["model"] == str(run / "checkpoints" / "step-000004")
+
+
+def test_a_model_of_no_run_needs_a_task(four, capsys, tmp_path, monkeypatch):
+    run, _ = four
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(run / "model", tmp_path / "elsewhere")
+    assert main(["eval", "elsewhere"]) == 2
+    assert "elsewhere belongs to no run: say what to evaluate it on, with task.name=..." in capsys.readouterr().err
+    assert main(["eval", str(tmp_path)]) == 2
+    assert "holds neither a run (config.yaml) nor a model (config.json)" in capsys.readouterr().err
 
 
 def test_a_run_that_did_not_finish_has_no_model_to_evaluate(tmp_path, capsys):

@@ -1,12 +1,14 @@
 """Settings: presets, overrides, and messages that say what to write instead."""
 
 import inspect
+import re
 from types import SimpleNamespace
 
 import pytest
 import torch
 from rlvr_trainer.algorithm import AlgorithmConfig
 from rlvr_trainer.config import PRESETS, Config, load, shipped
+from rlvr_trainer.names import MEANINGS, settings_of
 from rlvr_trainer.parsing import ConfigError
 
 from rlvr_ops import ACELoss, surrogates
@@ -44,8 +46,8 @@ def test_yaml_numbers_become_what_the_key_wants():
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("optim.learnig_rate=1", r"unknown key optim\.learnig_rate: did you mean 'learning_rate'\?"),
-        ("optimm.learning_rate=1", r"unknown key optimm: did you mean 'optim'\?"),
+        ("optim.learnig_rate=1", r"unknown key optim\.learnig_rate: did you mean optim\.learning_rate\?"),
+        ("optimm.learning_rate=1", r"unknown key optimm\.learning_rate: did you mean optim\.learning_rate\?"),
         ("algorithm.name=ace-grop", r"unknown algorithm\.name 'ace-grop': did you mean 'ace-grpo'\?"),
         ("algorithm.loss_type=bnpo", r"unknown algorithm\.loss_type 'bnpo'.*known: dapo, dr_grpo, grpo"),
         ("run.steps=ten", r"run\.steps must be an integer, got 'ten' \(str\)"),
@@ -58,11 +60,11 @@ def test_yaml_numbers_become_what_the_key_wants():
         ("task.parameters=3", r"task\.parameters must be a section of keys, got 3"),
         ("task=3", r"must look like section\.key=value, got 'task=3'"),
         ("run.steps", r"must look like section\.key=value, got 'run\.steps'"),
-        ("run.out=[", r"run\.out=\[ is not a YAML value"),
+        ("run.steps=[", r"run\.steps=\[ is not a YAML value: .*expected the node content"),
         ("run.steps.more=3", r"unknown key|must be an integer"),
         ("rollout.group_size=1", r"rollout\.group_size must be at least 2, got 1"),
         ("rollout.temperature=0", r"rollout\.temperature must be greater than 0, got 0\.0"),
-        ("optim.learning_rate=.nan", r"optim\.learning_rate must be greater than 0, got nan"),
+        ("optim.learning_rate=.nan", r"optim\.learning_rate must be a finite number, got nan"),
         ("algorithm.delta=1.1", r"algorithm\.delta must be > 1 \+ epsilon_high = 1\.2 or None, got 1\.1"),
         ("algorithm.alpha=-1", r"algorithm\.alpha must be >= 0 and finite, got -1"),
         ("algorithm.epsilon_low=0", r"algorithm\.epsilon_low must be > 0 and finite, got 0\.0"),
@@ -76,7 +78,7 @@ def test_yaml_numbers_become_what_the_key_wants():
             r"algorithm\.surrogate=nowhere\.py:loss cannot be loaded: .*No such file",
         ),
         ("algorithm.surrogate=math:pi", r"algorithm\.surrogate=math:pi must be a function, got 3\.14"),
-        ("algorithm.name=[a]", r"unknown algorithm\.name \['a'\]"),
+        ("algorithm.name=[a]", r"unknown algorithm\.name '\[a\]'"),
         ("algorithm.surrogate=json:loss", r"cannot be loaded: module 'json' has no attribute 'loss'"),
         (
             "algorithm.surrogate_parameters={ratio_max: 3}",
@@ -94,13 +96,108 @@ def test_a_wrong_setting_is_named_with_what_is_wanted(override, message):
 
 
 @pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optim.lr=1e-5", "unknown key optim.lr: did you mean optim.learning_rate?"),
+        ("lr=1e-5", "unknown key lr: did you mean optim.learning_rate?"),
+        ("num_generations=8", "unknown key num_generations: did you mean rollout.group_size?"),
+        ("rollout.n=8", "unknown key rollout.n: did you mean rollout.group_size?"),
+        ("data.train_batch_size=8", "unknown key data.train_batch_size: did you mean rollout.prompts?"),
+        ("actor_rollout_ref.actor.optim.lr=1", "actor.optim.lr: did you mean optim.learning_rate?"),
+        ("per_device_train_batch_size=8", "did you mean optim.micro_batch?"),
+        ("max_completion_length=8", "did you mean rollout.max_new_tokens?"),
+        ("algorithm.kl_coef=0", "did you mean algorithm.beta?"),
+        ("beta=0", "did you mean algorithm.beta?"),
+        ("clip_ratio=0.2", "did you mean algorithm.epsilon_low?"),
+        ("max_steps=8", "did you mean run.steps?"),
+        ("output_dir=runs/x", "did you mean run.out?"),
+        ("temperature=1", "did you mean evaluation.temperature or rollout.temperature?"),
+        ("run.learning-rate=1", "did you mean optim.learning_rate?"),
+        ("Run.Steps=3", "did you mean run.steps?"),
+        ("run.zzz=3", "unknown key run.zzz (known: run.checkpoint_every, run."),
+        ("zzz=3", "unknown key zzz (known: algorithm, evaluation, optim, "),
+        ("algorithm.name=GRPO", "unknown algorithm.name 'GRPO': did you mean 'grpo'?"),
+        ("algorithm.advantages=RLOO", "unknown algorithm.advantages 'RLOO': did you mean 'rloo'?"),
+        ("policy.precision=Mixed", "unknown policy.precision 'Mixed': did you mean 'mixed'?"),
+        ("run.steps=010", "run.steps=010 is not a YAML value: 010 is an octal number to YAML 1.1: write what is meant"),
+        ("run.steps=1_000", "1_000 is a number to YAML 1.1"),
+        ("run.steps=1:30", "1:30 is a number to YAML 1.1"),
+        ("run.steps=0b11", "0b11 is a number to YAML 1.1"),
+        ("run.log_completions=yes", "yes is true or false to YAML 1.1"),
+        ("task.parameters={day: 2026-01-02}", "2026-01-02 is a date to YAML 1.1"),
+        ("task.parameters={a: 1, b: 2, a: 3}", "a stands twice"),
+        ("optim.learning_rate=inf", "optim.learning_rate must be a number, got 'inf'"),
+        ("optim.learning_rate=.inf", "optim.learning_rate must be a finite number, got inf"),
+        ("optim.learning_rate=1e-50", "optim.learning_rate must be a number of 32 bits"),
+        ("optim.betas=[0.9, .nan]", "optim.betas[1] must be a finite number, got nan"),
+        ("run.steps=", "run.steps must be an integer, got nothing"),
+        ("run.steps=3000000000", "run.steps must be below 2**31"),
+        ("run.out=", "run.out must not be empty"),
+        (r"task.instruction=Think.\nAnswer:", r"task.instruction: \n is two characters here, a backslash and an n"),
+        ('task.instruction="a" or "b"', "is not one text in quotes"),
+        ("policy.system_prompt=None", "policy.system_prompt=None: write null for none"),
+        ("task.instruction=caf\udce9", "task.instruction must be text in UTF-8"),
+    ],
+)
+def test_what_people_type_is_answered_with_what_is_meant(override, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        load(None, [override])
+
+
+def test_every_meaning_is_that_of_a_setting_and_no_word_has_two():
+    assert set(MEANINGS) <= set(settings_of(Config))
+    words = [word for words in MEANINGS.values() for word in words.split()]
+    assert len(words) == len(set(words))
+
+
+@pytest.mark.parametrize(
+    ("text", "meant"),
+    [
+        (" Think.", " Think."),
+        ("  = é #", "  = é #"),
+        (r'"Think.\nAnswer:"', "Think.\nAnswer:"),
+        (r"'\neq'", r"\neq"),
+        ("'it''s'", "it's"),
+        ("[INST] 010 yes: {", "[INST] 010 yes: {"),
+        ("", ""),
+        ("null", "null"),
+        ("1e5", "1e5"),
+        ("010", "010"),
+    ],
+)
+def test_text_on_the_command_line_is_taken_to_the_letter_unless_it_is_in_quotes(text, meant, tmp_path):
+    config = load(None, [f"task.instruction={text}"])
+    assert config.task.instruction == meant
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    assert load(tmp_path / "config.yaml") == config
+
+
+def test_null_is_no_system_prompt():
+    assert load(None, ["policy.system_prompt=null"]).policy.system_prompt is None
+    assert load(None, ["policy.system_prompt='null'"]).policy.system_prompt == "null"
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         ("run: [", "is not valid YAML"),
         ("- 1\n- 2", "must hold sections of keys, got list"),
         ("run: 3", "run must be a section of keys, got 3"),
         ("algorithm: ace-grpo", r"algorithm must be a section of keys.*write algorithm\.name=NAME"),
-        ("run:\n  stepz: 3", r"unknown key run\.stepz: did you mean 'steps'\?"),
+        ("run:\n  steps: 3\n  out: a\n  steps: 4", r"config\.yaml is not valid YAML: line 4: steps stands twice"),
+        ("run:\n  steps: 3\nrun:\n  out: a", r"config\.yaml is not valid YAML: line 3: run stands twice"),
+        ("run:\n  steps: 010", r"line 2: 010 is an octal number to YAML 1\.1"),
+        ("run:\n  log_completions: on", r"line 2: on is true or false to YAML 1\.1"),
+        ("run:\n\tsteps: 3", r"is not valid YAML: line 2: found character '\\t' that cannot start any token"),
+        ("run:\n  steps: \x07", r"is not valid YAML: .*special characters are not allowed"),
+        ("task:\n  instruction: Think.\\nAnswer", r"line 2: \\n is two characters here"),
+        ("task:\n  name: 1.10", r"task\.name must be text \(a number in quotes\), got 1\.1 \(float\)"),
+        ("learning_rate: 1", r"unknown key learning_rate: did you mean optim\.learning_rate\?"),
+        ("optimizer:\n  lr: 1", r"unknown key optimizer: did you mean optim\?"),
+        ("run: {3: 4}", r"unknown key run\.3"),
+        ("run: {[a]: 4}", "is not valid YAML: found unhashable key"),
+        ("[" * 9999, "is not valid YAML: "),
+        ("run:\n  stepz: 3", r"unknown key run\.stepz: did you mean run\.steps\?"),
     ],
 )
 def test_a_wrong_file_is_refused(tmp_path, text, message):
@@ -108,6 +205,34 @@ def test_a_wrong_file_is_refused(tmp_path, text, message):
     path.write_text(text)
     with pytest.raises(ConfigError, match=message):
         load(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("# café\nrun: {}".encode("latin-1"), r"config\.yaml is not UTF-8: byte 0xe9 in line 1"),
+        (b"run:\n  out: caf\xe9", r"config\.yaml is not UTF-8: byte 0xe9 in line 2"),
+        ("run: {}".encode("utf-16"), r"config\.yaml is not UTF-8: byte 0xff in line 1"),
+    ],
+)
+def test_a_file_in_another_encoding_is_named_with_the_line(tmp_path, content, message):
+    path = tmp_path / "config.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=message):
+        load(path)
+
+
+def test_utf8_is_read_in_every_locale_with_a_mark_or_without(tmp_path, monkeypatch):
+    monkeypatch.setattr("locale.getpreferredencoding", lambda *_: "ascii")
+    for content in ("task: {instruction: é}".encode(), "task: {instruction: é}".encode("utf-8-sig")):
+        (tmp_path / "config.yaml").write_bytes(content)
+        assert load(tmp_path / "config.yaml").task.instruction == "é"
+
+
+def test_a_wrong_preset_in_a_file_gives_way_to_one_on_the_command_line(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("algorithm: {name: [a]}")
+    assert load(path, ["algorithm.name=grpo"]).algorithm == load(None, ["algorithm.name=grpo"]).algorithm
 
 
 def test_an_empty_file_is_all_defaults(tmp_path):

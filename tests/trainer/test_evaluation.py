@@ -12,7 +12,7 @@ from rlvr_trainer.scoring import confidences_of
 
 
 def counts(*correct, samples=4):
-    return Evaluation(samples=samples, correct=list(correct), verifier_errors=0, mean_length=3.0)
+    return Evaluation(samples=samples, correct=list(correct), reasons={}, mean_length=3.0)
 
 
 @pytest.mark.parametrize(("n", "ks"), [(1, [1]), (4, [1, 2, 4]), (6, [1, 2, 4, 6]), (8, [1, 2, 4, 8])])
@@ -27,10 +27,10 @@ def test_pass_at_k_is_the_unbiased_estimate():
     assert (values["eval/pass@1/low"], values["eval/pass@1/high"]) == (0.0, 0.5)
 
 
-def test_a_problem_with_a_verifier_error_is_neither_solved_nor_missed(untrained, small, digits):
+def test_a_problem_that_cannot_be_judged_is_neither_solved_nor_missed(untrained, small, digits):
     found = evaluate(untrained, digits(broken=("held out 1",)), small())
     assert found.correct[1] is None
-    assert found.verifier_errors == 2
+    assert found.unjudged() == 1
     assert len(found.per_problem(1)) == 3
     assert counts(4, None).metrics()["eval/pass@1"] == 1.0
     assert "eval/pass@1" not in counts(None).metrics()
@@ -61,8 +61,24 @@ def test_only_problems_judged_both_times_are_compared():
     assert "over 1 problems" in compare(counts(0, None, 1), counts(4, 4, None))["sentence"]
 
 
+def test_without_a_problem_judged_both_times_nothing_is_compared():
+    found = compare(counts(None, 1), counts(2, None))
+    assert found == {"improved": False, "sentence": "No held-out problem could be judged both before and after."}
+
+
+def test_a_run_of_no_steps_compares_no_evaluation_with_itself(small):
+    assert loop.train(small("run.steps=0"), quiet=True)["sentence"].startswith("No step was taken")
+
+
+def test_a_run_whose_verifier_always_fails_still_ends_with_a_report(small, digits, monkeypatch, tmp_path):
+    task = digits(broken=tuple(f"held out {i}" for i in range(4)))
+    monkeypatch.setattr(loop, "make_task", lambda *_: task)
+    assert loop.train(small("run.steps=1"), quiet=True)["sentence"].startswith("No held-out problem could be judged")
+    assert (tmp_path / "run" / "report.png").is_file()
+
+
 def judged(confidences, verdicts, **changed):
-    arguments = {"samples": 2, "correct": [None] * (len(verdicts) // 2), "verifier_errors": 0, "mean_length": 3.0}
+    arguments = {"samples": 2, "correct": [None] * (len(verdicts) // 2), "reasons": {}, "mean_length": 3.0}
     return Evaluation(**{**arguments, "confidences": confidences, "verdicts": verdicts, **changed})
 
 

@@ -77,7 +77,7 @@ def test_a_frozen_copy_does_not_follow(small, digits):
 
 def test_a_models_own_sampling_defaults_are_forgotten(small, digits, tmp_path):
     policy = load_policy(small(), digits())
-    policy.model.generation_config = transformers.GenerationConfig(
+    policy.generation_defaults = transformers.GenerationConfig(
         do_sample=True, top_k=3, repetition_penalty=1.3, temperature=0.2, eos_token_id=[2, 5], pad_token_id=0
     )
     policy.save(tmp_path / "model")

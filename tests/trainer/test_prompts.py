@@ -137,7 +137,7 @@ def test_special_tokens_outside_the_embedding_are_refused_when_the_policy_is_loa
         policy.tokenizer.add_special_tokens({"pad_token": "<another>"})
 
     def end(policy):
-        policy.model.generation_config.eos_token_id = [2, 5000]
+        policy.generation_defaults.eos_token_id = [2, 5000]  # what the model came with is what is saved
 
     with pytest.raises(ConfigError, match=r"pad token '<another>' has id 1\d\d, and its embedding only 1\d\d rows"):
         load_policy(saved(pad), digits())

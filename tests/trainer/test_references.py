@@ -18,7 +18,9 @@ def config(tmp_path, rows, **changes):
 
 
 def test_every_reference_that_cannot_be_read_is_listed_by_line(tmp_path):
-    with pytest.raises(ConfigError, match="the answers of 2 rows cannot be read; task.on_bad_reference=drop") as error:
+    with pytest.raises(
+        ConfigError, match=r"the answers of 2 rows cannot be read; task\.on_bad_reference=drop"
+    ) as error:
         make_task(config(tmp_path, [GOOD[0], BAD[0], *GOOD[1:], BAD[1]]))
     assert r"rows.jsonl, line 2: '\\frac{': math-verify cannot read it" in str(error.value)
     assert r"rows.jsonl, line 8: '\\sqrt{': " in str(error.value)

@@ -6,14 +6,14 @@ A preset (`algorithm.name`) fills in the keys of the `algorithm` section that no
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
-
-import yaml
+from typing import Any, Literal, get_origin
 
 from rlvr_ops import Objective
 from rlvr_trainer.algorithm import BINARY, DEFAULT_NAME, PRESETS, AlgorithmConfig, preset_under
-from rlvr_trainer.parsing import ConfigError, build, nearest
+from rlvr_trainer.names import refuse_unknown, settings_of, unknown
+from rlvr_trainer.parsing import ConfigError, build, check_number, nearest
 from rlvr_trainer.task_parts import parts_of
+from rlvr_trainer.yaml_reader import read_file, read_value, to_text
 
 
 @dataclass
@@ -111,7 +111,8 @@ class RunConfig:
     seed: int = 0
     out: str = "runs/latest"
     checkpoint_every: int = 0  # steps between checkpoints; 0 = only when interrupted
-    keep_checkpoints: int = 1
+    keep_checkpoints: int = 2  # the last ones: should one be damaged, there is the one before it
+    keep_best: bool = False  # keep the checkpoint with the best held-out Pass@1 too, the first of equals
     table_every: int = 10  # steps between printed completions; 0 = never
     log_completions: bool = True
     threads: int = 0  # CPU threads; 0 = torch's choice
@@ -131,6 +132,14 @@ class Config:
 
     def __post_init__(self) -> None:
         """Refuse what no run can use, by name."""
+        self._check_every_number()
+        for key, text in {
+            "task.name": self.task.name,
+            "policy.name": self.policy.name,
+            "run.out": self.run.out,
+        }.items():
+            if not text.strip():
+                raise ConfigError(f"{key} must not be empty")
         positive = {
             "rollout.prompts": self.rollout.prompts,
             "rollout.max_new_tokens": self.rollout.max_new_tokens,
@@ -152,6 +161,7 @@ class Config:
                 raise ConfigError(f"{key} must be greater than 0, got {value}")
         not_negative = {
             "algorithm.max_resamples": self.algorithm.max_resamples,
+            "policy.warm_start_steps": self.policy.warm_start_steps,
             "optim.warmup_steps": self.optim.warmup_steps,
             "optim.weight_decay": self.optim.weight_decay,
             "evaluation.every": self.evaluation.every,
@@ -177,13 +187,22 @@ class Config:
             raise ConfigError("task.mixture: no part has held_out > 0, so nothing could be evaluated")
         if "" in self.rollout.stop:
             raise ConfigError("rollout.stop holds an empty text, which would end every completion at once")
+        if self.run.keep_best and not self.evaluation.every:
+            raise ConfigError("run.keep_best needs evaluation.every: only what was evaluated can be the best")
         if len(self.optim.betas) != 2 or not all(0 <= beta < 1 for beta in self.optim.betas):
             raise ConfigError(f"optim.betas must hold two numbers in [0, 1), got {self.optim.betas}")
         if not 0 <= self.policy.warm_start_noise <= 1:
             raise ConfigError(f"policy.warm_start_noise must be in [0, 1], got {self.policy.warm_start_noise}")
-        for key, seed in (("run.seed", self.run.seed), ("evaluation.seed", self.evaluation.seed)):
-            if seed >= 2**63:
-                raise ConfigError(f"{key} must be below 2**63, got {seed}")
+
+    def _check_every_number(self) -> None:
+        """Refuse what is not finite, and counts of thousands of millions: whatever they are, they are a slip."""
+        for key in settings_of(Config):
+            section, name = key.split(".")
+            value = getattr(getattr(self, section), name)
+            if isinstance(value, int | float):
+                check_number(value, key)
+            if isinstance(value, int) and name != "seed" and value >= 2**31:
+                raise ConfigError(f"{key} must be below 2**31, got {value}")
 
     def _check_advantages(self) -> None:
         """Refuse an estimator that counts right answers where rewards are something else."""
@@ -202,7 +221,7 @@ class Config:
 
     def to_yaml(self) -> str:
         """Every key with its value, presets resolved: reading it back gives an equal `Config`."""
-        return yaml.safe_dump(asdict(self), sort_keys=False)
+        return to_text(asdict(self))
 
 
 def from_tree(tree: dict[str, Any]) -> Config:
@@ -211,6 +230,7 @@ def from_tree(tree: dict[str, Any]) -> Config:
     Raises:
         ConfigError: an unknown key or preset (with the nearest known name), or a value of the wrong type.
     """
+    refuse_unknown(tree, settings_of(Config))
     algorithm = tree.get("algorithm") or {}
     if not isinstance(algorithm, dict):
         raise ConfigError(f"algorithm must be a section of keys, got {algorithm!r}: write algorithm.name=NAME")
@@ -236,49 +256,39 @@ def load(source: str | Path | None = None, overrides: list[str] | None = None) -
     tree: dict[str, Any] = {}
     if source is not None:
         path = shipped().get(str(source), Path(source))
+        if path.is_dir():
+            raise ConfigError(f"{path} is a folder: to continue the run in it, rlvr-ops train --resume {path}")
         if not path.is_file():
             raise ConfigError(f"no configuration {str(source)!r}: neither a file nor one of {', '.join(shipped())}")
-        tree = _parse_yaml(path.read_text(), str(path))
+        tree = read_file(path)
     for override in overrides or []:
-        key, equals, text = override.partition("=")
-        section, dot, name = key.partition(".")
-        if not equals or not dot or not name:
-            raise ConfigError(f"an override must look like section.key=value, got {override!r}")
-        parts = [section, *name.split(".")]
-        node = tree
-        for part in parts[:-1]:
-            node[part] = node.get(part) or {}
-            node = node[part]
-            if not isinstance(node, dict):
-                raise ConfigError(f"{key}: {part} is not a section")
-        value = _parse_value(text, key)
-        if key == "algorithm.name":
-            tree["algorithm"] = _without_preset(node)
-            node = tree["algorithm"]
-        node[parts[-1]] = value
+        _override(tree, override)
     return from_tree(tree)
+
+
+def _override(tree: dict[str, Any], override: str) -> None:
+    """Write one `section.key=value` into a tree. What is below a section of free keys may have more dots."""
+    key, equals, text = override.partition("=")
+    known = settings_of(Config)
+    setting = ".".join(key.split(".")[:2])
+    if not equals or (setting not in known and setting in {name.split(".")[0] for name in known}):
+        raise ConfigError(f"an override must look like section.key=value, got {override!r}")
+    if setting not in known or (key != setting and get_origin(known[setting]) is not dict):
+        raise ConfigError(unknown(key, known))
+    value = read_value(text, known[key] if key == setting else None, key)
+    *sections, name = key.split(".")
+    node = tree
+    for part in sections:
+        node[part] = {} if node.get(part) is None else node[part]
+        node = node[part]
+        if not isinstance(node, dict):
+            raise ConfigError(f"{key}: {part} is not a section")
+    if key == "algorithm.name":
+        tree["algorithm"] = node = _without_preset(node)
+    node[name] = value
 
 
 def _without_preset(algorithm: dict[str, Any]) -> dict[str, Any]:
     """The keys that say something else than their preset, so that another preset can take its place."""
-    preset = {**asdict(AlgorithmConfig()), **PRESETS.get(algorithm.get("name", DEFAULT_NAME), {})}
+    preset = {**asdict(AlgorithmConfig()), **PRESETS.get(str(algorithm.get("name", DEFAULT_NAME)), {})}
     return {key: value for key, value in algorithm.items() if key == "name" or preset.get(key) != value}
-
-
-def _parse_yaml(text: str, where: str) -> dict[str, Any]:
-    try:
-        tree = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{where} is not valid YAML: {error}") from error
-    if tree is None:
-        return {}
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{where} must hold sections of keys, got {type(tree).__name__}")
-    return tree
-
-
-def _parse_value(text: str, key: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{key}={text} is not a YAML value: {error}") from error

@@ -1,43 +1,57 @@
 """What a run says and writes: one line per step, a table of completions now and then, and JSON Lines of everything."""
 
 import json
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
+from rlvr_trainer.parsing import ConfigError
+from rlvr_trainer.printing import say
 from rlvr_trainer.rollouts import Batch
+from rlvr_trainer.writing import writing
 
 METRICS, COMPLETIONS, EVALUATIONS = "metrics.jsonl", "completions.jsonl", "evaluations.jsonl"
 
 
 class RunLog:
-    """The files and lines of one run. Resuming at step n first drops what was logged from n on."""
+    """The files and lines of one run. One that goes on from step n first drops what was logged after it; None is a new run.
 
-    def __init__(self, run: Path, first_step: int = 0, quiet: bool = False) -> None:
+    Raises:
+        WriteError: no room, or no permission, now or when something is logged.
+    """
+
+    def __init__(self, run: Path, resumed_at: int | None = None, quiet: bool = False) -> None:
         self.quiet = quiet
-        run.mkdir(parents=True, exist_ok=True)
-        self._metrics = _continue(run / METRICS, first_step)
-        self._completions = _continue(run / COMPLETIONS, first_step)
-        self._evaluations = _continue(run / EVALUATIONS, first_step)
+        last = -1 if resumed_at is None else resumed_at
+        self._files = {name: _Rows(run / name, lambda row: row["step"] <= last) for name in (METRICS, COMPLETIONS)}
+        whole = {row["step"] for row in read_jsonl(run / METRICS) if "eval/mean_length" in row}
+        self._files[EVALUATIONS] = _Rows(
+            run / EVALUATIONS, lambda row: row["step"] in whole
+        )  # not if killed in between
         self.evaluations = read_jsonl(run / EVALUATIONS)
 
     def say(self, text: str) -> None:
         """A line for people: no colours, no bars, nothing is overwritten."""
         if not self.quiet:
-            print(text, flush=True)
+            say(text)
+
+    def evaluated(self, step: int) -> bool:
+        """Whether the evaluation of a step is there already."""
+        return any(row["step"] == step for row in self.evaluations)
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
         """A row of `metrics.jsonl`."""
-        _write(self._metrics, {"step": step, **values})
+        self._files[METRICS].write([{"step": step, **values}])
 
     def evaluation(self, step: int, values: dict[str, Any]) -> None:
         """A row of `evaluations.jsonl`: the correct answers of every held-out problem."""
+        self._files[EVALUATIONS].write([{"step": step, **values}])
         self.evaluations.append({"step": step, **values})
-        _write(self._evaluations, self.evaluations[-1])
 
     def completions(self, step: int, batch: Batch) -> None:
         """Every rollout of the step, a row each in `completions.jsonl`."""
-        for row in completion_rows(batch):
-            _write(self._completions, {"step": step, **row})
+        self._files[COMPLETIONS].write([{"step": step, **row} for row in completion_rows(batch)])
 
     def progress(self, step: int, steps: int, values: dict[str, float]) -> None:
         """The one line of a step."""
@@ -64,9 +78,8 @@ class RunLog:
 
     def close(self) -> None:
         """Close the files."""
-        self._metrics.close()
-        self._completions.close()
-        self._evaluations.close()
+        for rows in self._files.values():
+            rows.close()
 
 
 def completion_rows(batch: Batch) -> list[dict[str, Any]]:
@@ -83,25 +96,43 @@ def completion_rows(batch: Batch) -> list[dict[str, Any]]:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSON Lines file."""
-    with open(path, encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+    """The rows of a JSON Lines file, without a last one that was cut short.
+
+    Raises:
+        ConfigError: a line that is no JSON.
+    """
+    rows = []
+    for number, line in enumerate(_whole_lines(path), start=1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise ConfigError(f"{path}: line {number} is not JSON: {error}") from error
+    return rows
 
 
-def _continue(path: Path, first_step: int) -> TextIO:
-    kept = []
-    if first_step > 0 and path.exists():
-        with open(path, encoding="utf-8") as file:
-            kept = [line for line in file if line.endswith("\n") and json.loads(line)["step"] <= first_step]
-    file = open(path, "w", encoding="utf-8")  # noqa: SIM115  closed by RunLog.close
-    file.writelines(kept)
-    file.flush()
-    return file
+def _whole_lines(path: Path) -> list[bytes]:
+    return [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
 
 
-def _write(file: TextIO, row: dict[str, Any]) -> None:
-    file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    file.flush()
+class _Rows:
+    """A JSON Lines file to add to, cut off behind the rows that are `kept`. They are not rewritten: a kill loses none."""
+
+    def __init__(self, path: Path, kept: Callable[[dict[str, Any]], bool]) -> None:
+        self._path = path
+        with writing(path):
+            rows = zip(_whole_lines(path), read_jsonl(path), strict=True) if path.exists() else ()
+            size = sum(len(line) for line, row in rows if kept(row))
+            self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115  closed by RunLog.close
+            self._file.truncate(size)
+
+    def write(self, rows: list[dict[str, Any]]) -> None:
+        with writing(self._path):
+            self._file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+            self._file.flush()
+
+    def close(self) -> None:
+        with suppress(OSError):  # a full disk has been reported by then
+            self._file.close()
 
 
 def _one_line(text: str) -> str:

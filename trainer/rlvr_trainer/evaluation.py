@@ -1,6 +1,7 @@
 """Pass@k on the held-out problems, with bootstrap intervals over problems, and how well confidence tells right from wrong."""
 
 import math
+import random
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -10,8 +11,9 @@ from torch import Tensor
 import rlvr_ops
 from rlvr_ops.evaluation import bootstrap_interval, paired_bootstrap_interval
 from rlvr_trainer.config import Config
+from rlvr_trainer.judging.verdict import Verdict, counts
 from rlvr_trainer.policies import Policy
-from rlvr_trainer.rollouts import sample
+from rlvr_trainer.rollouts import Rollouts, sample
 from rlvr_trainer.scoring import confidences_of
 from rlvr_trainer.tasks import Task
 
@@ -20,21 +22,25 @@ RELIABILITY_BINS = 10
 
 @dataclass
 class Evaluation:
-    """How many of `samples` answers were correct per held-out problem; None where the verifier failed on one.
+    """How many of `samples` answers were correct per held-out problem; None where it could not be judged.
 
-    `confidences` and `verdicts` are of every answer, the `samples` of a problem next to each other, and a verdict is None
-    where the verifier failed; both are None in runs from before they were recorded. `stated` of the confidences were
-    written into the answers, the others are mean token probabilities.
+    `reasons` counts the answers that were not simply right or wrong. `confidences` and `verdicts` are of every answer, the
+    `samples` of a problem next to each other, and a verdict is None where it could not be judged. `stated` of the
+    confidences were written into the answers, the others are mean token probabilities.
     """
 
     samples: int
     correct: list[int | None]
-    verifier_errors: int
+    reasons: dict[str, float]
     mean_length: float
     confidences: list[float] | None = None
     verdicts: list[bool | None] | None = None
     stated: int = 0
     parts: list[str] | None = None  # of a mixture, the one that each problem is from
+
+    def unjudged(self) -> int:
+        """Problems that could not be judged."""
+        return sum(count is None for count in self.correct)
 
     def per_problem(self, k: int) -> list[float]:
         """Pass@k of each problem that could be judged."""
@@ -48,7 +54,8 @@ class Evaluation:
 
     def metrics(self) -> dict[str, float]:
         """`eval/pass@k` with `/low` and `/high` for k = 1, 2, 4, ..., samples, and those of `calibration`."""
-        found = {"eval/verifier_errors": float(self.verifier_errors), "eval/mean_length": self.mean_length}
+        found = {"eval/unjudged": float(self.unjudged()), "eval/mean_length": self.mean_length}
+        found |= {f"eval/{name}": count for name, count in self.reasons.items()}
         if any(c is not None for c in self.correct):
             for k in powers_of_two(self.samples):
                 mean, low, high = self.pass_at(k)
@@ -59,8 +66,8 @@ class Evaluation:
         """`eval/<part>/pass@1` with `/low` and `/high` for every part of a mixture."""
         found: dict[str, float] = {}
         for name in dict.fromkeys(self.parts or []):
-            counts = [c for c, part in zip(self.correct, self.parts or [], strict=True) if part == name]
-            alone = Evaluation(self.samples, counts, 0, 0.0)
+            correct = [c for c, part in zip(self.correct, self.parts or [], strict=True) if part == name]
+            alone = Evaluation(self.samples, correct, {}, 0.0)
             if alone.per_problem(1):
                 mean, low, high = alone.pass_at(1)
                 key = f"eval/{name}/pass@1"
@@ -102,35 +109,80 @@ def powers_of_two(n: int) -> list[int]:
     return sorted({n, *(2**i for i in range(n.bit_length()) if 2**i <= n)})
 
 
-def evaluate(policy: Policy, task: Task, config: Config) -> Evaluation:
-    """Sample `evaluation.samples` answers to every held-out problem. The random state of training is left alone.
+@dataclass
+class Answers:
+    """`evaluation.samples` completions of every held-out problem, judged, those of a problem next to each other."""
 
-    A problem on which the verifier fails even once is not counted at all, neither as solved nor as missed. The answers'
-    confidences cost one forward pass over them in batches of `rollout.batch_size`.
+    rollouts: Rollouts
+    verdicts: list[Verdict]
+    confidences: list[float]
+    stated: int
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A row for each completion, for JSON Lines."""
+        together = zip(self.rollouts.problems, self.rollouts.texts, self.verdicts, self.confidences, strict=True)
+        return [
+            {"prompt": p.text, "answer": p.answer, "completion": text, **asdict(verdict), "confidence": round(q, 6)}
+            for p, text, verdict, q in together
+        ]
+
+    def evaluation(self, samples: int) -> Evaluation:
+        """A problem that cannot be judged is not counted at all, neither as solved nor as missed."""
+        scores = [verdict.score for verdict in self.verdicts]
+        groups = [scores[i : i + samples] for i in range(0, len(scores), samples)]
+        names = [problem.task for problem in self.rollouts.problems[::samples]]
+        return Evaluation(
+            samples=samples,
+            correct=[None if None in group else sum(score == 1 for score in group) for group in groups],
+            reasons=counts(self.verdicts),
+            mean_length=float(self.rollouts.completion_mask.sum(1).float().mean()),
+            confidences=[round(value, 6) for value in self.confidences],
+            verdicts=[None if score is None else score == 1 for score in scores],
+            stated=self.stated,
+            parts=names if names[0] else None,
+        )
+
+
+def answer(policy: Policy, task: Task, config: Config) -> Answers:
+    """Sample `evaluation.samples` answers to every held-out problem, and judge them.
+
+    The random states of training are left alone. The answers' confidences cost one forward pass over them in batches of
+    `rollout.batch_size`.
     """
-    n = config.evaluation.samples
+    n, temperature = config.evaluation.samples, config.evaluation.temperature
     devices = [policy.device] if policy.device.type != "cpu" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(config.evaluation.seed)
-        rollouts = sample(policy, task.held_out, config, n, config.evaluation.temperature)
-    confidences, stated = confidences_of(policy, rollouts, config.evaluation.temperature, config.rollout.batch_size)
-    scores = [verdict.score for verdict in task.score(rollouts.problems, rollouts.texts)]
-    groups = [scores[i : i + n] for i in range(0, len(scores), n)]
-    return Evaluation(
-        samples=n,
-        correct=[None if None in group else sum(score == 1 for score in group) for group in groups],
-        verifier_errors=sum(score is None for score in scores),
-        mean_length=float(rollouts.completion_mask.sum(1).float().mean()),
-        confidences=[round(value, 6) for value in confidences],
-        verdicts=[None if score is None else score == 1 for score in scores],
-        stated=stated,
-        parts=[problem.task for problem in task.held_out] if task.held_out[0].task else None,
-    )
+    state = random.getstate()
+    try:
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(config.evaluation.seed)
+            rollouts = sample(policy, task.held_out, config, n, temperature)
+        confidences, stated = confidences_of(policy, rollouts, temperature, config.rollout.batch_size)
+        verdicts = task.score(rollouts.problems, rollouts.texts)
+    finally:
+        random.setstate(state)
+    return Answers(rollouts, verdicts, confidences, stated)
+
+
+def evaluate(policy: Policy, task: Task, config: Config) -> Evaluation:
+    """What the `answer`s to the held-out problems come to."""
+    return answer(policy, task, config).evaluation(config.evaluation.samples)
+
+
+def best_of(rows: list[dict[str, Any]]) -> tuple[int, float] | None:
+    """Step and Pass@1 of the best evaluation, the first of equals, among those of `evaluations.jsonl`; None without any."""
+    judged = [(row["step"], row["samples"], [c for c in row["correct"] if c is not None]) for row in rows]
+    found = [(step, sum(correct) / len(correct) / samples) for step, samples, correct in judged if correct]
+    return max(found, key=lambda one: one[1], default=None)
 
 
 def compare(before: Evaluation, after: Evaluation) -> dict[str, Any]:
-    """Pass@1 after minus before, by paired bootstrap over the problems judged both times, and what to say about it."""
+    """Pass@1 after minus before, by paired bootstrap over the problems judged both times, and what to say about it.
+
+    Without such problems it says that alone.
+    """
     pairs = [(b, a) for b, a in zip(before.correct, after.correct, strict=True) if b is not None and a is not None]
+    if not pairs:
+        return {"improved": False, "sentence": "No held-out problem could be judged both before and after."}
     was = [b / before.samples for b, _ in pairs]
     is_now = [a / after.samples for _, a in pairs]
     low, high = paired_bootstrap_interval(was, is_now)

@@ -7,6 +7,7 @@ All mathematics is `rlvr_ops`: advantages, scores, losses, Pass@k. What this loo
 process, sampling by another engine, replay of old rollouts.
 """
 
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,17 +18,22 @@ from torch import Tensor
 
 import rlvr_ops
 from rlvr_trainer import checkpoints
+from rlvr_trainer.checkpoints import Checkpoint, Place
 from rlvr_trainer.config import Config
 from rlvr_trainer.console import RunLog
-from rlvr_trainer.evaluation import evaluate
+from rlvr_trainer.evaluation import Evaluation, best_of, evaluate
 from rlvr_trainer.metrics import StepMetrics
 from rlvr_trainer.policies import Policy, load_policy
+from rlvr_trainer.printing import say
 from rlvr_trainer.prompt_limit import fit_prompts
 from rlvr_trainer.report import summarise
+from rlvr_trainer.resuming import changed_settings, refuse_others
 from rlvr_trainer.rollouts import Batch, Rollouts, collect
 from rlvr_trainer.scoring import hidden_states_of, scores_of
-from rlvr_trainer.session import Clock, asked_to_stop, claim_folder
+from rlvr_trainer.session import INITIAL_POLICY, Clock, claimed
+from rlvr_trainer.stopping import Stop, Stopped, asked_to_stop
 from rlvr_trainer.tasks import Task, make_task
+from rlvr_trainer.writing import WriteError, whole_folder, write_text
 
 
 @dataclass
@@ -40,86 +46,161 @@ class MicroBatch:
     old_per_token_logps: Tensor | None
 
 
-def train(config: Config, *, resume: bool = False, overwrite: bool = False, quiet: bool = False) -> dict[str, Any]:
+@dataclass
+class Learner:
+    """What training changes, and the reference that stays: a checkpoint holds all of it."""
+
+    policy: Policy
+    reference: Policy
+    optimizer: torch.optim.Optimizer
+    fingerprint: str  # of the task's problems
+    place: Place
+    notices: list[str]  # about the data
+
+    def save(self, config: Config, best: tuple[int, float] | None = None) -> Path:
+        """A checkpoint of the last finished step; that of the `best` step is kept too."""
+        return checkpoints.save(
+            Path(config.run.out),
+            self.place,
+            self.policy,
+            self.optimizer,
+            fingerprint=self.fingerprint,
+            keep=config.run.keep_checkpoints,
+            best=best[0] if best else None,
+        )
+
+
+def train(
+    config: Config,
+    *,
+    resume: bool = False,
+    start_from: str | None = None,
+    overwrite: bool = False,
+    quiet: bool = False,
+) -> dict[str, Any]:
     """Run `config.run.steps` steps in `config.run.out`; gives what is in its `summary.json`.
+
+    SIGINT, SIGTERM and SIGHUP end it early: it saves a checkpoint of the last finished step and gives `interrupted_at`,
+    `checkpoint` and `signal`. `resume` goes on from the last checkpoint, or from that called `start_from`.
 
     Raises:
         ConfigError: settings that cannot be used, a folder that holds a run already, or nothing to resume from.
+        WriteError: the disk is full, or a file of the run cannot be written.
         FloatingPointError: a gradient that is not finite.
+        Stopped: a signal came before training began, or a second one.
     """
     config.algorithm.probe()
     run = Path(config.run.out)
-    clock = Clock()
-    made = claim_folder(run, resume=resume, overwrite=overwrite)
+    notes = changed_settings(run, config) if resume else []
+    with claimed(run, resume=resume, overwrite=overwrite), asked_to_stop() as stop:
+        checkpoint = checkpoints.find(run, start_from) if resume else None
+        task = make_task(config.task, config.run.seed)  # before the model: bad data should not cost a minute of loading
+        try:
+            clock = Clock()
+            with stop.at_once():
+                learner = _begin(config, task, checkpoint, quiet)
+            write_text(run / "config.yaml", config.to_yaml())
+            if checkpoint is None and config.run.checkpoint_every:
+                learner.save(config)  # before anything is logged: from here on there is something to resume
+            log = RunLog(run, learner.place.step if checkpoint else None, quiet)
+            clock.lap("load")
+            log.say(
+                f"{config.policy.name} on {learner.policy.device}, {config.task.title}, {config.algorithm.title()};"
+                f" writing to {run}"
+            )
+            for notice in learner.notices:
+                log.say(notice)
+            if notes:
+                log.say(f"changed since step {learner.place.step}: {', '.join(notes)}")
+            return _learn(learner, task, config, log, stop, clock)
+        except WriteError as error:
+            last = checkpoints.list_checkpoints(run)[-1:]
+            go_on = f"go on from {last[0]} with: {_resuming(config)}" if last else "there is no checkpoint yet"
+            raise WriteError(f"{error}; {go_on}") from error
+        finally:
+            task.close()
+
+
+def _begin(config: Config, task: Task, checkpoint: Checkpoint | None, quiet: bool) -> Learner:
+    """The policy at its initial weights with its reference, then where the checkpoint has it."""
+    if checkpoint is None and config.policy.name == "tiny" and not quiet:
+        say(f"teaching tiny the format of {config.task.title}, {config.policy.warm_start_steps} updates")
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
-    task = make_task(config.task, config.run.seed)  # before the model: bad data should not cost a minute of loading
-    if config.policy.name == "tiny" and not resume and not quiet:
-        print(f"teaching tiny the format of {config.task.title}, {config.policy.warm_start_steps} updates", flush=True)
-    policy = load_policy(config, task, made)
+    policy = load_policy(config, task, Path(config.run.out) / INITIAL_POLICY)
     dropped = fit_prompts(policy, task, config)
+    if checkpoint is not None:
+        refuse_others(checkpoint, task, config)  # now that what does not fit is gone
     reference = policy.frozen()
-    trained = [parameter for parameter in policy.model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(
-        trained,
+        [parameter for parameter in policy.model.parameters() if parameter.requires_grad],
         lr=config.optim.learning_rate,
         betas=(config.optim.betas[0], config.optim.betas[1]),
         weight_decay=config.optim.weight_decay,
         fused=True,
     )
     torch.manual_seed(config.run.seed)
-    step, cursor = 0, 0
-    if resume:
-        step, cursor = checkpoints.restore(checkpoints.latest(run), model=policy.model, optimizer=optimizer)
-        policy.refresh_sampler()
-    log = RunLog(run, first_step=step, quiet=quiet)
-    (run / "config.yaml").write_text(config.to_yaml())
-    clock.lap("load")
-    log.say(
-        f"{config.policy.name} on {policy.device}, {config.task.title}, {config.algorithm.title()}; writing to {run}"
-    )
-    if dropped:
-        log.say(dropped)
+    place = Place() if checkpoint is None else checkpoints.restore(checkpoint, policy, optimizer)
+    return Learner(policy, reference, optimizer, task.fingerprint(), place, [*task.notices, *[dropped] * bool(dropped)])
+
+
+def _learn(learner: Learner, task: Task, config: Config, log: RunLog, stop: Stop, clock: Clock) -> dict[str, Any]:
+    """Steps with their evaluations and checkpoints until the last one, or until somebody asks to stop.
+
+    What `stop.at_once` holds is given up when that happens, and done again from the same state when the run goes on.
+    """
+    best = None
     try:
-        if step == 0:
-            _evaluate(policy, task, config, log, step)
-            clock.lap("evaluate")
-        with asked_to_stop() as stop:
-            while step < config.run.steps:
-                batch, cursor = collect(policy, task, cursor, config)
-                values = update(policy, reference, optimizer, batch, config, step)
-                step += 1
-                values["perf/seconds_step"] = clock.lap("train")
-                values["perf/tokens_per_second"] = values["num_tokens"] / values["perf/seconds_step"]
-                log.metrics(step, values)
-                log.progress(step, config.run.steps, values)
-                if config.run.log_completions:
-                    log.completions(step, batch)
-                if config.run.table_every and (step % config.run.table_every == 0 or step == 1):
-                    log.table(batch)
-                if step == config.run.steps or (config.evaluation.every and step % config.evaluation.every == 0):
-                    _evaluate(policy, task, config, log, step)
-                    clock.lap("evaluate")
-                every = config.run.checkpoint_every
-                if stop.is_set() or (every and (step % every == 0 or step == config.run.steps)):
-                    saved = checkpoints.save(
-                        run,
-                        step,
-                        config.run.keep_checkpoints,
-                        model=policy.model,
-                        optimizer=optimizer,
-                        cursor=cursor,
-                    )
-                    clock.lap("save")
-                    if stop.is_set() and step < config.run.steps:
-                        log.say(f"interrupted: saved {saved}; continue with: rlvr-ops train --resume {run}")
-                        return {"interrupted_at": step, "checkpoint": str(saved)}
-        policy.save(run / "model")
-        clock.lap("save")
-        return summarise(run, config, log, step, clock.total)
+        while True:
+            step = learner.place.step
+            if _evaluation_is_due(step, config) and not log.evaluated(step):
+                with stop.at_once():
+                    found = evaluate(learner.policy, task, config)
+                _log_evaluation(found, log, step)
+                clock.lap("evaluate")
+            best = _best(log, config, step)
+            if _checkpoint_is_due(step, config) or (best and best[0] == step):
+                learner.save(config, best)
+                clock.lap("save")
+            if step == config.run.steps:
+                break
+            with stop.at_once():
+                batch, cursor = collect(learner.policy, task, learner.place.cursor, config)
+            values = update(learner.policy, learner.reference, learner.optimizer, batch, config, step)
+            learner.place = Place(step + 1, cursor)
+            values["perf/seconds_step"] = clock.lap("train")
+            values["perf/tokens_per_second"] = values["num_tokens"] / values["perf/seconds_step"]
+            _log_step(values, batch, config, log, step + 1)
+    except Stopped as stopped:
+        saved = learner.save(config, best)
+        log.say(f"interrupted: saved {saved}; continue with: {_resuming(config)}")
+        return {"interrupted_at": learner.place.step, "checkpoint": str(saved), "signal": stopped.number}
     finally:
         log.close()
-        task.close()
+    with whole_folder(Path(config.run.out) / "model") as folder:
+        learner.policy.save(folder)
+    clock.lap("save")
+    return summarise(Path(config.run.out), config, log, step, clock.total, best)
+
+
+def _best(log: RunLog, config: Config, step: int) -> tuple[int, float] | None:
+    """Step and Pass@1 of the best evaluation of which there is a checkpoint, or will be in a moment."""
+    kept = {int(path.name[5:]) for path in checkpoints.list_checkpoints(Path(config.run.out))} | {step}
+    return best_of([row for row in log.evaluations if row["step"] in kept]) if config.run.keep_best else None
+
+
+def _evaluation_is_due(step: int, config: Config) -> bool:
+    every = config.evaluation.every
+    return step in (0, config.run.steps) or (every > 0 and step % every == 0)
+
+
+def _checkpoint_is_due(step: int, config: Config) -> bool:
+    every = config.run.checkpoint_every
+    return every > 0 and (step == config.run.steps or step % every == 0)
+
+
+def _resuming(config: Config) -> str:
+    return f"rlvr-ops train --resume {shlex.quote(config.run.out)}"
 
 
 def update(
@@ -187,10 +268,20 @@ def loss_of(policy: Policy, part: MicroBatch, config: Config, items: float) -> r
         return rlvr_ops.policy_loss(hidden, head, rollouts, config.objective, plan)
 
 
-def _evaluate(policy: Policy, task: Task, config: Config, log: RunLog, step: int) -> None:
-    found = evaluate(policy, task, config)
+def _log_step(values: dict[str, float], batch: Batch, config: Config, log: RunLog, step: int) -> None:
+    log.metrics(step, values)
+    log.progress(step, config.run.steps, values)
+    if config.run.log_completions:
+        log.completions(step, batch)
+    if config.run.table_every and (step % config.run.table_every == 0 or step == 1):
+        log.table(batch)
+
+
+def _log_evaluation(found: Evaluation, log: RunLog, step: int) -> None:
     log.evaluation(step, found.to_dict())
     values = found.metrics()
     log.metrics(step, values)
     shown = [f"pass@{k} {v:.3f}" for k, v in ((n[10:], values[n]) for n in values if n[10:].isdigit())]
     log.say(f"held out at step {step}:  " + "  ".join(shown))
+    if found.unjudged():
+        log.say(f"  {found.unjudged()} of {len(found.correct)} problems could not be judged and are not counted")

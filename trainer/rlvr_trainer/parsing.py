@@ -1,10 +1,14 @@
 """Nested dicts to dataclasses, every key and type checked: an error names the key, what came and what is wanted."""
 
 import difflib
+import math
+import re
 import types
 from collections.abc import Iterable
 from dataclasses import fields, is_dataclass
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+_NUMBER = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?", re.ASCII)
 
 
 class ConfigError(ValueError):
@@ -14,8 +18,9 @@ class ConfigError(ValueError):
 def nearest(name: str, known: Iterable[str]) -> str:
     """`: did you mean 'x'?` and the known names, to be appended to an error message."""
     names = sorted(known)
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    hint = f": did you mean {close[0]!r}?" if close else "."
+    by_letters = {known.lower(): known for known in names}
+    close = difflib.get_close_matches(name.lower(), by_letters, n=1, cutoff=0.5)
+    hint = f": did you mean {by_letters[close[0]]!r}?" if close else "."
     listed = ", ".join(names) if len(names) <= 20 else f"{len(names)} names"
     return f"{hint} (known: {listed})"
 
@@ -42,7 +47,11 @@ def build(kind: type, tree: dict[str, Any], prefix: str = "") -> Any:
 
 
 def convert(value: Any, kind: Any, key: str) -> Any:
-    """`value` as `kind`. YAML reads `1e-5` as text and `1` as an integer: both are taken where a float is wanted."""
+    """`value` as `kind`. An integer is taken where a float is wanted, and so is the text `1e-5`, which it is to YAML 1.1.
+
+    Raises:
+        ConfigError: another type, an unknown choice, or a number that is not finite.
+    """
     origin = get_origin(kind)
     if is_dataclass(kind) and isinstance(kind, type):
         if not isinstance(value, dict | None):
@@ -54,7 +63,7 @@ def convert(value: Any, kind: Any, key: str) -> Any:
         return convert(value, next(a for a in get_args(kind) if a is not type(None)), key)
     if origin is Literal:
         options = get_args(kind)
-        if value not in options:
+        if not any(value == option and type(value) is type(option) for option in options):
             raise ConfigError(f"unknown {key} {value!r}{nearest(str(value), options)}")
         return value
     if origin is list:
@@ -69,14 +78,37 @@ def convert(value: Any, kind: Any, key: str) -> Any:
 
 
 def _scalar(value: Any, kind: type, key: str) -> Any:
-    if kind is float and not isinstance(value, bool):
-        try:
-            return float(value)
-        except (TypeError, ValueError):
-            pass
-    elif kind is str and isinstance(value, int | float) and not isinstance(value, bool):
+    if kind is float and isinstance(value, str) and _NUMBER.fullmatch(value):
+        value = float(value)
+    if type(value) is int and kind in (int, float):
+        return kind(check_number(value, key))
+    if type(value) is kind:
+        return check_number(value, key) if kind is float else _text(value, key) if kind is str else value
+    if kind is str and type(value) is int:
         return str(value)
-    elif type(value) is kind:
-        return value
-    wanted = {int: "an integer", float: "a number", bool: "true or false", str: "text"}[kind]
-    raise ConfigError(f"{key} must be {wanted}, got {value!r} ({type(value).__name__})")
+    wanted = {int: "an integer", float: "a number", bool: "true or false", str: "text (a number in quotes)"}[kind]
+    raise ConfigError(
+        f"{key} must be {wanted}, got {'nothing' if value is None else f'{value!r} ({type(value).__name__})'}"
+    )
+
+
+def check_number(value: Any, key: str) -> Any:
+    """A number that the machine can count with: an integer of 64 bits, or a float that is neither infinite nor 0 in 32.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if isinstance(value, int):
+        if not -(2**63) <= value < 2**63:
+            raise ConfigError(f"{key} must be below 2**63, got {value}")
+    elif not math.isfinite(value):
+        raise ConfigError(f"{key} must be a finite number, got {value}")
+    elif value and not 1e-45 < abs(value) < 3.4e38:
+        raise ConfigError(f"{key} must be a number of 32 bits, between 1e-45 and 3.4e38, got {value}")
+    return value
+
+
+def _text(value: Any, key: str) -> Any:
+    if "\0" in value or any(0xD800 <= ord(character) < 0xE000 for character in value):
+        raise ConfigError(f"{key} must be text in UTF-8 without zero bytes, got {value!r}")
+    return value

@@ -17,6 +17,7 @@ from rlvr_trainer.head import Head, completion_hidden_states
 from rlvr_trainer.parsing import ConfigError, nearest
 from rlvr_trainer.prompts import PromptFormat
 from rlvr_trainer.tasks import Prompt, Task
+from rlvr_trainer.writing import whole_folder
 
 NAMED = ("tiny", "smollm2-135m")
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -33,6 +34,8 @@ class Policy:
     eos_ids: list[int]
     sampler: Any  # the copy that generates: bf16 under mixed precision, else the model itself
     prompts: PromptFormat = field(default_factory=PromptFormat)
+    dtype: torch.dtype = torch.float32  # that it came in, and is saved in
+    generation_defaults: Any = None  # those that it came with, which sampling here forgets
 
     @property
     def device(self) -> torch.device:
@@ -64,8 +67,11 @@ class Policy:
         return [self.prompts.text(self.tokenizer, prompt) for prompt in prompts]
 
     def save(self, folder: Path) -> None:
-        """Model and tokenizer in a folder that `policy.name` can point to."""
-        self.model.save_pretrained(folder)
+        """Model and tokenizer in a folder that `policy.name` can point to, with the type and the defaults it came with."""
+        alike = [model for model in (self.model, self.sampler) if model.dtype == self.dtype]
+        (alike[0] if alike else copy.deepcopy(self.model).to(self.dtype)).save_pretrained(folder)
+        if self.generation_defaults is not None:  # written without transformers' checks: what came in goes out
+            self.generation_defaults.to_json_file(folder / "generation_config.json")
         self.tokenizer.save_pretrained(folder)
 
 
@@ -83,19 +89,31 @@ def load_policy(config: Config, task: Task, made: Path | None = None) -> Policy:
     if name == "tiny" and (made is None or not made.exists()):
         model, tokenizer = _tiny(config, task)
         if made is not None:
-            model.save_pretrained(made)
-            tokenizer.save_pretrained(made)
+            with whole_folder(made) as unfinished:
+                model.save_pretrained(unfinished)
+                tokenizer.save_pretrained(unfinished)
     elif name == "smollm2-135m":
         model, tokenizer = _smollm2()
     else:
         model, tokenizer = _pretrained(str(made) if name == "tiny" else name)
     tokenizer.padding_side = "left"
     prompts.check(tokenizer)
+    generation_defaults = model.generation_config
     eos_ids = _forget_sampling_defaults(model, tokenizer)
     model.to(_device(config.policy.device)).eval()  # eval for good: dropout would make ratios of noise
     mixed = config.policy.precision == "mixed"
     sampler = copy.deepcopy(model).to(torch.bfloat16).requires_grad_(False) if mixed else model
-    return Policy(model, tokenizer, Head.of(model), mixed, eos_ids, sampler, prompts)
+    return Policy(
+        model,
+        tokenizer,
+        Head.of(model),
+        mixed,
+        eos_ids,
+        sampler,
+        prompts,
+        dtype=getattr(model, "stored_dtype", torch.float32),
+        generation_defaults=generation_defaults,
+    )
 
 
 def _tiny(config: Config, task: Task) -> tuple[Any, Any]:
@@ -137,11 +155,13 @@ def _smollm2() -> tuple[Any, Any]:
 
 
 def _pretrained(name: str) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-        return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32), tokenizer
+        model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+        model.stored_dtype = AutoConfig.from_pretrained(name).dtype or torch.float32
+        return model, tokenizer
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(f"cannot load policy.name {name!r}{nearest(name, NAMED)} {reason}") from error

@@ -1,14 +1,17 @@
 """`summary.json` and `report.png`: what a run did, in one sentence and in six plots."""
 
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import rlvr_ops
+from rlvr_trainer.checkpoints import folder_of
 from rlvr_trainer.config import Config
 from rlvr_trainer.console import EVALUATIONS, METRICS, RunLog, read_jsonl
 from rlvr_trainer.evaluation import RELIABILITY_BINS, Evaluation, compare, powers_of_two
 from rlvr_trainer.parsing import ConfigError
+from rlvr_trainer.writing import write_text, writing
 
 CURVES = [
     ("reward", "reward (training)"),
@@ -18,8 +21,18 @@ CURVES = [
 ]
 
 
-def summarise(run: Path, config: Config, log: RunLog, step: int, seconds: dict[str, float]) -> dict[str, Any]:
-    """Compare the first and the last evaluation, say so, and write `summary.json` and `report.png`."""
+def summarise(
+    run: Path,
+    config: Config,
+    log: RunLog,
+    step: int,
+    seconds: dict[str, float],
+    best: tuple[int, float] | None = None,
+) -> dict[str, Any]:
+    """Compare the first and the last evaluation, say so, and write `summary.json` and `report.png`.
+
+    `best` is the step and the Pass@1 of the checkpoint that was kept for it.
+    """
     before, after = (_evaluation(log.evaluations[i]) for i in (0, -1))
     summary = {
         "model": config.policy.name,
@@ -28,13 +41,18 @@ def summarise(run: Path, config: Config, log: RunLog, step: int, seconds: dict[s
         "seed": config.run.seed,
         "steps": step,
         **compare(before, after),
+        **({"best": {"step": best[0], "pass@1": best[1], "checkpoint": str(folder_of(run, best[0]))}} if best else {}),
         "before": before.metrics(),
         "after": after.metrics(),
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
     }
-    (run / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    if step == 0:
+        summary["sentence"] = "No step was taken: there is nothing to compare the first evaluation with."
+    write_text(run / "summary.json", json.dumps(summary, indent=2) + "\n")
     picture = plot(run)
     log.say(f"report: {picture}, model: {run / 'model'}")
+    if best:
+        log.say(f"best held-out pass@1: {best[1]:.3f} at step {best[0]}, kept in {folder_of(run, best[0])}")
     log.say(summary["sentence"])
     return summary
 
@@ -65,7 +83,8 @@ def plot(run: Path) -> Path:
     _reliability(axes["f"], chosen)
     _sentence(axes["g"], run)
     path = run / "report.png"
-    figure.savefig(path, dpi=110)
+    with writing(path):
+        figure.savefig(path, dpi=110)
     plt.close(figure)
     return path
 
@@ -73,6 +92,8 @@ def plot(run: Path) -> Path:
 def _pass_at_k(axis: Any, chosen: list[dict[str, Any]]) -> None:
     for name, row in zip(("before", "after"), chosen, strict=False):
         found = _evaluation(row)
+        if not found.per_problem(1):
+            continue
         ks = powers_of_two(found.samples)
         means, lows, highs = zip(*(found.pass_at(k) for k in ks), strict=True)
         axis.plot(ks, means, marker="o", label=f"{name} (step {row['step']})")
@@ -80,7 +101,7 @@ def _pass_at_k(axis: Any, chosen: list[dict[str, Any]]) -> None:
     axis.set(title="held-out Pass@k, 95 % interval over problems", xlabel="k", ylim=(0, 1))
     axis.set_xscale("log", base=2)
     axis.grid(alpha=0.3)
-    if chosen:
+    if axis.get_legend_handles_labels()[1]:
         axis.legend()
 
 
@@ -119,4 +140,5 @@ def _sentence(axis: Any, run: Path) -> None:
 
 
 def _evaluation(row: dict[str, Any]) -> Evaluation:
-    return Evaluation(**{key: value for key, value in row.items() if key != "step"})
+    known = {field.name for field in fields(Evaluation)}
+    return Evaluation(**{"reasons": {}, **{key: value for key, value in row.items() if key in known}})

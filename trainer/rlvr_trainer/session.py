@@ -1,39 +1,83 @@
-"""The run around the loop: its folder, its clock, and Ctrl-C."""
+"""The run around the loop: its folder, which one process at a time may write to, and its clock."""
 
-import shutil
-import signal
-import threading
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rlvr_trainer import checkpoints
+from rlvr_trainer.checkpoints import CHECKPOINTS
 from rlvr_trainer.console import METRICS
 from rlvr_trainer.parsing import ConfigError
+from rlvr_trainer.writing import UNFINISHED, remove
+
+fcntl: Any
+try:
+    import fcntl
+except ImportError:  # Windows: nothing keeps two runs apart
+    fcntl = None
 
 INITIAL_POLICY = "initial_policy"  # a policy made on the spot is kept here, the reference of a resumed run
+LOCK = ".lock"
+RESULTS = ("model", "eval", "summary.json", "report.png")  # of a run that came to its end
 
 
-def claim_folder(run: Path, *, resume: bool, overwrite: bool) -> Path:
-    """Make sure that `run` may be written to, and give the folder of its initial policy.
+@contextmanager
+def claimed(run: Path, *, resume: bool, overwrite: bool) -> Iterator[None]:
+    """The folder of a run, for this process alone. A new run finds it without an earlier one's policy and checkpoints.
 
     Raises:
-        ConfigError: nothing to resume from, a run that neither `resume` nor `overwrite` speaks of, or a folder with
-            other things in it.
+        ConfigError: the folder cannot be written, another process is writing to it, it holds a run that neither `resume`
+            nor `overwrite` speaks of, or no run but other things.
     """
-    if resume:
-        checkpoints.latest(run)
-        return run / INITIAL_POLICY
-    foreign = [path.name for path in run.iterdir() if path.name != INITIAL_POLICY] if run.is_dir() else []
+    _refuse_foreign(run)
+    with _locked(run):
+        if not resume:
+            earlier = (run / METRICS).exists()
+            if earlier and not overwrite:
+                raise ConfigError(
+                    f"{run} holds a run already: continue it with --resume {run}, or choose another run.out"
+                )
+            for name in (CHECKPOINTS, INITIAL_POLICY, *(RESULTS if earlier else ())):
+                remove(run / name)
+        yield
+
+
+def _refuse_foreign(run: Path) -> None:
+    try:
+        names = [path.name for path in run.iterdir()] if run.is_dir() else []
+    except OSError as error:
+        raise ConfigError(f"run.out={run} cannot be read: {error.strerror}") from error
+    foreign = [name for name in names if name not in (INITIAL_POLICY, LOCK) and UNFINISHED not in name]
     if foreign and not (run / "config.yaml").is_file():
         raise ConfigError(f"{run} is not empty and holds no run ({foreign[0]}, ...): choose another run.out")
-    if (run / METRICS).exists() and not overwrite:
-        raise ConfigError(f"{run} holds a run already: continue it with --resume {run}, or choose another run.out")
-    shutil.rmtree(run / INITIAL_POLICY, ignore_errors=True)
-    shutil.rmtree(run / "checkpoints", ignore_errors=True)
-    return run / INITIAL_POLICY
+
+
+@contextmanager
+def _locked(run: Path) -> Iterator[None]:
+    """A lock that the system gives back when the process ends, however it ends."""
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        file = open(run / LOCK, "a+", encoding="utf-8")  # noqa: SIM115  open as long as the run
+    except OSError as error:
+        raise ConfigError(f"run.out={run} cannot be written: {error.strerror}") from error
+    with file:
+        if fcntl is not None:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                file.seek(0)
+                raise ConfigError(
+                    f"{run} is being written to by another run, process {file.read().strip() or 'unknown'}:"
+                    " wait for it, or choose another run.out"
+                ) from error
+            except OSError:
+                pass  # a file system without locks
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        yield
 
 
 class Clock:
@@ -49,24 +93,3 @@ class Clock:
         spent, self._last = now - self._last, now
         self.total[name] = self.total.get(name, 0.0) + spent
         return spent
-
-
-@contextmanager
-def asked_to_stop() -> Iterator[threading.Event]:
-    """An event that the first Ctrl-C sets, so that the step can finish and be saved; the second one interrupts."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    previous = signal.getsignal(signal.SIGINT)
-
-    def handle(number: int, frame: Any) -> None:
-        stop.set()
-        signal.signal(signal.SIGINT, previous)
-        print("\nfinishing this step, then saving (Ctrl-C again: stop now, nothing saved)", flush=True)
-
-    signal.signal(signal.SIGINT, handle)
-    try:
-        yield stop
-    finally:
-        signal.signal(signal.SIGINT, previous)
