@@ -7,6 +7,7 @@ import torch
 from rlvr_trainer import checkpoints, loop
 from rlvr_trainer.config import PRESETS
 from rlvr_trainer.console import read_jsonl
+from rlvr_trainer.judging.verdict import TIME, Verdict
 from rlvr_trainer.metrics import StepMetrics
 from rlvr_trainer.parsing import ConfigError
 from rlvr_trainer.policies import load_policy
@@ -223,3 +224,19 @@ def test_a_folder_of_other_things_is_left_alone(small, tmp_path):
 
 def test_a_policy_made_on_the_spot_begins_without_a_gradient(untrained):
     assert all(parameter.grad is None for parameter in untrained.model.parameters())
+
+
+def test_an_evaluation_says_how_many_problems_could_not_be_judged(small, digits, monkeypatch, capsys):
+    monkeypatch.setattr(loop, "make_task", lambda *_: digits(broken=("held out 1",)))
+    loop.train(small("run.steps=0", "policy.warm_start_steps=0"))
+    assert "1 of 4 problems could not be judged and are not counted" in capsys.readouterr().out
+
+
+def test_one_odd_answer_costs_nobody_else_of_its_group(small, digits, monkeypatch, untrained):
+    task = digits()
+    own = task.score
+    monkeypatch.setattr(task, "score", lambda *pair: [Verdict(0.0, TIME), *own(*pair)[1:]])
+    batch, _ = collect(untrained, task, 0, small())
+    assert batch.metrics["sampling/groups_kept"] == 3
+    assert batch.metrics["judge/time_limit"] == 1
+    assert batch.rewards[0] == 0.0

@@ -31,7 +31,7 @@ CALLS = {
     "read": (0, 63), "write": (1, 64), "readv": (19, 65), "writev": (20, 66), "close": (3, 57), "fstat": (5, 80),
     "lseek": (8, 62), "pread64": (17, 67), "mmap": (9, 222), "mprotect": (10, 226), "munmap": (11, 215),
     "mremap": (25, 216), "madvise": (28, 233), "brk": (12, 214), "rt_sigaction": (13, 134), "rt_sigprocmask": (14, 135),
-    "rt_sigreturn": (15, 139), "sigaltstack": (131, 132), "ioctl": (16, 29), "fcntl": (72, 25), "dup": (32, 23),
+    "rt_sigreturn": (15, 139), "sigaltstack": (131, 132), "fcntl": (72, 25), "dup": (32, 23),
     "stat": (4, -1), "lstat": (6, -1), "newfstatat": (262, 79), "statx": (332, 291), "access": (21, -1),
     "faccessat": (269, 48), "faccessat2": (439, 439), "getdents64": (217, 61), "readlink": (89, -1),
     "readlinkat": (267, 78), "getcwd": (79, 17), "futex": (202, 98), "sched_yield": (24, 124), "getpid": (39, 172),
