@@ -62,6 +62,20 @@ def test_a_worker_that_dies_for_another_reason_costs_no_answer(two, monkeypatch)
     assert two(answers([(["7"], "7")] * 3)) == [Verdict(1.0, "right", "7", "7")] * 3
 
 
+def test_a_worker_lives_on_beside_a_trainer_that_holds_much_memory():
+    held = bytearray(3 * 2**30)
+    held[:: 2**12] = b"x" * len(held[:: 2**12])  # every page
+    one = Workers(1)
+    try:
+        one(answers([(["7"], "7")]))
+        first = one._all[0]._process.pid
+        one(answers([(["7"], "7")] * 5))
+        assert one._all[0]._process.pid == first
+    finally:
+        one.close()
+        del held
+
+
 def test_what_answers_leave_in_memory_does_not_stay():
     one = Workers(1)
     try:
