@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from rlvr_trainer.console import read_jsonl
 from rlvr_trainer.evaluation import best_of
 from rlvr_trainer.parsing import ConfigError
 from rlvr_trainer.policies import load_policy
+from rlvr_trainer.stopping import Stopped
 
 
 def optimizer_of(policy):
@@ -222,6 +224,24 @@ def test_the_best_checkpoint_is_kept_and_named(small, tmp_path, monkeypatch, cap
     assert summary["best"] == {"step": 1, "pass@1": 0.75, "checkpoint": str(best)}
     assert names(tmp_path / "run") == ["step-000001", "step-000004"]
     assert f"best held-out pass@1: 0.750 at step 1, kept in {best}" in capsys.readouterr().out
+
+
+def test_the_best_survives_being_interrupted_twice_in_the_same_evaluation(small, tmp_path, monkeypatch):
+    own, rights = loop.evaluate, iter([[1, 1, 1, 1], [2, 2, 1, 1], [0, 0, 0, 0]])
+
+    def staged(*arguments):
+        correct = next(rights, None)
+        if correct is None:
+            raise Stopped(signal.SIGINT)
+        found = own(*arguments)
+        found.correct = correct
+        return found
+
+    monkeypatch.setattr(loop, "evaluate", staged)
+    config = small("run.keep_best=true", "evaluation.every=1", "run.steps=4", "run.keep_checkpoints=1")
+    for resume in (False, True, True):
+        assert loop.train(config, resume=resume, quiet=True)["interrupted_at"] == 3
+        assert names(tmp_path / "run") == ["step-000001", "step-000003"]
 
 
 def test_the_best_is_kept_without_other_checkpoints(small, tmp_path):

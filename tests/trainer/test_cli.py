@@ -167,7 +167,8 @@ def test_the_doctor_finds_nothing_wrong_here(capsys, tmp_path):
         "torch 2.",
         "transformers 5.",
         "gguf",
-        "for tasks from a file",
+        "for judging mathematics",
+        "a worker judges an answer",
         "Triton",
         " on cpu",
         "GiB of",
@@ -232,6 +233,8 @@ def test_every_folder_with_a_model_can_be_evaluated(four, capsys, tmp_path, monk
         rows = read_jsonl(out / "completions.jsonl")
         assert len(rows) == 8
         assert set(rows[0]) == {
+            "where",
+            "task",
             "prompt",
             "answer",
             "completion",
@@ -242,6 +245,29 @@ def test_every_folder_with_a_model_can_be_evaluated(four, capsys, tmp_path, monk
             "confidence",
         }
         assert sum(row["score"] == 1 for row in rows) / 8 == values["eval/pass@1"]
+
+
+def test_a_folder_that_is_not_there_is_not_replaced_by_the_settings_own_policy(four, capsys):
+    run, _ = four
+    assert main(["eval", "nowhere/model", "--config", str(run / "config.yaml")]) == 2
+    assert "cannot load policy.name 'nowhere/model'" in capsys.readouterr().err
+
+
+def test_settings_alone_can_be_evaluated(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settings = ["policy.warm_start_steps=0", "task.held_out=2", "evaluation.samples=2", "run.threads=1"]
+    assert main(["eval", "rollout.max_new_tokens=2", *settings]) == 0
+    assert json.loads(capsys.readouterr().out)["model"] == "tiny"
+
+
+def test_a_model_that_is_cut_short_is_one_line(four, capsys, tmp_path):
+    run, _ = four
+    weights = run / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    assert main(["eval", str(run)]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"rlvr-ops: cannot load policy.name '{run}/model'")
+    assert said.count("\n") == 1
 
 
 def test_a_run_that_did_not_finish_is_evaluated_at_its_last_checkpoint(four, capsys):

@@ -180,7 +180,7 @@ def test_a_run_leaves_everything_a_report_needs(small, tmp_path):
 def test_a_folder_that_holds_a_run_is_not_overwritten(small):
     config = small("run.steps=0")
     loop.train(config, quiet=True)
-    with pytest.raises(ConfigError, match="holds a run already: continue it with --resume"):
+    with pytest.raises(ConfigError, match=r"holds a run already: choose another run\.out"):
         loop.train(config, quiet=True)
     loop.train(config, overwrite=True, quiet=True)
 

@@ -94,6 +94,8 @@ def test_a_part_whose_problems_are_all_held_out_elsewhere_is_refused(files):
 
 def test_two_parts_of_one_name_are_told_apart(files):
     assert mixture(files, ("a", {}), ("b", {}), ("a", {"held_out": 0})).names == ["a", "b", "a-2"]
+    (files / "a-2.jsonl").write_text((files / "b.jsonl").read_text())
+    assert mixture(files, ("a-2", {}), ("a", {}), ("a", {"held_out": 0})).names == ["a-2", "a", "a-3"]
 
 
 def test_every_part_is_judged_by_its_own_judge(files):

@@ -125,12 +125,18 @@ def test_an_endless_stream_passes_overlong_prompts_over_and_counts_them(small, d
     assert [p.text for p in following.rollouts.problems] == [p.text for p in again.rollouts.problems]
 
 
-def test_an_overlong_prompt_met_while_sampling_is_refused_where_that_is_asked(small, digits, untrained):
-    config = small("rollout.max_prompt_tokens=1")  # "problem 0" has two: what all prompts begin with is one
-    with pytest.raises(ConfigError, match=r"3 prompts are longer than 1 tokens.*: 'problem 0', 'problem 1'"):
-        collect(untrained, digits(), 0, config)
+def test_an_overlong_prompt_met_while_sampling_ends_no_run(small, digits, untrained):
+    long = digits()
+    own = long.problems
+    long.problems = lambda cursor, count: (
+        [Problem("9" * 40 if i % 2 else "9", "a digit") for i in range(cursor, cursor + count)],
+        own(cursor, count)[1],
+    )
+    batch, cursor = collect(untrained, long, 0, small("rollout.max_prompt_tokens=20"))
+    assert batch.metrics["sampling/prompts_dropped"] == 2
+    assert cursor == 5
     with pytest.raises(ConfigError, match="hardly a prompt fits: 10"):
-        collect(untrained, digits(), 0, small("rollout.max_prompt_tokens=1", "task.on_overlong=drop"))
+        collect(untrained, digits(), 0, small("rollout.max_prompt_tokens=1"))
 
 
 def test_training_refuses_before_it_samples_and_drops_with_a_word(asked, tmp_path, capsys, monkeypatch):

@@ -61,13 +61,62 @@ def test_a_resume_while_the_run_still_goes_is_refused(four):
         loop.train(config(), resume=True, quiet=True)
 
 
-def test_a_run_that_is_overwritten_leaves_nothing_of_itself(four, monkeypatch):
+def test_a_run_is_overwritten_only_by_one_that_begins(four, monkeypatch):
     run, config = four
     (run / "eval").mkdir()
-    monkeypatch.setattr(loop, "load_policy", lambda *_: (_ for _ in ()).throw(ConfigError("stopped here")))
-    with pytest.raises(ConfigError, match="stopped here"):
-        loop.train(config(), overwrite=True, quiet=True)
-    assert not {"model", "eval", "summary.json", "report.png", "checkpoints"} & {path.name for path in run.iterdir()}
+    before = {path.name for path in run.iterdir()}
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "load_policy", lambda *_: (_ for _ in ()).throw(ConfigError("stopped here")))
+        with pytest.raises(ConfigError, match="stopped here"):
+            loop.train(config(), overwrite=True, quiet=True)
+    assert {path.name for path in run.iterdir()} == before
+    loop.train(config("run.steps=0", "run.checkpoint_every=0"), overwrite=True, quiet=True)
+    assert not {"eval", "checkpoints"} & {path.name for path in run.iterdir()}
+    assert len(read_jsonl(run / "evaluations.jsonl")) == 1
+
+
+def test_a_folder_that_holds_no_run_of_ours_keeps_what_is_in_it(small, tmp_path):
+    run = tmp_path / "run"
+    (run / "checkpoints" / "precious").mkdir(parents=True)
+    (run / "config.yaml").write_text("mine: 1")
+    with pytest.raises(ConfigError, match=r"is not empty and holds no run \(checkpoints, \.\.\.\)"):
+        loop.train(small("run.steps=0"), quiet=True)
+    assert (run / "checkpoints" / "precious").is_dir()
+    assert (run / "config.yaml").read_text() == "mine: 1"
+
+
+def test_a_finished_run_that_goes_on_has_no_old_model_to_be_mistaken_for_its_own(four, monkeypatch):
+    run, config = four
+    monkeypatch.setattr(loop, "update", lambda *_: (_ for _ in ()).throw(FloatingPointError("stopped here")))
+    with pytest.raises(FloatingPointError, match="stopped here"):
+        loop.train(config("run.steps=6"), resume=True, quiet=True)
+    assert not {"model", "summary.json", "report.png"} & {path.name for path in run.iterdir()}
+
+
+def test_a_run_that_fails_while_it_samples_saves_its_steps(four, monkeypatch, capsys):
+    run, config = four
+    own, calls = loop.collect, iter([False, True])
+    monkeypatch.setattr(loop, "collect", lambda *a: own(*a) if not next(calls) else 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        loop.train(config("run.steps=6", "run.checkpoint_every=0"), resume=True)
+    assert checkpoints.list_checkpoints(run)[-1] == checkpoints.folder_of(run, 5)
+    assert f"failed after step 5: saved {checkpoints.folder_of(run, 5)}" in capsys.readouterr().out
+    monkeypatch.setattr(loop, "collect", own)
+    assert loop.train(config("run.steps=6", "run.checkpoint_every=0"), resume=True, quiet=True)["steps"] == 6
+
+
+def test_a_run_without_a_checkpoint_is_not_said_to_be_continued(small):
+    loop.train(small("run.steps=0"), quiet=True)
+    with pytest.raises(ConfigError, match=r"run holds a run already: choose another run\.out"):
+        loop.train(small("run.steps=0"), quiet=True)
+
+
+def test_a_judge_that_cannot_be_started_is_one_line(tmp_path, capsys, monkeypatch):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "answer": "x^2"}\n{"prompt": "b", "answer": "x^3"}')
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    out = ["--out", str(tmp_path / "run")]
+    assert main(["train", f"task.name={tmp_path / 'rows.jsonl'}", "task.held_out=1", *out]) == 1
+    assert capsys.readouterr().err.startswith("rlvr-ops: no judge could be started: run /bin/false")
 
 
 def test_what_a_kill_left_half_written_does_not_stand_in_the_way(small, tmp_path):
@@ -144,6 +193,12 @@ def test_a_disk_that_is_full_from_the_start_is_one_line(tmp_path, capsys):
     assert f"rlvr-ops: cannot write {tmp_path}/initial_policy: " in said
     assert "File too large" in said
     assert said.endswith("; there is no checkpoint yet")
+
+
+def test_a_disk_without_room_for_a_byte_is_one_line(tmp_path, capsys):
+    with room_for(0):
+        assert main(["demo", "--model", "tiny", "--out", str(tmp_path / "run"), "policy.warm_start_steps=0"]) == 1
+    assert capsys.readouterr().err == f"rlvr-ops: cannot write {tmp_path}/run/.lock: File too large\n"
 
 
 def test_a_file_that_was_not_finished_replaces_nothing(tmp_path):

@@ -91,11 +91,22 @@ def usable(value, kind):
         return value in get_args(kind) and isinstance(value, str)
     if get_origin(kind) is list:
         return isinstance(value, list) and all(usable(item, get_args(kind)[0]) for item in value)
+    if get_origin(kind) is dict:
+        return isinstance(value, dict) and plain(value)
     if kind is float:
         return type(value) is float and math.isfinite(value) and (value == 0 or 1e-45 < abs(value) < 3.4e38)
     if kind is int:
         return type(value) is int and 0 <= value < 2**63
     return type(value) is (get_origin(kind) or kind)
+
+
+def plain(value):
+    """Whether a value of no certain type has names as keys and finite numbers."""
+    if isinstance(value, dict):
+        return all(isinstance(name, str) and plain(item) for name, item in value.items())
+    if isinstance(value, list):
+        return all(map(plain, value))
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def taken_or_refused(key, read):

@@ -149,8 +149,8 @@ def restore(checkpoint: Checkpoint, policy: Policy, optimizer: torch.optim.Optim
 def set_random_state(state: dict[str, Any]) -> None:
     """Go on drawing where `random_state` was taken."""
     torch.set_rng_state(state["torch"])
-    if torch.cuda.is_available() and state["devices"]:
-        torch.cuda.set_rng_state_all(state["devices"])
+    if torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["devices"][: torch.cuda.device_count()])  # there may be fewer now
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
 

@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
-from rlvr_trainer.judging import command
+from rlvr_trainer.judging import WorkerError, command
 from rlvr_trainer.parsing import ConfigError, nearest
 from rlvr_trainer.printing import mute
 from rlvr_trainer.stopping import Signalled
@@ -32,8 +32,8 @@ BROKEN_PIPE = 141  # as a shell says of what SIGPIPE ended
 def main(arguments: list[str] | None = None) -> int:
     """Run one command and give its exit code.
 
-    0 if it went well, 1 if it failed or the disk is full, 2 for settings that cannot be used, 130, 143 or 129 if Ctrl-C,
-    SIGTERM or SIGHUP ended it, 141 if nobody reads what it prints.
+    0 if it went well, 1 if it failed, diverged or found no room on the disk, 2 for settings that cannot be used, 130, 143 or
+    129 if Ctrl-C, SIGTERM or SIGHUP ended it, 141 if nobody reads what it prints.
     """
     _print_in_any_encoding()
     _be_quiet_if_no_terminal()
@@ -42,9 +42,9 @@ def main(arguments: list[str] | None = None) -> int:
         code: int = parsed.command(parsed)
         sys.stdout.flush()
         return code
-    except (ConfigError, FloatingPointError) as error:
+    except ConfigError as error:
         return _fail(str(error), 2)
-    except WriteError as error:
+    except (WriteError, WorkerError, FloatingPointError) as error:
         return _fail(str(error), 1)
     except ModuleNotFoundError as error:
         if error.name not in NEEDED:

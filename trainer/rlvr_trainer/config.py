@@ -136,10 +136,14 @@ class Config:
         for key, text in {
             "task.name": self.task.name,
             "policy.name": self.policy.name,
+            "policy.device": self.policy.device,
+            "task.split": self.task.split,
             "run.out": self.run.out,
         }.items():
             if not text.strip():
                 raise ConfigError(f"{key} must not be empty")
+            if text != text.strip():
+                raise ConfigError(f"{key} begins or ends with a space: {text!r}")
         positive = {
             "rollout.prompts": self.rollout.prompts,
             "rollout.max_new_tokens": self.rollout.max_new_tokens,
@@ -187,6 +191,10 @@ class Config:
             raise ConfigError("task.mixture: no part has held_out > 0, so nothing could be evaluated")
         if "" in self.rollout.stop:
             raise ConfigError("rollout.stop holds an empty text, which would end every completion at once")
+        if any("\\n" in text for text in self.rollout.stop):
+            raise ConfigError(
+                r"rollout.stop: \n is two characters here; a new line is in double quotes: rollout.stop=[\"\n\"]"
+            )
         if self.run.keep_best and not self.evaluation.every:
             raise ConfigError("run.keep_best needs evaluation.every: only what was evaluated can be the best")
         if len(self.optim.betas) != 2 or not all(0 <= beta < 1 for beta in self.optim.betas):

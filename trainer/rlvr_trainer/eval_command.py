@@ -31,7 +31,10 @@ def evaluate_path(
     settings = _settings(path, model, run, overrides, config)
     name = Path(settings.policy.name).name if model is None else model.resolve().name
     answers = _answers(settings)
-    values = answers.evaluation(settings.evaluation.samples).metrics()
+    evaluation = answers.evaluation(settings.evaluation.samples)
+    values = evaluation.metrics()
+    if evaluation.unjudged():
+        print(evaluation.unjudged_sentence(), file=sys.stderr)
     found = {"model": settings.policy.name, "task": settings.task.title, **values}
     folder = out or (run or Path()) / "eval" / name
     with writing(folder):
@@ -61,8 +64,10 @@ def _model_and_run(path: Path) -> tuple[Path | None, Path | None]:
 
 
 def _settings(path: str, model: Path | None, run: Path | None, overrides: list[str], config: str | None) -> Config:
+    if model is None and config is None:
+        return load(None, [path, *overrides]) if "=" in path else load(path, overrides)
     if model is None:
-        return load(path if config is None else config, overrides)
+        return load(config, [f"policy.name={path}", *overrides])
     source = config or (run and run / "config.yaml")
     if source is None and not any(text.startswith("task.") for text in overrides):
         raise ConfigError(f"{path} belongs to no run: say what to evaluate it on, with task.name=... or --config")
@@ -75,8 +80,9 @@ def _answers(config: Config) -> Answers:
         with cpu_threads(config.run.threads):
             policy = load_policy(config, task)
             dropped = fit_prompts(policy, task, config)
-            for notice in (*task.notices, *[dropped] * bool(dropped)):
-                print(notice, file=sys.stderr)
+            for notice in (*task.notices, dropped):
+                if notice:
+                    print(notice, file=sys.stderr)
             return answer(policy, task, config)
     finally:
         task.close()

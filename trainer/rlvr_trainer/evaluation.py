@@ -42,6 +42,10 @@ class Evaluation:
         """Problems that could not be judged."""
         return sum(count is None for count in self.correct)
 
+    def unjudged_sentence(self) -> str:
+        """What a person should know about them."""
+        return f"{self.unjudged()} of {len(self.correct)} problems could not be judged and are not counted"
+
     def per_problem(self, k: int) -> list[float]:
         """Pass@k of each problem that could be judged."""
         return [rlvr_ops.pass_at_k(self.samples, c, k) for c in self.correct if c is not None]
@@ -122,7 +126,15 @@ class Answers:
         """A row for each completion, for JSON Lines."""
         together = zip(self.rollouts.problems, self.rollouts.texts, self.verdicts, self.confidences, strict=True)
         return [
-            {"prompt": p.text, "answer": p.answer, "completion": text, **asdict(verdict), "confidence": round(q, 6)}
+            {
+                "where": p.where,
+                "task": p.task,
+                "prompt": p.text,
+                "answer": p.answer,
+                "completion": text,
+                **asdict(verdict),
+                "confidence": round(q, 6),
+            }
             for p, text, verdict, q in together
         ]
 

@@ -27,11 +27,7 @@ class FileTask:
         self.config, self.seed = config, seed
         self._workers = workers or Workers.of(config)
         self.notices: list[str] = []
-        try:
-            everything, self.held_out = self._read()
-        except ConfigError:
-            self.close()
-            raise
+        everything, self.held_out = self._read()
         held_out_prompts = {problem.prompt for problem in self.held_out}
         self._training = [problem for problem in everything if problem.prompt not in held_out_prompts]
         if not self._training:
@@ -57,7 +53,8 @@ class FileTask:
 
     def _readable(self, config: TaskConfig, setting: str = "task.name") -> list[Problem]:
         problems, said = readable(list(dict.fromkeys(read_problems(config, setting))), self._workers, config)
-        self.notices += [said] * bool(said)
+        if said:
+            self.notices.append(said)
         return problems
 
     def problems(self, cursor: int, count: int) -> tuple[list[Problem], int]:

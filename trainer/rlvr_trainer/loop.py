@@ -30,7 +30,7 @@ from rlvr_trainer.report import summarise
 from rlvr_trainer.resuming import changed_settings, refuse_others
 from rlvr_trainer.rollouts import Batch, Rollouts, collect
 from rlvr_trainer.scoring import hidden_states_of, scores_of
-from rlvr_trainer.session import INITIAL_POLICY, Clock, claimed
+from rlvr_trainer.session import INITIAL_POLICY, Clock, claimed, drop_results, start_anew
 from rlvr_trainer.stopping import Stop, Stopped, asked_to_stop
 from rlvr_trainer.tasks import Task, make_task
 from rlvr_trainer.writing import WriteError, whole_folder, write_text
@@ -56,6 +56,7 @@ class Learner:
     fingerprint: str  # of the task's problems
     place: Place
     notices: list[str]  # about the data
+    whole: bool = True  # not in the middle of an update
 
     def save(self, config: Config, best: tuple[int, float] | None = None) -> Path:
         """A checkpoint of the last finished step; that of the `best` step is kept too."""
@@ -94,10 +95,10 @@ def train(
     notes = changed_settings(run, config) if resume else []
     with claimed(run, resume=resume, overwrite=overwrite), asked_to_stop() as stop:
         checkpoint = checkpoints.find(run, start_from) if resume else None
-        task = make_task(config.task, config.run.seed)  # before the model: bad data should not cost a minute of loading
+        clock, task = Clock(), None
         try:
-            clock = Clock()
             with stop.at_once():
+                task = make_task(config.task, config.run.seed)  # before the model: bad data should not cost its loading
                 learner = _begin(config, task, checkpoint, quiet)
             write_text(run / "config.yaml", config.to_yaml())
             if checkpoint is None and config.run.checkpoint_every:
@@ -118,7 +119,8 @@ def train(
             go_on = f"go on from {last[0]} with: {_resuming(config)}" if last else "there is no checkpoint yet"
             raise WriteError(f"{error}; {go_on}") from error
         finally:
-            task.close()
+            if task is not None:
+                task.close()
 
 
 def _begin(config: Config, task: Task, checkpoint: Checkpoint | None, quiet: bool) -> Learner:
@@ -127,10 +129,18 @@ def _begin(config: Config, task: Task, checkpoint: Checkpoint | None, quiet: boo
         say(f"teaching tiny the format of {config.task.title}, {config.policy.warm_start_steps} updates")
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
-    policy = load_policy(config, task, Path(config.run.out) / INITIAL_POLICY)
-    dropped = fit_prompts(policy, task, config)
+    run = Path(config.run.out)
+    policy = load_policy(config, task, None if checkpoint is None else run / INITIAL_POLICY)
+    notices = [*task.notices]
+    if dropped := fit_prompts(policy, task, config):
+        notices.append(dropped)
     if checkpoint is not None:
         refuse_others(checkpoint, task, config)  # now that what does not fit is gone
+    else:
+        start_anew(run)
+        if config.policy.name == "tiny":
+            with whole_folder(run / INITIAL_POLICY) as folder:
+                policy.save(folder)
     reference = policy.frozen()
     optimizer = torch.optim.AdamW(
         [parameter for parameter in policy.model.parameters() if parameter.requires_grad],
@@ -141,7 +151,7 @@ def _begin(config: Config, task: Task, checkpoint: Checkpoint | None, quiet: boo
     )
     torch.manual_seed(config.run.seed)
     place = Place() if checkpoint is None else checkpoints.restore(checkpoint, policy, optimizer)
-    return Learner(policy, reference, optimizer, task.fingerprint(), place, [*task.notices, *[dropped] * bool(dropped)])
+    return Learner(policy, reference, optimizer, task.fingerprint(), place, notices)
 
 
 def _learn(learner: Learner, task: Task, config: Config, log: RunLog, stop: Stop, clock: Clock) -> dict[str, Any]:
@@ -149,7 +159,7 @@ def _learn(learner: Learner, task: Task, config: Config, log: RunLog, stop: Stop
 
     What `stop.at_once` holds is given up when that happens, and done again from the same state when the run goes on.
     """
-    best = None
+    run, best = Path(config.run.out), _best(log, config, learner.place.step)
     try:
         while True:
             step = learner.place.step
@@ -166,8 +176,10 @@ def _learn(learner: Learner, task: Task, config: Config, log: RunLog, stop: Stop
                 break
             with stop.at_once():
                 batch, cursor = collect(learner.policy, task, learner.place.cursor, config)
+            drop_results(run)  # of a run that had come to its end: they would be taken for those of this one
+            learner.whole = False
             values = update(learner.policy, learner.reference, learner.optimizer, batch, config, step)
-            learner.place = Place(step + 1, cursor)
+            learner.place, learner.whole = Place(step + 1, cursor), True
             values["perf/seconds_step"] = clock.lap("train")
             values["perf/tokens_per_second"] = values["num_tokens"] / values["perf/seconds_step"]
             _log_step(values, batch, config, log, step + 1)
@@ -175,12 +187,19 @@ def _learn(learner: Learner, task: Task, config: Config, log: RunLog, stop: Stop
         saved = learner.save(config, best)
         log.say(f"interrupted: saved {saved}; continue with: {_resuming(config)}")
         return {"interrupted_at": learner.place.step, "checkpoint": str(saved), "signal": stopped.number}
+    except WriteError:
+        raise
+    except Exception:
+        if learner.whole:
+            saved = learner.save(config, best)
+            log.say(f"failed after step {learner.place.step}: saved {saved}; continue with: {_resuming(config)}")
+        raise
     finally:
         log.close()
-    with whole_folder(Path(config.run.out) / "model") as folder:
+    with whole_folder(run / "model") as folder:
         learner.policy.save(folder)
     clock.lap("save")
-    return summarise(Path(config.run.out), config, log, step, clock.total, best)
+    return summarise(run, config, log, step, clock.total, best)
 
 
 def _best(log: RunLog, config: Config, step: int) -> tuple[int, float] | None:
@@ -230,7 +249,7 @@ def update(
         trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         norm = float(torch.nn.utils.clip_grad_norm_(trained, config.optim.max_grad_norm))
         if not norm < float("inf"):
-            raise FloatingPointError(f"the gradient norm of step {step + 1} is {norm}: no update was made")
+            raise FloatingPointError(f"the gradient norm of step {step + 1} is {norm}: this update was not made")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     policy.refresh_sampler()
@@ -284,4 +303,4 @@ def _log_evaluation(found: Evaluation, log: RunLog, step: int) -> None:
     shown = [f"pass@{k} {v:.3f}" for k, v in ((n[10:], values[n]) for n in values if n[10:].isdigit())]
     log.say(f"held out at step {step}:  " + "  ".join(shown))
     if found.unjudged():
-        log.say(f"  {found.unjudged()} of {len(found.correct)} problems could not be judged and are not counted")
+        log.say(f"  {found.unjudged_sentence()}")

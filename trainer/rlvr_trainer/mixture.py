@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import accumulate
+from itertools import accumulate, count
 from pathlib import PurePath
 
 from rlvr_trainer.config import TaskConfig
@@ -25,10 +25,10 @@ class MixtureTask:
     part. The mixture's cursor is all of these in one integer: n in the lowest `BITS` bits, then part by part.
     """
 
-    def __init__(self, config: TaskConfig, seed: int = 0) -> None:
+    def __init__(self, config: TaskConfig, seed: int = 0, workers: Workers | None = None) -> None:
         weights, parts = zip(*parts_of(config), strict=True)
         self._bounds = [bound / sum(weights) for bound in accumulate(weights)]
-        self._workers = Workers.of(config, generators=not all(is_source(part.name) for part in parts))
+        self._workers = workers or Workers.of(config, generators=not all(is_source(part.name) for part in parts))
         self._tasks = [_made(f"task.mixture[{i}]", part, seed, self._workers) for i, part in enumerate(parts)]
         self.notices = [notice for task in self._tasks for notice in task.notices]
         self.names = _names(parts)
@@ -103,8 +103,8 @@ def _names(parts: tuple[TaskConfig, ...]) -> list[str]:
         base = PurePath(part.name).name
         while base.endswith(ENDINGS):
             base = base.rpartition(".")[0]
-        same = [name for name in names if name == base or name.rpartition("-")[0] == base]
-        names.append(f"{base}-{len(same) + 1}" if same else base)
+        numbered = (f"{base}-{number}" for number in count(2))
+        names.append(base if base not in names else next(name for name in numbered if name not in names))
     return names
 
 

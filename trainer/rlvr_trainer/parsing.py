@@ -73,8 +73,25 @@ def convert(value: Any, kind: Any, key: str) -> Any:
     if origin is dict:
         if not isinstance(value, dict | None):
             raise ConfigError(f"{key} must be a section of keys, got {value!r}")
-        return dict(value or {})
+        return _plain(dict(value or {}), key)
     return _scalar(value, kind, key)
+
+
+def _plain(value: Any, key: str) -> Any:
+    """A value of no certain type, if its keys are text and its numbers finite."""
+    if isinstance(value, dict):
+        for name, item in value.items():
+            if not isinstance(name, str):
+                raise ConfigError(f"{key} must have names as keys, got {name!r}")
+            _plain(item, f"{key}.{name}")
+    elif isinstance(value, list):
+        for i, item in enumerate(value):
+            _plain(item, f"{key}[{i}]")
+    elif isinstance(value, str):
+        _text(value, key)
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        check_number(value, key)
+    return value
 
 
 def _scalar(value: Any, kind: type, key: str) -> Any:

@@ -17,7 +17,6 @@ from rlvr_trainer.head import Head, completion_hidden_states
 from rlvr_trainer.parsing import ConfigError, nearest
 from rlvr_trainer.prompts import PromptFormat
 from rlvr_trainer.tasks import Prompt, Task
-from rlvr_trainer.writing import whole_folder
 
 NAMED = ("tiny", "smollm2-135m")
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -86,12 +85,8 @@ def load_policy(config: Config, task: Task, made: Path | None = None) -> Policy:
         UnsupportedArchitectureError: a model whose logits cannot be rebuilt from its hidden states.
     """
     name, prompts = config.policy.name, PromptFormat.of(config.policy)
-    if name == "tiny" and (made is None or not made.exists()):
+    if name == "tiny" and made is None:
         model, tokenizer = _tiny(config, task)
-        if made is not None:
-            with whole_folder(made) as unfinished:
-                model.save_pretrained(unfinished)
-                tokenizer.save_pretrained(unfinished)
     elif name == "smollm2-135m":
         model, tokenizer = _smollm2()
     else:
@@ -162,8 +157,8 @@ def _pretrained(name: str) -> tuple[Any, Any]:
         model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
         model.stored_dtype = AutoConfig.from_pretrained(name).dtype or torch.float32
         return model, tokenizer
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # of many kinds: no such name, a file that is cut short, a package that is missing
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise ConfigError(f"cannot load policy.name {name!r}{nearest(name, NAMED)} {reason}") from error
 
 

@@ -70,8 +70,11 @@ class PromptLimit:
     def draw(self, task: Task, cursor: int, count: int) -> tuple[list[Problem], int, int]:
         """The next `count` problems that fit, the cursor behind them, and how many were passed over.
 
+        What a task can count is refused or dropped when it is loaded. In an endless stream a later prompt may be too long:
+        it is passed over and counted, for no run should end at its eighth step.
+
         Raises:
-            ConfigError: one that does not fit, unless it is to be dropped, or too many of them.
+            ConfigError: hardly one fits.
         """
         found: list[Problem] = []
         passed_over: list[Problem] = []
@@ -79,8 +82,6 @@ class PromptLimit:
             problems, cursor = task.problems(cursor, count - len(found))
             for problem in problems:
                 (found if self.fits(problem) else passed_over).append(problem)
-            if passed_over and self.on_overlong == "refuse":
-                raise ConfigError(self.described(passed_over) + REMEDY)
             if len(passed_over) > PASSED_OVER + len(found):
                 raise ConfigError(f"hardly a prompt fits: {self.described(passed_over)}")
         return found, cursor, len(passed_over)

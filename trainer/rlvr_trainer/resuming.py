@@ -15,6 +15,7 @@ from rlvr_trainer.tasks import Task
 FIXED = ("task.", "policy.", "evaluation.", "run.seed")
 FREE = (
     "task.name",  # a file may move: its fingerprint is compared
+    "task.evaluation",
     "task.verifier_timeout",
     "task.verifier_processes",
     "policy.device",
@@ -50,7 +51,7 @@ def refuse_others(checkpoint: Checkpoint, task: Task, config: Config) -> None:
     if checkpoint.state["fingerprint"] != task.fingerprint():
         raise ConfigError(
             f"cannot resume: the problems of task.name={config.task.name} are not those that this run was trained on:"
-            " the file, the generator or its version changed"
+            " the file, the generator or its version changed, or which prompts are too long"
         )
     if checkpoint.step > config.run.steps:
         raise ConfigError(

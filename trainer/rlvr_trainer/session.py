@@ -7,10 +7,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rlvr_trainer.checkpoints import CHECKPOINTS
+from rlvr_trainer.checkpoints import CHECKPOINTS, list_checkpoints
 from rlvr_trainer.console import METRICS
 from rlvr_trainer.parsing import ConfigError
-from rlvr_trainer.writing import UNFINISHED, remove
+from rlvr_trainer.writing import UNFINISHED, remove, writing
 
 fcntl: Any
 try:
@@ -25,32 +25,42 @@ RESULTS = ("model", "eval", "summary.json", "report.png")  # of a run that came 
 
 @contextmanager
 def claimed(run: Path, *, resume: bool, overwrite: bool) -> Iterator[None]:
-    """The folder of a run, for this process alone. A new run finds it without an earlier one's policy and checkpoints.
+    """The folder of a run, for this process alone. What is in it stays until `start_anew`.
 
     Raises:
         ConfigError: the folder cannot be written, another process is writing to it, it holds a run that neither `resume`
             nor `overwrite` speaks of, or no run but other things.
     """
-    _refuse_foreign(run)
+    if not resume:
+        _refuse_foreign(run)
     with _locked(run):
-        if not resume:
-            earlier = (run / METRICS).exists()
-            if earlier and not overwrite:
-                raise ConfigError(
-                    f"{run} holds a run already: continue it with --resume {run}, or choose another run.out"
-                )
-            for name in (CHECKPOINTS, INITIAL_POLICY, *(RESULTS if earlier else ())):
-                remove(run / name)
+        if not (resume or overwrite) and ((run / METRICS).exists() or list_checkpoints(run)):
+            go_on = f"continue it with --resume {run}, or " if list_checkpoints(run) else ""
+            raise ConfigError(f"{run} holds a run already: {go_on}choose another run.out")
         yield
 
 
+def start_anew(run: Path) -> None:
+    """Remove what an earlier run left, once there is something to put in its place."""
+    for name in (CHECKPOINTS, INITIAL_POLICY, *RESULTS):
+        remove(run / name)
+
+
+def drop_results(run: Path) -> None:
+    """Remove model and report of an end that a run had come to before it was continued."""
+    for name in RESULTS:
+        if name != "eval":
+            remove(run / name)
+
+
 def _refuse_foreign(run: Path) -> None:
+    """A run is known by what only runs write; a `config.yaml` may be anybody's."""
     try:
-        names = [path.name for path in run.iterdir()] if run.is_dir() else []
+        names = {path.name for path in run.iterdir() if UNFINISHED not in path.name} if run.is_dir() else set()
     except OSError as error:
         raise ConfigError(f"run.out={run} cannot be read: {error.strerror}") from error
-    foreign = [name for name in names if name not in (INITIAL_POLICY, LOCK) and UNFINISHED not in name]
-    if foreign and not (run / "config.yaml").is_file():
+    foreign = sorted(names - {INITIAL_POLICY})
+    if foreign and not names & {LOCK, METRICS} and not list_checkpoints(run):
         raise ConfigError(f"{run} is not empty and holds no run ({foreign[0]}, ...): choose another run.out")
 
 
@@ -74,9 +84,9 @@ def _locked(run: Path) -> Iterator[None]:
                 ) from error
             except OSError:
                 pass  # a file system without locks
-        file.truncate(0)
-        file.write(f"{os.getpid()}\n")
-        file.flush()
+        with writing(run / LOCK):
+            file.truncate(0)
+            os.write(file.fileno(), f"{os.getpid()}\n".encode())  # nothing is left to be flushed when it is closed
         yield
 
 

@@ -99,7 +99,11 @@ def make_task(config: TaskConfig, seed: int = 0, workers: Workers | None = None)
     from rlvr_trainer.mixture import MixtureTask
     from rlvr_trainer.sources import is_source
 
-    if config.mixture:
-        return MixtureTask(config, seed)
-    kind = FileTask if is_source(config.name) else ReasoningGymTask
-    return kind(config, seed, workers)
+    kind = MixtureTask if config.mixture else FileTask if is_source(config.name) else ReasoningGymTask
+    judges = workers or Workers.of(config, generators=kind is not FileTask)
+    try:
+        return kind(config, seed, judges)
+    except BaseException:
+        if workers is None:
+            judges.close()
+        raise

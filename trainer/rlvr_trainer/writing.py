@@ -28,6 +28,8 @@ def writing(path: Path) -> Iterator[None]:
         raise
     except (OSError, RuntimeError, SafetensorError) as error:  # torch.save and safetensors hide an OSError in theirs
         cause = error if isinstance(error, OSError) else error.__context__
+        if type(error) is RuntimeError and not isinstance(cause, OSError) and "writ" not in str(error):
+            raise  # a device out of memory, say
         reason = cause.strerror if isinstance(cause, OSError) and cause.strerror else str(error).partition("\n")[0]
         raise WriteError(f"cannot write {path}: {reason}") from error
 

@@ -13,7 +13,11 @@ import yaml
 
 from rlvr_trainer.parsing import ConfigError
 
-PROSE = ("task.instruction", "policy.system_prompt")  # texts in which `\n` is meant as a new line
+PROSE = (
+    "task.instruction",
+    "policy.system_prompt",
+    "policy.assistant_prefix",
+)  # texts in which `\n` is meant as a new line
 _RULES = {
     "null": (r"~|null|Null|NULL|", "~nN"),
     "bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
