@@ -153,6 +153,45 @@ MORE_WRONG = {
         ("5", "5_2"),
     ],
 }  # fmt: skip
+REAL_RIGHT = {
+    "bold": [
+        ("3", "The total is **3**."), ("3", "So x = **3**."), ("70000", "Josh made a profit of **$70,000**."), ("18",
+        "9 × 2 = **$18**"),
+        ("45", "He is **45 miles** from home after 4 hours."), ("3", "So, in total, it takes 2 + 1 = **3 bolts**."),
+        ("3", "__3__"),
+    ],
+    "boxes": [
+        ("721", "\\boxed{721}\n\n\\boxed{721}"), ("721", r"\boxed{\boxed{721}}"), ("90", r"\boxed{90\,}"),
+        ("90", r"\boxed{\,90\;}"),
+        ("90", r"\boxed{\underline{90}}"), ("90", r"\boxed{\color{red}{90}}"), ("7",
+        "\\boxed{7}\n\nThe final answer is the number of apples."),
+    ],
+    "rounded": [(r"\frac{7}{12}", r"\boxed{\frac{7}{12} \approx 0.583}"),
+    (r"3\sqrt{13}", r"The distance is $d = 3\sqrt{13} \approx 10.8$.")],
+    "money": [("18", r"Thus the final answer is $\$18$."), ("70000", r"\boxed{\text{\$}70000}")],
+    "tokens": [("34", "Answer: 34<|im_end|>"), ("34", "The answer is 34</s>")],
+    "asides": [
+        ("16", "There are 16 bugs left after 3 days."), ("16", "He spent $16 on 4 books."), ("16",
+        "He read 16 pages in 2 days."),
+        ("45", "John is 45 miles from home at the end of the 4 hours."), ("90", "90 minutes (1.5 hours)"),
+    ],
+    "lists": [("3, 5, 7", "The solutions are $x = 3$, $x=5$, and $x=7$."), ("2516_8", r"\boxed{2516_{8}}")],
+}  # fmt: skip
+REAL_WRONG = {
+    "factorials": [("n!", r"\boxed{n}"), ("2^n n!", "2^n n"), ("x", "x!")],
+    "not worked out": [
+        ("7", r"\boxed{\frac{3}{1}+4}"), ("12", r"\frac{3\cdot 8}{2}"), ("7", "x+7-x"), ("7", "3!+1"), ("7", "|3|+4"),
+        ("7", "3 - -4"),
+        ("12", r"\sum_{k=1}^{12} 1"), ("12", r"\int_0^{12} 1 dx"), ("7", r"\max(1,2,3,4,5,6,7)"), ("12", "4!/2"),
+    ],
+    "labels": [("x+y=5", "5"), (r"\triangle ABC", r"\triangle XYZ"), ("f'(x)", "f(x)"), (r"3 \mod 7", "3")],
+    "choices": [("C", "A or C"), ("B", "Both A and B"), ("C", "C, d"), ("C", "(c) (d)"), ("C", "C. or d)")],
+    "part of more": [
+        ("12", "The answer is twice 12."), ("12", "half of 12"), ("12", "a multiple of 12"),
+        ("12", r"\boxed{12 factorial}"), ("12", "12 and a half"),
+        ("12", "12 hundredths"), ("12", "unlikely to be 12"),
+    ],
+}  # fmt: skip
 ONE_GUESS = [
     "$A$\nB: C", "A: B", "Yes: No", "No, the result is Yes", "True, it is False", "$5$\n7", "<answer>$5$\n7</answer>",
     r"$\sqrt{2}$ is \sqrt{3}", "$x$ is y+1", "Paris: London", r"\boxed{$5$ 8 = 7}",
@@ -188,13 +227,13 @@ def rows(table):
     return [pytest.param(*pair, id=f"{kind}-{i}") for kind, pairs in table.items() for i, pair in enumerate(pairs)]
 
 
-@pytest.mark.parametrize(("reference", "completion"), rows(RIGHT) + rows(MORE_RIGHT))
+@pytest.mark.parametrize(("reference", "completion"), rows(RIGHT) + rows(MORE_RIGHT) + rows(REAL_RIGHT))
 def test_an_equal_answer_is_right(reference, completion):
     verdict = compare([reference], completion)
     assert (verdict.score, verdict.reason) == (1.0, "right"), verdict
 
 
-@pytest.mark.parametrize(("reference", "completion"), rows(WRONG) + rows(MORE_WRONG))
+@pytest.mark.parametrize(("reference", "completion"), rows(WRONG) + rows(MORE_WRONG) + rows(REAL_WRONG))
 def test_another_answer_is_wrong(reference, completion):
     verdict = compare([reference], completion)
     assert verdict.score == 0.0, verdict
@@ -206,8 +245,8 @@ def test_a_completion_is_right_for_one_reference_at_most(completion):
 
 
 def test_a_worker_says_the_same(workers):
-    pairs = [(*pair, 1.0) for table in (RIGHT, MORE_RIGHT) for kind in table.values() for pair in kind]
-    pairs += [(*pair, 0.0) for table in (WRONG, MORE_WRONG) for kind in table.values() for pair in kind]
+    pairs = [(*pair, 1.0) for table in (RIGHT, MORE_RIGHT, REAL_RIGHT) for kind in table.values() for pair in kind]
+    pairs += [(*pair, 0.0) for table in (WRONG, MORE_WRONG, REAL_WRONG) for kind in table.values() for pair in kind]
     found = workers(answers([([reference], completion) for reference, completion, _ in pairs]))
     wrong = [(*pair, verdict) for pair, verdict in zip(pairs, found, strict=True) if verdict.score != pair[2]]
     assert wrong == []
@@ -238,11 +277,17 @@ def test_any_of_several_references_is_right():
     assert compare(["", "2"], "2").score == 1.0
 
 
-@pytest.mark.parametrize("reference", ["", "  ", "$$", r"\frac{", "9" * 5000])
+@pytest.mark.parametrize("reference", ["", "  ", "$$", "?", "+", r"\frac{", "9" * 5000])
 def test_a_reference_that_cannot_be_read_is_nobodys_wrong_answer(reference):
     verdict = compare([reference], "2")
     assert (verdict.score, verdict.reason) == (None, BAD_REFERENCE)
     assert check(reference).score is None
+
+
+@pytest.mark.parametrize("reference", [r"\frac{1}{0}", "The answer is 5", "1e99999", "#### 5"])
+def test_a_reference_that_is_not_equal_to_itself_is_found_when_it_is_checked(reference):
+    assert check(reference).reason == BAD_REFERENCE
+    assert compare([reference], "2").score == 0.0
 
 
 @pytest.mark.parametrize("completion", ["", "   ", "<think>so", "<answer></answer>", "\n"])

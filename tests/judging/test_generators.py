@@ -113,6 +113,8 @@ def test_no_answer_of_a_generator_that_evaluates_is_refused_unless_it_is_unevalu
         ("countdown", "{target}"),
         ("puzzle24", "ceiling(exp(pi)) + False*({sum})"),
         ("puzzle24", "6*4*1*1"),
+        ("countdown", "2**3*3"),
+        ("puzzle24", "1.5*2*8"),
         ("puzzle24", "24"),
     ],
 )

@@ -1,6 +1,7 @@
 """Reference answers that no judge can read: found when the rows are, by place, and refused or dropped."""
 
 from rlvr_trainer.config import TaskConfig
+from rlvr_trainer.judging.compare import check
 from rlvr_trainer.judging.equality import is_mathematics
 from rlvr_trainer.judging.workers import Workers, references
 from rlvr_trainer.parsing import ConfigError, listed
@@ -27,9 +28,6 @@ def readable(problems: list[Problem], workers: Workers, config: TaskConfig) -> t
 def unreadable(answers: set[str], workers: Workers) -> dict[str, str]:
     """The answers that cannot be read, each with what is wrong with it. Numbers and words need no worker to say so."""
     asked = sorted(filter(is_mathematics, answers))
-    verdicts = workers(references(asked))
-    return {
-        answer: verdict.read_reference or verdict.reason
-        for answer, verdict in zip(asked, verdicts, strict=True)
-        if verdict.score is None
-    }
+    verdicts = dict(zip(asked, workers(references(asked)), strict=True))
+    verdicts |= {answer: check(answer) for answer in answers if answer not in verdicts}
+    return {answer: verdict.read_reference for answer, verdict in verdicts.items() if verdict.score is None}

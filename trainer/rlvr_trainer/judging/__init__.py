@@ -32,12 +32,17 @@ def judge(
 
     Raises:
         BadReferenceError: no reference can be read.
+        TypeError: something else than text.
 
     Example:
         >>> judge("1/2", "So the answer is $0.5$.").score, judge("7", "it is 5 or 6 or 7").reason
         (1.0, 'wrong')
     """
-    references = [reference] if isinstance(reference, str) else list(reference)
+    references = [reference] if isinstance(reference, str) else reference
+    if not isinstance(references, Sequence) or not all(isinstance(one, str) for one in references):
+        raise TypeError(f"reference must be text or a list of texts, got {reference!r}")
+    if not isinstance(completion, str):
+        raise TypeError(f"completion must be text, got {completion!r}")
     if not references:
         raise BadReferenceError("reference holds no answer")
     asked = answers([(references, completion)], extract=extract, accept_unevaluated=accept_unevaluated)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from rlvr_trainer.judging.equality import check_reference, is_unevaluated, is_words, same
+from rlvr_trainer.judging.equality import MEANS, check_reference, is_unevaluated, is_words, same
 from rlvr_trainer.judging.readings import normal, readings
 from rlvr_trainer.judging.stated import Stated, stated
 from rlvr_trainer.judging.verdict import (
@@ -40,8 +40,10 @@ def check(reference: str) -> Verdict:
     try:
         gold, words = read(reference)
         check_reference(gold, words)
+        if _compare(reference, stated(reference), accept_unevaluated=True).score != 1.0:
+            raise BadReferenceError("it is not equal to itself: give the answer alone")
         return Verdict(1.0, RIGHT, gold)
-    except BadReferenceError as error:
+    except (BadReferenceError, UnreadableError) as error:
         return Verdict(None, BAD_REFERENCE, f"{reference!r}: {error}")
 
 
@@ -69,4 +71,4 @@ def _compare(reference: str, answer: Stated, accept_unevaluated: bool) -> Verdic
         if accept_unevaluated or not is_unevaluated(gold, reading):
             return Verdict(1.0, RIGHT, gold, reading)
         verdict = Verdict(0.0, UNEVALUATED, gold, reading)
-    return verdict if gold else check(reference)
+    return verdict if MEANS.search(gold) else check(reference)

@@ -13,11 +13,18 @@ from rlvr_trainer.judging.readings import CHOICE, FUNCTIONS, NEGATION, PROSE, is
 from rlvr_trainer.judging.verdict import BadReferenceError
 
 CHOSEN = re.compile(r"(?:(?:option|choice|answer)\s)?\(?([A-Za-z])\)?(?:[).:]\s?(.*)|\s?)", re.DOTALL | re.IGNORECASE)
-LETTER = re.compile(r"(?<![A-Za-z'\\])(?!A [a-z]|I\b)[A-Z](?![A-Za-z'])")
+LETTER = re.compile(
+    r"(?<![A-Za-z'\\])(?!A (?!(?:or|and)\b)[a-z]|I\b)[A-Z](?![A-Za-z'])|(?<=\()[a-z](?=\))|\b[a-j](?=\))"
+)
+SEVERAL = re.compile(r"\b[A-Za-z]\)?\s?(?:,|/|\bor\b|\band\b)\s?\(?[A-Za-z]\b(?!')", re.IGNORECASE)
 DATE_TIME_OR_SCORE = re.compile(r"\d{1,4}(?:[-/.:]\d{1,4}){2}|\d+\s*:\s*\d+(?:\s*[ap]\.?m\.?)?", re.IGNORECASE)
 DECIMAL_COMMA = re.compile(r"(-?\d+),(\d{1,2}|\d{4,})")
 WORD = re.compile(r"[^\W\d_]{2,}")
-ARITHMETIC = re.compile(r"[\d)}]\s*(?:[-+*/]|\\times|\\cdot|\\div)\s*[\d({\\]")
+ARITHMETIC = re.compile(r"[\d)}\]!|]\s*(?:[-+*/]|\\times|\\cdot|\\div)\s*[-+]?\s*[\d({\[\\|]")
+OPEN = re.compile(
+    r"\\(?:sum|prod|i?i?int|lim|max|min|gcd|lcm|binom|lfloor|lceil)(?![A-Za-z])|(?<![\\A-Za-z])[a-hj-z](?![A-Za-z])"
+)
+MEANS = re.compile(r"[^\W_]|\\[A-Za-z]")
 RELATION = re.compile(r"[<>]|\\[lg]e(?![A-Za-z])")
 
 
@@ -46,10 +53,10 @@ def check_reference(gold: str, words: bool) -> None:
     Raises:
         BadReferenceError: nothing is there, or it is mathematics that math-verify cannot read.
     """
-    if not gold:
-        raise BadReferenceError("it is empty")
+    if not MEANS.search(gold):
+        raise BadReferenceError("it has neither letters nor digits" if gold else "it is empty")
     if quantity(gold) is None:
-        same(gold, "?", words)
+        same(gold, "0" if gold != "0" else "1", words)
     for part in (elements(gold) or ("", []))[1] if not words else []:
         check_reference(normal(part), is_words(part))
 
@@ -80,7 +87,7 @@ def is_unevaluated(gold: str, given: str) -> bool:
     found = quantity(given)
     if found is not None:
         return found.ratio and number.value.denominator == 1 and number.unit != "%"
-    return bool(ARITHMETIC.search(given)) and "\\frac" not in given
+    return bool(ARITHMETIC.search(given))
 
 
 def _same_number(number: Quantity, given: str) -> bool:
@@ -90,7 +97,7 @@ def _same_number(number: Quantity, given: str) -> bool:
         return number.equals(found)
     several = listed(given) is not None
     value = f"\\frac{{{number.value.numerator}}}{{{number.value.denominator}}}"
-    return not several and same_mathematics(value, given)
+    return not (several or OPEN.search(given)) and same_mathematics(value, given)
 
 
 def _same_elements(gold: tuple[str, list[str]], given: tuple[str, list[str]] | None) -> bool:
@@ -118,8 +125,9 @@ def _same_element(gold: str, given: str) -> bool:
 def _chosen(text: str) -> str:
     """The letter of the one choice that a text names; "" if it names several, denies one, or names none."""
     found = CHOSEN.fullmatch(text)
-    letters = {*LETTER.findall((found[2] or "") if found else text)} | ({found[1].upper()} if found else set())
-    return letters.pop() if len(letters) == 1 and not NEGATION.search(text) else ""
+    letters = {letter.upper() for letter in LETTER.findall((found[2] or "") if found else text)}
+    letters |= {found[1].upper()} if found else set()
+    return letters.pop() if len(letters) == 1 and not (NEGATION.search(text) or SEVERAL.search(text)) else ""
 
 
 def _text(text: str) -> str:

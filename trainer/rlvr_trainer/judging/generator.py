@@ -5,7 +5,7 @@ import re
 from functools import lru_cache
 from typing import Any
 
-from rlvr_trainer.judging.stated import Stated, stated, tagged_answer
+from rlvr_trainer.judging.stated import stated, tagged_answer
 from rlvr_trainer.judging.verdict import (
     BAD_REFERENCE,
     MEMORY,
@@ -37,11 +37,11 @@ def score(name: str, parameters: dict[str, Any], entry: dict[str, Any], completi
     cannot be judged.
     """
     judge = _dataset(name, json.dumps(parameters))
-    answer = _stated(completion, extract).text
+    answer = _stated(completion, extract)
     reference = str(entry["answer"])
     if not answer:
         return Verdict(0.0, NO_ANSWER, reference)
-    if name in ARITHMETIC and not re.fullmatch(r"[\d\s+*/().-]+", answer):
+    if name in ARITHMETIC and not re.fullmatch(r"(?:[\d\s+()-]|(?<!\*)\*(?!\*)|(?<!/)/(?!/))+", answer):
         return Verdict(0.0, REFUSED, reference, answer)
     if name in ARITHMETIC and sorted(map(int, re.findall(r"\d+", answer))) != sorted(entry["metadata"]["numbers"]):
         return Verdict(0.0, WRONG, reference, answer)
@@ -56,11 +56,10 @@ def score(name: str, parameters: dict[str, Any], entry: dict[str, Any], completi
     return Verdict(found, RIGHT if found == 1.0 else WRONG if found == 0.0 else PARTLY, reference, answer)
 
 
-def _stated(completion: str, extract: str) -> Stated:
+def _stated(completion: str, extract: str) -> str:
     """All after thinking, or what is in answer tags or a box: grids and programs must stay as they are."""
-    if extract == "last_number" or "\\boxed" in completion:
-        return stated(completion, extract)
-    return Stated(*tagged_answer(completion))
+    text = tagged_answer(completion)[0]
+    return stated(completion, extract).text if extract == "last_number" or "\\boxed" in text else text
 
 
 def _at_fault(judge: Any, entry: dict[str, Any], reference: str, answer: str, error: Exception) -> Verdict:

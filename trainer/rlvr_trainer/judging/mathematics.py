@@ -5,12 +5,17 @@ from functools import lru_cache
 from typing import Any
 
 from rlvr_trainer.judging.numbers import quantity
-from rlvr_trainer.judging.parts import right_side, unlabelled
+from rlvr_trainer.judging.parts import deepest, right_side, unlabelled
 from rlvr_trainer.judging.readings import is_prose
 from rlvr_trainer.judging.verdict import BadReferenceError, UnreadableError
 
 LONGEST = 1000  # characters
-LARGE_POWER = re.compile(r"(?:\^|\*\*)\s?\{?\s?-?\d{6,}|\d{6,}\s?!|!\s?!")
+ENDLESS = re.compile(
+    r"(?:\^|\*\*)\s?\{?\s?-?\d{5,}|\d{5,}\s?!|!\s?!|\d\s?\^\s?\{?\s?\d+\s?\^|[)\]}a-z]\s?\^\s?\{?\s?\d{3,}|\\binom\s?\{\s?\d{5,}"
+)
+MOST_UNIONS, DEEPEST = 20, 15
+AS_TEXT = re.compile(r"\\(?:triangle|angle|overline|widehat|p?mod|equiv)(?![A-Za-z])|'|\bmod\b")
+LABEL = r"\s*(?:[A-Za-z]\w?|[A-Za-z]\([A-Za-z, ]+\)|\\[A-Za-z]+|\|?[A-Z]{2}\|?|\S*_\S+)\s*="
 IN_BASE = re.compile(r"\d_\{?\d")
 
 
@@ -24,8 +29,10 @@ def same_mathematics(gold: str, given: str) -> bool:
     wanted = _reference(gold)
     if not wanted:
         raise BadReferenceError("math-verify cannot read it")
-    if IN_BASE.search(gold) or IN_BASE.search(given):
-        return False  # it drops the base of 101_2
+    if any(pattern.search(text) for pattern in (IN_BASE, AS_TEXT) for text in (gold, given)):
+        return False  # it drops the base of 101_2, what follows \\triangle, and primes
+    if re.search(r"(?<![<>!\\])=", gold) and "=" not in given and not re.match(LABEL, gold):
+        return False  # x + y = 5 is not 5
     if not re.search(r"=|<|>|\\[lgn]e\b", gold):
         given = right_side(unlabelled(gold, given))
     return _verified(wanted, _parsed(given))
@@ -54,7 +61,13 @@ def _parsed(text: str) -> list[Any]:
     from math_verify import parse
 
     text = without_unit(text)
-    if len(text) > LONGEST or LARGE_POWER.search(text) or is_prose(text):
+    if (
+        len(text) > LONGEST
+        or text.count("\\cup") > MOST_UNIONS
+        or deepest(text) > DEEPEST
+        or ENDLESS.search(text)
+        or is_prose(text)
+    ):
         return []
     try:
         found = parse(f"\\boxed{{{_latex(text)}}}", _reader(), parsing_timeout=None, raise_on_error=True)

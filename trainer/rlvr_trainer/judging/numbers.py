@@ -60,10 +60,13 @@ KNOWN = {
     "rad",
 } - {""}
 OPERATORS = (
-    "plus", "minus", "times", "divided", "multiplied", "squared", "cubed", "halves", "thirds", "quarters", "fourths",
-    "fifths", "sixths",
-    "eighths", "tenths", "half", "hundred", "thousand", "million", "billion", "dozen", "or", "maybe", "perhaps",
-    "choose", "mod",
+    "plus", "minus", "times", "divided", "multiplied", "squared", "cubed", "factorial", "doubled", "tripled", "halved",
+    "halves", "half",
+    "thirds", "quarters", "fourths", "fifths", "sixths", "sevenths", "eighths", "ninths", "tenths", "twelfths",
+    "hundredths", "thousandths",
+    "hundred", "thousand", "million", "billion", "dozen", "pairs", "score", "or", "maybe", "perhaps", "versus",
+    "alternatively", "choose",
+    "mod", "modulo", "base", "negative", "incorrect",
 )  # fmt: skip
 NO_UNITS = {
     *OPERATORS, "pi", "sqrt", "sin", "cos", "tan", "log", "ln", "exp", "over", "and", "to", "is", "not", "more", "less",
@@ -71,6 +74,7 @@ NO_UNITS = {
     "because", "if", "where", "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten",
     "eleven", "twelve",
 }  # fmt: skip
+MOST_DIGITS = 1_000
 MOST_WORDS = 3  # of a unit that is not known
 
 
@@ -80,7 +84,6 @@ class Quantity:
 
     value: Fraction
     unit: str = ""
-    written: str = ""
     ratio: bool = False  # written as a fraction
 
     def equals(self, other: "Quantity") -> bool:
@@ -111,7 +114,7 @@ def quantity(text: str) -> Quantity | None:
     money = SHORT.get(found["money"].lower(), found["money"])
     sign = -1 if "-" in (found["sign"], found["inner"]) else 1
     ratio = "/" in found["numeral"] or "frac" in found["numeral"]
-    return Quantity(sign * factor * value, unit or money, text, ratio)
+    return Quantity(sign * factor * value, unit or money, ratio)
 
 
 def _terminated(text: str) -> str:
@@ -173,6 +176,8 @@ def _ascii(number: str) -> str:
 
 def _value(numeral: str) -> Fraction | None:
     numeral = numeral.replace(",", "")
+    if len(numeral) > MOST_DIGITS or re.search(r"(?:e|\^|\*\*)\s?\{?\s?[+-]?\d{4}", numeral, re.IGNORECASE):
+        return None
     try:
         if mixed := re.fullmatch(r"(\d+)\s+(\d+)/(\d+)", numeral):
             return int(mixed[1]) + Fraction(int(mixed[2]), int(mixed[3]))

@@ -50,14 +50,17 @@ def split(text: str, separator: str) -> list[str]:
 
 
 def right_side(text: str) -> str:
-    """What stands behind the last = of an equation or chain.
+    """What stands behind the last = of an equation or chain, and before what it is rounded to.
 
-    >>> right_side("3 + 4 = 7"), right_side("x >= 3"), right_side("f(x=1)")
-    ('7', 'x >= 3', 'f(x=1)')
+    >>> right_side("3 + 4 = 7"), right_side("x >= 3"), right_side("f(x=1)"), right_side("x = 1/3 ≈ 0.33"), right_side("x ≈ 2")
+    ('7', 'x >= 3', 'f(x=1)', '1/3', '2')
     """
     if listed(text) is not None:
         return text
-    return (split(text, r"(?<![<>!\\])=|\\approx\b|≈") or [text])[-1]
+    exact, *rounded = split(text, r"\\approx(?![A-Za-z])|≈") or [text]
+    if rounded and re.fullmatch(r"\\?[A-Za-z]+", exact):
+        exact = rounded[-1]
+    return (split(exact, r"(?<![<>!\\])=") or [exact])[-1]
 
 
 def unlabelled(gold: str, given: str) -> str:
@@ -65,6 +68,11 @@ def unlabelled(gold: str, given: str) -> str:
     if "=" in gold or "\\in" in gold:
         return given
     return re.sub(r"^\s*(?:[A-Za-z]\w?|\([a-z, ]+\))\s*(?:=|\\in\b)\s*", "", given)
+
+
+def deepest(text: str) -> int:
+    """How many brackets are open at once."""
+    return max(_depths(text))
 
 
 def _depths(text: str) -> list[int]:

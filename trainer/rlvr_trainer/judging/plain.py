@@ -13,21 +13,17 @@ SYMBOLS = {
     "\u202f": "", "\u2009": "", "\u200a": "", "\u200b": "", "\ufeff": "", "\u2062": "", "\u2061": "",
     "“": '"', "”": '"', "‘": "'", "’": "'",
 }  # fmt: skip
+MONEY = "\x00"
 QUOTES = [(mark, mark) for mark in ("**", "__", "*", "_", "`", '"', "'")] + [("\\(", "\\)"), ("\\[", "\\]")]
 WRAPPERS = (
-    "text",
-    "textbf",
-    "textit",
-    "textrm",
-    "mathrm",
-    "mathbf",
-    "mathit",
-    "mbox",
+    "text", "textbf", "textit", "textrm", "textsf", "texttt", "mathrm", "mathbf", "mathit", "mathsf", "mathtt", "mbox",
     "operatorname",
-    "bm",
-    "boldsymbol",
-)
+    "underline", "bm", "boldsymbol",
+)  # fmt: skip
 WRAPPED = re.compile(rf"\\(?:{'|'.join(WRAPPERS)})\s?\{{((?:[^{{}}]|\{{[^{{}}]*\}})*)\}}")
+BOLD = re.compile(
+    r"(?<![\w)}\]*])\*\*(?=[^\s*])([^*\n]{1,300}?)(?<=[^\s*])\*\*(?![\w({*])|(?<!\w)__(?=[^\s_])([^_\n]{1,300}?)(?<=[^\s_])__(?!\w)"
+)
 ALIKE: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r"\\(?:dfrac|tfrac|cfrac)(?![A-Za-z])", r"\\frac"),
     (r"\\(?:left|right|bigl?|bigr|Bigl?|Bigr|displaystyle|limits)(?![A-Za-z])\s*", ""),
@@ -38,6 +34,8 @@ ALIKE: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r"\\varnothing(?![A-Za-z])", r"\\emptyset"),
     (r"\\langle(?![A-Za-z])", "("),
     (r"\\rangle(?![A-Za-z])", ")"),
+    (r"\\(?:text)?color\s?\{\w+\}|\\(?:bf|rm|it|sf|large|Large|huge)(?![A-Za-z])\s?", ""),
+    (r"_\{(\w)\}", r"_\1"),
     (r"\\lt(?![A-Za-z])", "<"),
     (r"\\gt(?![A-Za-z])", ">"),
     (r"(?<!\\)\\[%$#&_]", lambda m: m[0][1]),  # two of them end a row of a matrix
@@ -57,6 +55,7 @@ def plain(text: str) -> str:
     """
     text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺]+", lambda m: "^{" + m[0].translate(SUPERSCRIPTS) + "}", text)
     text = re.sub(r"(\d?)([¼½¾⅐-⅞])", lambda m: m[1] + " " * bool(m[1]) + unicodedata.normalize("NFKC", m[2]), text)
+    text = _unbolded(text)
     text = re.sub(r"\s*\n\s*", "\n", re.sub(r"[ \t\r\f\v]+", " ", text))
     text = re.sub(r"√\s*(?:\(([^()]*)\)|(\w+))", lambda m: "\\sqrt{" + (m[1] or m[2]) + "}", text)
     for symbol, written in SYMBOLS.items():
@@ -85,22 +84,29 @@ def undelimited(text: str) -> str:
     >>> undelimited("**$x$.**"), undelimited("$5"), undelimited("so $5$ or $6$"), undelimited("5!")
     ('x', '$5', 'so 5 or 6', '5!')
     """
+    text = _unbolded(text)
     for _ in range(5):
         before, text = text, _unquoted(_unpunctuated(text.strip()))
         if text == before:
             break
+    text = text.replace("\\$", MONEY)  # which delimits nothing
     if text.count("$") >= 2:
-        return re.sub(r"\$\$?([^$]+)\$?\$", r"\1", text).strip()
-    return re.sub(r"\$(?!\s?[-+]?\s?[\d.]|$)", "", text).strip()  # one dollar is money, or half of a formula's
+        return re.sub(r"\$\$?([^$]+)\$?\$", r"\1", text).replace(MONEY, "\\$").strip()
+    text = text.replace(MONEY, "\\$")
+    return re.sub(r"(?<!\\)\$(?!\s?[-+]?\s?[\d.]|$)", "", text).strip()  # one dollar is money, or half of a formula's
+
+
+def _unbolded(text: str) -> str:
+    """Without Markdown's marks of bold, which are no powers."""
+    return BOLD.sub(lambda found: found[1] or found[2], text)
 
 
 def _unpunctuated(text: str) -> str:
     """Without a final full stop or the like; `...` goes on, and `5!` is a factorial."""
     if text.endswith(("...", "\\dots")):
         return text
-    text = text.rstrip(".,;: ")
-    exclaimed = text.rstrip("! ")
-    return text if exclaimed[-1:].isdigit() or exclaimed[-1:] in (")", "}", "]") else exclaimed
+    text = re.sub(r"^(?:\\[,;:! ]\s*)+|(?:\\[,;:! ]\s*)+$", "", text).rstrip(".,;: ")
+    return re.sub(r"(?<=[^\W\d_]{2})[! ]+$", "", text)
 
 
 def _unquoted(text: str) -> str:

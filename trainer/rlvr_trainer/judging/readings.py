@@ -25,23 +25,31 @@ LEAD_IN = re.compile(
     re.IGNORECASE,
 )
 FORMULA = re.compile(r"\$([^$]{1,500})\$|\\\(([^\\]{1,500}?|.{1,500}?)\\\)|\\\[(.{1,500}?)\\\]", re.DOTALL)
-TAIL = re.compile(r"(?:\s(?:is|are|be|equals)|'s|:)\s")
+BEHIND_VERB = re.compile(r"(?:\s(?:is|are|be|equals)|'s|:)\s")
 FIRST_WORD = re.compile(r"\W*(yes|no|true|false)\s?(?:[.,;!](?!\s?(?:yes|no|true|false)\b)|$)", re.IGNORECASE)
 AFTERTHOUGHT = re.compile(r",? (?:and |but )?not\b.*$", re.DOTALL)
-NEGATION = re.compile(r"\b(?:not|never|cannot|neither|nor|wrong|incorrect)\b|n't\b", re.IGNORECASE)
+NEGATION = re.compile(r"\b(?:not|never|cannot|neither|nor|wrong|incorrect|unlikely|hardly)\b|n't\b", re.IGNORECASE)
 LIST_BEFORE = 200  # characters
 NUMBER = rf"[-+]?[$€£]?(?:{DIGITS})(?!,?\d)"
 LIST = re.compile(rf"(?:^|\b(?:is|are)\s|[=:])\s?{NUMBER}(?:\s?(?:,|;|\band\b|,\s?and\b)\s?{NUMBER})+$")
 ALTERNATIVE = re.compile(r"\b(?:or|maybe|perhaps|possibly)\b|^\s?[/&–-]\s?$|^\sto\s$", re.IGNORECASE)
 CONCLUDES = r"=|:|\b(?:is|are|gives?|makes?|gets?|leaves?|equals|totals?|becomes?|so|then)\b"
 JOINED = re.compile(rf"^[^=:]{{0,40}}\band\b(?!.*(?:{CONCLUDES}))", re.DOTALL)
+JOIN = re.compile(r"\s?(?:,|,?\s?and)\s?")
 OPERATION = re.compile(
-    r"\b(?:divided by|multiplied by|times|plus|minus|over|root of|power of|at (?:least|most)|up to|between|about to"
+    r"\b(?:divided by|multiplied by|times|plus|minus|over|under|below|above|near|exceeds|twice|double|half|up to|between"
+    r"|at (?:least|most)|about to|(?:root|power|half|square|cube|multiple|divisor|factor|negative|reciprocal|percent|one) of"
     r"|(?:less|more|greater|fewer|other) than)\s?[$€£]?$",
     re.IGNORECASE,
 )
-PART_OF_MORE = re.compile(rf"\s?(?:[\^_*/+×-]\s?[\w\\({{*]|\\[a-z]|x\d|(?:{'|'.join(OPERATORS)})\b)", re.IGNORECASE)
-ASIDE = re.compile(r"\b(?:for|per|where|when|with|if)\s(?:\w+\s?=\s?)?(?:the\s|every\s|each\s)?[$€£]?$", re.IGNORECASE)
+PART_OF_MORE = re.compile(
+    rf"\s?(?:[\^_*/+×-]\s?[\w\\({{*]|\\[a-z]|x\d|and\sa\shalf|(?:{'|'.join(OPERATORS)})\b)", re.IGNORECASE
+)
+ASIDE = re.compile(
+    r"(?:\b(?:for|per|where|when|with|if|after|in|on|within|all|buy|complete|end of)\s(?:\w+\s?=\s?)?"
+    r"(?:(?:the|every|each|all|his|her|their)\s){0,2}|\(\s?)[$€£]?$",
+    re.IGNORECASE,
+)
 SIGN_IN_WORDS = re.compile(r"\b(?:minus|negative)\s(?=[$\d.\\])", re.IGNORECASE)
 UNIT = re.compile(r"\s?(?:%|°|[a-z]{1,12}(?:\^\{?\d\}?)?(?=[\s.,]|$))")
 
@@ -78,7 +86,7 @@ def readings(gold: str, answer: str, marked: bool, words: bool = False) -> list[
         return _distinct(_verbal(given))
     if marked or not is_prose(given):
         return _distinct([given])
-    return _distinct([_formula(answer) or undelimited(TAIL.split(LEAD_IN.sub("", given))[-1])])
+    return _distinct([_formula(answer) or undelimited(BEHIND_VERB.split(LEAD_IN.sub("", given))[-1])])
 
 
 def closing_number(text: str) -> str:
@@ -129,21 +137,27 @@ def _verbal(given: str) -> list[str]:
     if first := FIRST_WORD.match(given):
         return [first[1]]
     whole = undelimited(LEAD_IN.sub("", given))
-    tail = undelimited(TAIL.split(whole)[-1])
+    tail = undelimited(BEHIND_VERB.split(whole)[-1])
     return [given, whole, *[tail] * (not NEGATION.search(given))]
 
 
 def _formula(answer: str) -> str:
-    """The last formula between dollars or LaTeX's brackets, if only prose follows; words between sums of money are none."""
-    for match in reversed(list(FORMULA.finditer(answer))):
-        formula = normal("".join(match.groups(default="")))
-        if is_prose(formula):
-            continue
-        behind = answer[match.end() :]
-        before = answer[max(match.start() - 60, 0) : match.start()].rpartition("\n")[2]
-        clear = not (re.search(r"\d|\\|\$", behind) or NEGATION.search(before + behind) or ALTERNATIVE.search(before))
-        return formula if clear else ""
-    return ""
+    """The last formula between dollars or LaTeX's brackets, if only prose follows, with those that commas or `and` join to it.
+
+    Words between sums of money are none.
+    """
+    found = [(match, normal("".join(match.groups(default="")))) for match in FORMULA.finditer(answer)]
+    found = [(match, formula) for match, formula in found if not is_prose(formula)]
+    if not found:
+        return ""
+    first, formula = found.pop()
+    behind = answer[first.end() :]
+    while found and JOIN.fullmatch(answer[found[-1][0].end() : first.start()]):
+        first, before = found.pop()
+        formula = f"{before}, {formula}"
+    before = answer[max(first.start() - 60, 0) : first.start()].rpartition("\n")[2]
+    clear = not (re.search(r"\d|\\|\$", behind) or NEGATION.search(before + behind) or ALTERNATIVE.search(before))
+    return formula if clear else ""
 
 
 def _last_line(text: str, with_number: bool = False) -> str:

@@ -16,9 +16,11 @@ TAIL = 20_000  # characters behind the thoughts in which an answer is looked for
 
 THOUGHT = re.compile(r"<(/?)(?:think|thinking|thought|reasoning)>", re.IGNORECASE)
 ANSWER = re.compile(r"<answer>(.*?)(?=</?answer>|$)", re.IGNORECASE | re.DOTALL)
+END_TOKEN = re.compile(r"(?:(?:<\|[^|>\s]{1,30}\|>|</s>)\s{0,9}){1,9}$")
 ANSWER_TAG = re.compile(r"</?answer>", re.IGNORECASE)
 BOX = re.compile(r"\\f?box(?:ed)?\s?(?=\{)|\\boxed\s(\S+)")
 BETWEEN_BOXES = re.compile(r"[\s$.,;&\\()\[\]]*(?:\b(?:and|or)\b)?[\s$.,;&\\()\[\]]*")
+MOST_BOXES = 30  # of one list
 FARTHEST = 60  # characters between two boxes of one list
 HEADING = re.compile(r"(?:step|final|answer|solution|conclusion|explanation)\b", re.IGNORECASE)
 PHRASE = re.compile(
@@ -27,6 +29,8 @@ PHRASE = re.compile(
     re.IGNORECASE | re.MULTILINE,
 )
 DENIED = re.compile(r"\b(?:not|never|cannot)\b|n't\b", re.IGNORECASE)
+ANY = re.compile("")
+STATES = re.compile(r"\d|\\|\$|^\(?[A-Z]\)?$")
 FINAL = re.compile(r"\bfinal\b", re.IGNORECASE)
 NO_STATEMENT = re.compile(
     r"(?:in)?correct\b|reasonable\b|right\b|valid\b|wrong\b|not\b|as follows\b|clear\b|given\b|below\b|obvious\b",
@@ -65,7 +69,7 @@ def stated(completion: str, extract: str = "whole") -> Stated:
 
 def tagged_answer(completion: str) -> tuple[str, bool]:
     """All after thinking or, if there is one, the last thing in answer tags; and whether it was in tags."""
-    text = _without_thought(completion)
+    text = END_TOKEN.sub("", _without_thought(completion))
     tagged = [found for found in ANSWER.findall(text) if found.strip()]
     return (tagged[-1] if tagged else ANSWER_TAG.sub("", text)).strip(), bool(tagged)
 
@@ -90,17 +94,19 @@ def _boxed(text: str) -> str:
     if not boxes:
         return ""
     inner, end = _contents(text, boxes[-1])
-    if any(FINAL.search(match[0]) for match in PHRASE.finditer(text, end)):
+    if STATES.search(_after_phrase(text[end:], FINAL)):
         return ""
     contents, start = [inner], boxes[-1].start()
-    for box in reversed(boxes[:-1]):
-        if start - box.start() > LONGEST:
-            break
-        inner, end = _contents(text[:start], box)
+    for box in reversed(boxes[-MOST_BOXES:-1]):
+        inner, end = _contents(text, box)
+        if end > start:  # around the one before
+            continue
         between = text[end:start]
         if len(between) > FARTHEST or not BETWEEN_BOXES.fullmatch(plain(between)):
             break
-        contents, start = [inner, *contents], box.start()
+        start = box.start()
+        if plain(inner) not in map(plain, contents):
+            contents = [inner, *contents]
     return ", ".join(contents)
 
 
@@ -120,9 +126,11 @@ def _after_hashes(text: str) -> str:
     return ""
 
 
-def _after_phrase(text: str) -> str:
+def _after_phrase(text: str, which: re.Pattern[str] = ANY) -> str:
     """What follows the last "the answer is" or "Answer:", up to the end of its sentence."""
-    for match in reversed([match for match in PHRASE.finditer(text) if not DENIED.search(match[0])]):
+    for match in reversed(
+        [match for match in PHRASE.finditer(text) if which.search(match[0]) and not DENIED.search(match[0])]
+    ):
         rest = re.sub(r"[ \t]+", " ", text[match.end() : match.end() + LONGEST]).strip()
         found = SENTENCE_END.split(rest, maxsplit=1)[0].strip()
         if found and not NO_STATEMENT.match(found):

@@ -8,6 +8,7 @@ import base64
 import json
 import os
 import pickle
+import site
 import subprocess
 import sys
 import tempfile
@@ -15,6 +16,7 @@ import threading
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
@@ -39,6 +41,7 @@ class Worker:
     def __init__(self, seconds: float, generators: bool) -> None:
         self.seconds, self.generators = seconds, generators
         self.sealed: list[str] = []
+        self.closing = False
         self._process: subprocess.Popen[bytes] | None = None
 
     def ask(self, request: dict[str, Any]) -> tuple[dict[str, Any] | None, bool]:
@@ -48,14 +51,15 @@ class Worker:
         return self._exchange(request, self.seconds)
 
     def kill(self) -> None:
-        """End the process without waiting for it, from any thread."""
+        """End the process without waiting for it, from any thread, and one that is about to be started."""
+        self.closing = True
         if (process := self._process) is not None:
             process.kill()
 
     def close(self) -> None:
         """End the process."""
-        self.kill()
         if self._process is not None:
+            self._process.kill()
             for pipe in (self._process.stdin, self._process.stdout):
                 assert pipe is not None
                 with suppress(OSError):
@@ -66,16 +70,19 @@ class Worker:
     def _start(self) -> None:
         self.close()
         command = [sys.executable, "-P", "-s", "-m", "rlvr_trainer.judging.worker", *["generators"] * self.generators]
-        self._process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            cwd=tempfile.gettempdir(),
-            env=_environment(),
-            start_new_session=True,  # Ctrl-C is the trainer's
-        )
-        reply, _ = self._exchange(None, START_UP_SECONDS)
+        with suppress(OSError):  # then there is no process
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                cwd=tempfile.gettempdir(),
+                env=_environment(),
+                start_new_session=True,  # Ctrl-C is the trainer's
+            )
+        if self.closing:  # while it was being started
+            self.kill()
+        reply = self._exchange(None, START_UP_SECONDS)[0] if self._process is not None else None
         if reply is None:
             self.close()
             raise WorkerError(f"no judge could be started: run {' '.join(command)} to see why")
@@ -87,20 +94,18 @@ class Worker:
         assert process.stdin is not None
         assert process.stdout is not None
         late = threading.Event()
+        line = b"" if request is None else json.dumps(request).encode() + b"\n"
         timer = threading.Timer(seconds, _end, (process, late))
         timer.start()
         try:
-            if request is not None:
-                process.stdin.write(json.dumps(request).encode() + b"\n")
-                process.stdin.flush()
-            line = process.stdout.readline(LONGEST_REPLY)
-        except OSError:
-            line = b""
-        timer.cancel()
-        if not line.endswith(b"\n"):
+            process.stdin.write(line)
+            process.stdin.flush()
+            return json.loads(process.stdout.readline(LONGEST_REPLY)), late.is_set()
+        except (OSError, ValueError):  # it is dead, or said half of something
             self.close()
             return None, late.is_set()
-        return json.loads(line), late.is_set()
+        finally:
+            timer.cancel()
 
 
 def _end(process: subprocess.Popen[bytes], late: threading.Event) -> None:
@@ -224,9 +229,7 @@ def _verdict(reply: dict[str, Any]) -> Verdict:
 def _environment() -> dict[str, str]:
     """Nothing of the trainer's environment but where Python finds its modules."""
     kept = {name: os.environ[name] for name in ("SYSTEMROOT", "LD_LIBRARY_PATH") if name in os.environ}
-    own = str(Path(__file__).parents[2])
-    here = os.path.realpath(os.getcwd())
-    paths = os.pathsep.join([own, *(path for path in sys.path if path and os.path.realpath(path) != here)])
+    paths = os.pathsep.join(_module_folders())
     threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
     return {
         **kept,
@@ -236,3 +239,12 @@ def _environment() -> dict[str, str]:
         "PYTHONHASHSEED": "0",
         "PYTHONDONTWRITEBYTECODE": "1",
     }
+
+
+def _module_folders() -> list[str]:
+    """Where this package, Python's and those that judge are; not the folder of somebody's script, with what else is in it."""
+    roots = tuple(os.path.realpath(root) + os.sep for root in (sys.prefix, sys.base_prefix, site.getusersitepackages()))
+    found = [path for path in sys.path if path and (os.path.realpath(path) + os.sep).startswith(roots)]
+    specs = [find_spec(name) for name in ("math_verify", "latex2sympy2_extended", "sympy", "reasoning_gym")]
+    found += [str(Path(spec.origin).parents[1]) for spec in specs if spec is not None and spec.origin]
+    return list(dict.fromkeys([str(Path(__file__).parents[2]), *found]))
