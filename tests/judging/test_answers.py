@@ -19,7 +19,8 @@ MATRIX = r"\begin{pmatrix}1\\ 2\end{pmatrix}"
 RIGHT = {
     "currencies": [
         (r"\$18.90", "18.90"), (r"\$18.90", r"\boxed{\$18.90}"), (r"\$18.90", "so it costs $18.90."), ("$5", "5 dollars"),
-        ("£5", "£5.00"), ("5 euros", "€5"), ("$1,234.50", "1234.5"), ("-$5", "$-5"), ("18.9", "USD 18.90"), ("3", "$3"),
+        ("£5", "£5.00"), ("£5", "It costs 5 pounds."), ("¥500", "500 yen"), ("5 euros", "€5"), ("$1,234.50", "1234.5"),
+        ("-$5", "$-5"), ("18.9", "USD 18.90"), ("3", "$3"),
     ],
     "units": [
         ("20 $cm^{2}$", "20"), ("20 $cm^{2}$", "20 square centimeters"), ("20 cm²", r"20\text{ cm}^2"), ("5 km/h", "5"),
@@ -284,7 +285,7 @@ def test_a_reference_that_cannot_be_read_is_nobodys_wrong_answer(reference):
     assert check(reference).score is None
 
 
-@pytest.mark.parametrize("reference", [r"\frac{1}{0}", "The answer is 5", "1e99999", "#### 5"])
+@pytest.mark.parametrize("reference", [r"\frac{1}{0}", "The answer is 5"])
 def test_a_reference_that_is_not_equal_to_itself_is_found_when_it_is_checked(reference):
     assert check(reference).reason == BAD_REFERENCE
     assert compare([reference], "2").score == 0.0

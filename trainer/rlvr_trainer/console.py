@@ -62,6 +62,8 @@ class RunLog:
             ("entropy", "entropy", ".2f"),
         ]
         parts = [f"{label} {values[name]:{form}}" for label, name, form in shown if name in values]
+        if "reward" not in values:
+            parts = ["no group to learn from: nothing was updated"]
         speed = f"{values['perf/tokens_per_second']:.0f} tokens/s, {values['perf/seconds_step']:.1f} s"
         self.say(f"step {step:>{len(str(steps))}}/{steps}  " + "  ".join([*parts, speed]))
 

@@ -25,9 +25,9 @@ MEANINGS = {
     "optim.learning_rate": "lr actor_learning_rate actor_lr step_size",
     "optim.max_grad_norm": "grad_clip clip_grad max_norm gradient_clipping clip_grad_norm",
     "optim.micro_batch": "per_device_train_batch_size micro_batch_size micro_train_batch_size ppo_micro_batch_size"
-    " ppo_micro_batch_size_per_gpu",
+    " ppo_micro_batch_size_per_gpu gradient_accumulation_steps",
     "optim.updates_per_batch": "num_iterations ppo_epochs max_epochs mu",
-    "optim.warmup_steps": "lr_warmup_steps warmup num_warmup_steps",
+    "optim.warmup_steps": "lr_warmup_steps warmup num_warmup_steps warmup_ratio",
     "optim.weight_decay": "l2 wd",
     "policy.device": "use_cpu cuda gpu",
     "policy.name": "model model_name model_name_or_path model_path pretrain path",

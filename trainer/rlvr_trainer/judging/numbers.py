@@ -34,7 +34,7 @@ SHORT = {
     "second": "s", "sec": "s", "minute": "min", "hour": "h", "hr": "h", "day": "day", "week": "week", "month": "month",
     "year": "year", "yr": "year", "gram": "g", "kilogram": "kg", "liter": "l", "litre": "l", "milliliter": "ml",
     "ounce": "oz",
-    "lb": "lb", "pound": "lb", "dollar": "$", "usd": "$", "us$": "$", "euro": "€", "eur": "€", "gbp": "£", "cent": "¢",
+    "lb": "lb", "pound": "lb", "dollar": "$", "usd": "$", "us$": "$", "euro": "€", "eur": "€", "gbp": "£", "yen": "¥", "cent": "¢",
     "percent": "%", "pct": "%", "percentage": "%", "degree": "°", "radian": "rad", "deg": "°", "unit": "", "mph": "mi/h",
     "kph": "km/h",
 }  # fmt: skip
@@ -74,6 +74,7 @@ NO_UNITS = {
     "because", "if", "where", "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten",
     "eleven", "twelve",
 }  # fmt: skip
+POUNDS = {"lb", "£"}  # a word for both
 MOST_DIGITS = 1_000
 MOST_WORDS = 3  # of a unit that is not known
 
@@ -89,7 +90,12 @@ class Quantity:
     def equals(self, other: "Quantity") -> bool:
         """Whether both are the same number, in units that do not contradict each other; percent count as hundredths or not."""
         known = _is_known(self.unit) and _is_known(other.unit)
-        if known and self.unit != other.unit and "%" not in (self.unit, other.unit):
+        if (
+            known
+            and {self.unit, other.unit} != POUNDS
+            and self.unit != other.unit
+            and "%" not in (self.unit, other.unit)
+        ):
             return False
         scales = (1, 100) if (self.unit == "%") != (other.unit == "%") else (1,)
         one, two = (self.value, other.value) if self.unit == "%" else (other.value, self.value)

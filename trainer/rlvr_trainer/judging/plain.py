@@ -16,7 +16,8 @@ SYMBOLS = {
 MONEY = "\x00"
 QUOTES = [(mark, mark) for mark in ("**", "__", "*", "_", "`", '"', "'")] + [("\\(", "\\)"), ("\\[", "\\]")]
 WRAPPERS = (
-    "text", "textbf", "textit", "textrm", "textsf", "texttt", "mathrm", "mathbf", "mathit", "mathsf", "mathtt", "mbox",
+    "text", "textbf", "textit", "textrm", "textnormal",
+    "textsf", "texttt", "mathrm", "mathbf", "mathit", "mathsf", "mathtt", "mbox",
     "operatorname",
     "underline", "bm", "boldsymbol",
 )  # fmt: skip
