@@ -118,18 +118,16 @@ def _several(between: str, up_to: str) -> bool:
 
 
 def _numeric(answer: str, marked: bool) -> list[str]:
-    given = normal(answer)
-    if marked or "\n" not in given:
-        formula = "" if marked else _formula(answer)
-        if not is_prose(given):
-            return [re.sub(r"^\(?[A-J]\)\s", "", given)]
-        whole = LEAD_IN.sub("", given)
-        return [whole] if quantity(whole) else [formula or closing_number(given)]
-    formula = _formula(answer)
-    line = normal(_last_line(answer, with_number=True))
-    if formula:
-        return [formula]
-    return [line] if not is_prose(line) else _numeric(line, marked=True)
+    """The formula, the last line, or the number that closes it."""
+    given, formula = normal(answer), "" if marked else _formula(answer)
+    if not marked and "\n" in given:
+        if formula:
+            return [formula]
+        given = normal(_last_line(answer, with_number=True))
+    if not is_prose(given):
+        return [re.sub(r"^\(?[A-J]\)\s", "", given)]
+    whole = LEAD_IN.sub("", given)
+    return [whole if quantity(whole) else formula or closing_number(given)]
 
 
 def _verbal(given: str) -> list[str]:
@@ -138,7 +136,7 @@ def _verbal(given: str) -> list[str]:
         return [first[1]]
     whole = undelimited(LEAD_IN.sub("", given))
     tail = undelimited(BEHIND_VERB.split(whole)[-1])
-    return [given, whole, *[tail] * (not NEGATION.search(given))]
+    return [given, whole] if NEGATION.search(given) else [given, whole, tail]
 
 
 def _formula(answer: str) -> str:
