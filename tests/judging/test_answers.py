@@ -368,7 +368,7 @@ def test_no_repetition_takes_long(unit, form):
     for reference in ("7", "x+1", "Paris"):
         start = time.process_time()
         compare([reference], text)
-        assert time.process_time() - start < 2.0
+        assert time.process_time() - start < 4.0  # a second here; what is quadratic takes minutes
 
 
 def test_every_example_in_the_docstrings_is_as_it_says():

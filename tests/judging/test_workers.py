@@ -38,8 +38,8 @@ def test_a_hung_answer_costs_its_limit_and_delays_nobody(two):
         del two._ask
     assert found[0] == Verdict(0.0, TIME, "x+1") or found[0].reason in (MEMORY, CRASHED)
     assert all(verdict.score == 1.0 for verdict in found[1:])
-    assert sorted(finished)[49] < 1.5  # the fifty others were judged while the first one hung
-    assert finished[-1] < 2.0 + 1.0
+    assert sorted(finished)[49] < 2.0  # the fifty others were judged while the first one hung
+    assert finished[-1] < 2.0 + 5.0
     assert (
         two(answers([(["7"], "7")] * 4)) == [Verdict(1.0, "right", "7", "7")] * 4
     )  # by a worker that replaced the hung one
