@@ -150,7 +150,8 @@ def test_training_refuses_before_it_samples_and_drops_with_a_word(asked, tmp_pat
     assert all(len(row["prompt"]) == 2 for row in read_jsonl(tmp_path / "run" / "completions.jsonl"))
 
 
-def test_evaluation_from_the_command_line_drops_too(rows, tmp_path, capsys):
+def test_evaluation_from_the_command_line_drops_too(rows, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     settings = [f"task.name={rows}", "task.held_out=4", "policy.warm_start_steps=1", "rollout.max_prompt_tokens=20"]
     config = tmp_path / "config.yaml"
     config.write_text("{}")
