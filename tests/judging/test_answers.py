@@ -278,7 +278,9 @@ def test_any_of_several_references_is_right():
     assert compare(["", "2"], "2").score == 1.0
 
 
-@pytest.mark.parametrize("reference", ["", "  ", "$$", "?", "+", r"\frac{", "9" * 5000])
+@pytest.mark.parametrize(
+    "reference", ["", "  ", "$$", "?", "+", r"\frac{", "9" * 5000, r"0.\overline{" + "3" * 5000 + "}"]
+)
 def test_a_reference_that_cannot_be_read_is_nobodys_wrong_answer(reference):
     verdict = compare([reference], "2")
     assert (verdict.score, verdict.reason) == (None, BAD_REFERENCE)

@@ -7,7 +7,7 @@ import threading
 import time
 
 import pytest
-from rlvr_trainer.judging import BadReferenceError, WorkerError, judge
+from rlvr_trainer.judging import BadReferenceError, WorkerError, judge, worker
 from rlvr_trainer.judging.verdict import COUNTED, CRASHED, MEMORY, TIME, TOO_LONG, Verdict, counts
 from rlvr_trainer.judging.workers import Worker, Workers, _verdict, answers
 
@@ -140,3 +140,17 @@ def test_the_public_judge():
         judge("", "2")
     with pytest.raises(BadReferenceError, match="reference holds no answer"):
         judge([], "2")
+    with pytest.raises(TypeError, match="reference must be text or a list of texts, got 12"):
+        judge(12, "12")
+    with pytest.raises(TypeError, match="completion must be text, got None"):
+        judge("12", None)
+    with pytest.raises(ValueError, match="extract must be 'whole' or 'last_number', got 'last'"):
+        judge("12", "12", extract="last")
+
+
+@pytest.mark.parametrize(("raised", "said"), [(MemoryError(), "memory limit"), (KeyError("x"), "KeyError: 'x'")])
+def test_a_failure_of_the_judge_is_wrong_for_an_answer_and_bad_for_a_reference(monkeypatch, raised, said):
+    monkeypatch.setattr(worker, "answer", lambda _: (_ for _ in ()).throw(raised))
+    assert worker._answer({"references": ["7"], "completion": "7"}).score == 0.0
+    verdict = worker._answer({"references": ["7"]})
+    assert (verdict.score, verdict.read_reference) == (None, f"'7': {said}")

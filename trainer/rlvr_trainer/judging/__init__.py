@@ -33,6 +33,7 @@ def judge(
     Raises:
         BadReferenceError: no reference can be read.
         TypeError: something else than text.
+        ValueError: another `extract`.
 
     Example:
         >>> judge("1/2", "So the answer is $0.5$.").score, judge("7", "it is 5 or 6 or 7").reason
@@ -43,6 +44,8 @@ def judge(
         raise TypeError(f"reference must be text or a list of texts, got {reference!r}")
     if not isinstance(completion, str):
         raise TypeError(f"completion must be text, got {completion!r}")
+    if extract not in ("whole", "last_number"):
+        raise ValueError(f"extract must be 'whole' or 'last_number', got {extract!r}")
     if not references:
         raise BadReferenceError("reference holds no answer")
     asked = answers([(references, completion)], extract=extract, accept_unevaluated=accept_unevaluated)

@@ -76,7 +76,7 @@ def is_words(reference: str) -> bool:
         return False
     as_formula = reference.strip().startswith(("$", "\\(")) or bool(re.search(r"[=^<>+]", gold))
     words = [word for word in PROSE.findall(without_unit(gold)) if word.lower() not in FUNCTIONS]
-    return any(word.lower() not in FUNCTIONS and (is_prose(word) or not as_formula) for word in words)
+    return any(is_prose(word) or not as_formula for word in words)
 
 
 def is_unevaluated(gold: str, given: str) -> bool:

@@ -38,27 +38,7 @@ SHORT = {
     "percent": "%", "pct": "%", "percentage": "%", "degree": "°", "radian": "rad", "deg": "°", "unit": "", "mph": "mi/h",
     "kph": "km/h",
 }  # fmt: skip
-KNOWN = {
-    *SHORT.values(),
-    "$",
-    "€",
-    "£",
-    "¥",
-    "₹",
-    "¢",
-    "%",
-    "°",
-    "v",
-    "w",
-    "j",
-    "n",
-    "k",
-    "hz",
-    "pa",
-    "mg",
-    "ms",
-    "rad",
-} - {""}
+KNOWN = {*SHORT.values(), *"$€£¥₹¢%°vwjnk", "hz", "pa", "mg", "ms"} - {""}
 OPERATORS = (
     "plus", "minus", "times", "divided", "multiplied", "squared", "cubed", "factorial", "doubled", "tripled", "halved",
     "halves", "half",
@@ -75,6 +55,7 @@ NO_UNITS = {
     "eleven", "twelve",
 }  # fmt: skip
 POUNDS = {"lb", "£"}  # a word for both
+LONGEST = 2_000  # characters of a number with its unit
 MOST_DIGITS = 1_000
 MOST_WORDS = 3  # of a unit that is not known
 
@@ -89,13 +70,8 @@ class Quantity:
 
     def equals(self, other: "Quantity") -> bool:
         """Whether both are the same number, in units that do not contradict each other; percent count as hundredths or not."""
-        known = _is_known(self.unit) and _is_known(other.unit)
-        if (
-            known
-            and {self.unit, other.unit} != POUNDS
-            and self.unit != other.unit
-            and "%" not in (self.unit, other.unit)
-        ):
+        units = {self.unit, other.unit}
+        if len(units) == 2 and all(map(_is_known, units)) and "%" not in units and units != POUNDS:
             return False
         scales = (1, 100) if (self.unit == "%") != (other.unit == "%") else (1,)
         one, two = (self.value, other.value) if self.unit == "%" else (other.value, self.value)
@@ -108,7 +84,10 @@ def quantity(text: str) -> Quantity | None:
     >>> quantity("$18.90").value, quantity("1e3").value, quantity("12 cm^2").unit, quantity("2x"), quantity("1 1/2").value
     (Fraction(189, 10), Fraction(1000, 1), 'cm^2', None, Fraction(3, 2))
     """
-    text = _terminated(re.sub(r"\s+", " ", plain(text)).strip())
+    text = re.sub(r"\s+", " ", plain(text)).strip()
+    if len(text) > LONGEST:
+        return None
+    text = _repeating_as_fraction(text)
     text = re.sub(r"(?<=\d) (?=\d{3}(?:\D|$))", ",", text) if re.fullmatch(r"\D*\d{1,3}(?: \d{3})+\D*", text) else text
     found = QUANTITY.fullmatch(text)
     if not found or (found["sign"] and found["inner"]):
@@ -123,7 +102,7 @@ def quantity(text: str) -> Quantity | None:
     return Quantity(sign * factor * value, unit or money, ratio)
 
 
-def _terminated(text: str) -> str:
+def _repeating_as_fraction(text: str) -> str:
     """A repeating decimal as the fraction that it is."""
     found = REPEATING.search(text)
     if not found:

@@ -49,10 +49,10 @@ ALIKE: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
 
 
 def plain(text: str) -> str:
-    """`text` with one sign for each minus, fraction, superscript, space and font, and no digit grouping but commas.
+    r"""`text` with one sign for each minus, fraction, superscript, space and font, and no digit grouping but commas.
 
-    >>> plain("−5"), plain("3½"), plain(r"\\\\dfrac{1}{2}"), plain("x²"), plain(r"10{,}080")
-    ('-5', '3 1/2', '\\\\\\\\frac{1}{2}', 'x^{2}', '10,080')
+    >>> plain("−5"), plain("3½"), plain(r"\dfrac{1}{2}"), plain("x²"), plain(r"10{,}080")
+    ('-5', '3 1/2', '\\frac{1}{2}', 'x^{2}', '10,080')
     """
     text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺]+", lambda m: "^{" + m[0].translate(SUPERSCRIPTS) + "}", text)
     text = re.sub(r"(\d?)([¼½¾⅐-⅞])", lambda m: m[1] + " " * bool(m[1]) + unicodedata.normalize("NFKC", m[2]), text)

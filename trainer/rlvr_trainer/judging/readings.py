@@ -57,10 +57,10 @@ UNIT = re.compile(r"\s?(?:%|°|[a-z]{1,12}(?:\^\{?\d\}?)?(?=[\s.,]|$))")
 def normal(text: str) -> str:
     """A statement in plain form, without what only wraps it; `minus 5` and `negative 5` as -5."""
     text = undelimited(plain(undelimited(text)))
-    return SIGN_IN_WORDS.sub(lambda found: found[0] if _subtracts(text, found.start()) else "-", text)
+    return SIGN_IN_WORDS.sub(lambda found: found[0] if _behind_a_number(text, found.start()) else "-", text)
 
 
-def _subtracts(text: str, start: int) -> bool:
+def _behind_a_number(text: str, start: int) -> bool:
     return bool(re.search(r"[\d)}]\s?$", text[max(start - 2, 0) : start]))
 
 

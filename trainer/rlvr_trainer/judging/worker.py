@@ -16,7 +16,7 @@ from typing import Any
 from rlvr_trainer.judging.compare import LONGEST_READING, check, compare
 from rlvr_trainer.judging.guard import Guard
 from rlvr_trainer.judging.sandbox import seal
-from rlvr_trainer.judging.verdict import CRASHED, MEMORY, REFUSED, Verdict
+from rlvr_trainer.judging.verdict import BAD_REFERENCE, CRASHED, MEMORY, REFUSED, Verdict
 
 MOST_MEMORY = 2**30  # bytes after which a worker ends: what answers leave in caches must not fall on later ones
 
@@ -86,9 +86,12 @@ def _answer(request: dict[str, Any]) -> Verdict:
     try:
         return answer(request)
     except MemoryError:
-        return Verdict(0.0, MEMORY)
+        reason, said = MEMORY, ""
     except Exception as error:
-        return Verdict(0.0, CRASHED, read_answer=f"{type(error).__name__}: {error}")
+        reason, said = CRASHED, f"{type(error).__name__}: {error}"
+    if "completion" in request:
+        return Verdict(0.0, reason, read_answer=said)
+    return Verdict(None, BAD_REFERENCE, f"{request['references'][0]!r}: {said or reason}")
 
 
 def _reply(verdict: Verdict) -> dict[str, Any]:
