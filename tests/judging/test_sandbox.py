@@ -95,3 +95,44 @@ def test_a_worker_has_no_secrets(monkeypatch):
         assert opened == {"pipe", "/dev/null", f"/proc/{pid}/statm"}
     finally:
         workers.close()
+
+
+GUARDED = """
+import os, socket, subprocess, sys
+from rlvr_trainer.judging.guard import Guard
+guard = Guard()
+action = compile(sys.argv[2], "action", "exec")
+guard.close()
+try:
+    exec(action, {"folder": sys.argv[1], "os": os, "socket": socket, "subprocess": subprocess})
+    print("did")
+except RuntimeError:
+    print("refused", guard.refused)
+"""
+EVALUATED = {
+    "an import": "eval(\"__import__('os').system('touch ' + folder)\")",
+    "an attribute": "eval('().__class__')",
+    "a program": "exec('x = 1')",
+    "sympy's parser": "import sympy; sympy.sympify(\"__import__('os').getcwd()\")",
+    "writing": "open(folder + '/new', 'w')",
+    "a process": "subprocess.run(['true'])",
+    "a shell": "os.system('true')",
+    "a socket": "socket.create_connection(('127.0.0.1', 9))",
+    "removing": "os.remove(folder)",
+}
+
+
+@pytest.mark.parametrize("action", EVALUATED.values(), ids=EVALUATED)
+def test_the_guard_alone_refuses_where_there_is_no_kernel_to_help(tmp_path, action):
+    command = [sys.executable, "-c", GUARDED, str(tmp_path), action]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=60)
+    assert done.stdout.startswith("refused "), done
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_guard_lets_expressions_through(tmp_path):
+    action = "assert eval('[1, 2*3, factorial(3)]', {'factorial': lambda n: n}) == [1, 6, 3]"
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", GUARDED, str(tmp_path), action]
+    assert subprocess.run(command, capture_output=True, text=True, env=env, timeout=60).stdout == "did\n"
