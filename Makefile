@@ -10,7 +10,7 @@ PYTEST := $(BIN)/python -m pytest -q
 PARALLEL := -n auto --dist worksteal
 READY := .venv/.ready
 
-.PHONY: test demo bench docs lint types test-cpu test-parity test-interpret test-compile test-gpu setup clean
+.PHONY: test demo bench docs lint types test-cpu test-parity test-interpret test-compile test-gpu test-trl test-verl test-fleet setup clean
 
 test: lint types test-cpu test-parity test-interpret test-compile test-gpu
 
@@ -52,6 +52,14 @@ test-gpu: $(READY)
 	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; \
 	then $(PYTEST) -m gpu; else echo "no GPU here: the tests marked gpu are left out"; fi
 
+# Frameworks exclude one another: the tests of each run in an environment of its own.
+test-trl test-verl test-fleet: test-%: .venvs/%.ready
+	.venvs/$*/bin/python -m pytest -q tests/integrations/$*
+
+.venvs/%.ready: pyproject.toml .ci/setup
+	bash .ci/setup $*
+	touch $@
+
 setup: $(READY)
 
 $(READY): pyproject.toml .ci/setup
@@ -59,4 +67,4 @@ $(READY): pyproject.toml .ci/setup
 	touch $@
 
 clean:
-	rm -rf .venv
+	rm -rf .venv .venvs
