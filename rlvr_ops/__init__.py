@@ -24,6 +24,7 @@ from rlvr_ops.calibration import (
     tokenised_brier_loss,
 )
 from rlvr_ops.evaluation import bootstrap_interval, paired_bootstrap_interval, pass_at_k
+from rlvr_ops.head.from_model import hidden_states_of
 from rlvr_ops.head.head import Head
 from rlvr_ops.head.plan import Plan
 from rlvr_ops.head.token_logps import TokenScores, token_logps
@@ -139,6 +140,7 @@ __all__ = [
     "grpo_loss_from_logps",
     "gspo_loss",
     "gspo_loss_from_logps",
+    "hidden_states_of",
     "informative_groups",
     "luspo_loss",
     "luspo_loss_from_logps",
