@@ -71,7 +71,7 @@ def use_fused_head(model: Any, temperature: float, *, fp32: bool = False) -> Non
         hidden, aux_loss = states.last_hidden_state, _aux_loss(self, states, kwargs)
         weight, bias = _weight_and_bias(self, fp32)
         hidden, labels = hidden.to(weight.device), labels.to(weight.device)
-        with _precision(hidden, fp32), maybe_gather_lm_head_ctx(weight, bias):
+        with _precision(hidden, fp32), maybe_gather_lm_head_ctx(weight, bias):  # type: ignore[arg-type]
             head = Head(whole(weight), None if bias is None else whole(bias), *numbers, temperature)
             hidden = hidden.float() if fp32 else hidden
             output = _scores(hidden, head, labels, with_entropy) if call is None else _loss(hidden, head, call)

@@ -1,10 +1,7 @@
 """The fused loss is TRL's own: the same loss, gradients and metrics, for every loss type and setting."""
 
-import math
-
 import pytest
 import torch
-from trl import GRPOConfig, GRPOTrainer
 
 LOSS_TYPES = ["grpo", "dapo", "dr_grpo", "bnpo", "cispo", "sapo", "luspo", "vespo"]
 SETTINGS = {
