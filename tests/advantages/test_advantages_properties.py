@@ -7,7 +7,10 @@ from hypothesis import strategies as st
 
 from rlvr_ops.advantages import ESTIMATORS, easy_but_brittle, group_advantages, informative_groups
 
-SHIFTABLE = ("grpo", "dr_grpo", "rloo", "opo", "oblr", "reinforce_plus_plus")
+SHIFTABLE = (
+    "grpo", "dr_grpo", "rloo", "lite_ppo", "gpg", "grpo_passk", "opo", "oblr", "reinforce_plus_plus",
+    "reinforce_plus_plus_baseline",
+)  # fmt: skip
 few = settings(max_examples=60, deadline=None, derandomize=True)
 ragged = st.lists(st.integers(2, 6), min_size=1, max_size=4)
 seeds = st.integers(0, 2**31 - 1)
@@ -77,7 +80,7 @@ def test_rloo_is_dr_grpo_times_g_over_g_minus_one(sizes, seed):
 
 
 @few
-@given(ragged, seeds, st.sampled_from(("grpo", "dr_grpo", "rloo", "bnpo", "lens")))
+@given(ragged, seeds, st.sampled_from(("grpo", "dr_grpo", "rloo", "lite_ppo", "gpg", "maxrl", "bnpo", "lens")))
 def test_what_is_centred_sums_to_zero_in_every_group(sizes, seed, estimator):
     r, ids, _ = drawn(sizes, seed)
     advantages = group_advantages(r, group_ids=ids, estimator=estimator, **extras(estimator, len(r)))
