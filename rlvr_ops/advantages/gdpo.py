@@ -31,9 +31,10 @@ def gdpo_advantages(
     advantage, and lets the reward that varies most decide. It compares prompts, so pass the whole batch at once.
 
     `rewards` is (B, K), grouped as in `group_advantages`. `reward_weights` are K numbers, 1 by default. With `lengths` (B,)
-    in tokens a rollout counts once a token in the batch's mean and deviation, as in verl; without, once, as in TRL and
-    NeMo-RL. eps is 1e-4 in TRL and 1e-6 in verl. Groups that differ in no reward get exactly 0, unless `lengths` move
-    the mean. A constant to any gradient, in the dtype of floating `rewards`, else float32.
+    in tokens a rollout counts once a token in the batch's mean and deviation, as in verl; without, once, as in TRL, and in
+    NeMo-RL with use_leave_one_out_baseline off. eps is 1e-4 in TRL and 1e-6 in the others. Groups that differ in no reward
+    get exactly 0, unless `lengths` move the mean. A constant to any gradient, in the dtype of floating `rewards`, else
+    float32.
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what is wanted; the rollout of a NaN or inf reward.

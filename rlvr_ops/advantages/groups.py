@@ -19,8 +19,9 @@ INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 class Groups:
     """The group of every rollout: `index` (B,), from 0 to count - 1. No group is empty where its maximum or minimum is asked for.
 
-    Values are (B,), or (B, n) for n statistics at once; one per group is then (count, n). Methods ending in `each` return one value per group, (count,). The others return every rollout its group's, (B,).
-    Sums are taken in float64 (float32 on MPS) and rounded once, to the dtype of the values.
+    Methods ending in `each` return one value per group, (count,). The others return every rollout its group's, (B,). Sums,
+    extremes and weighted means also take (B, n), column by column. Sums are taken in float64 (float32 on MPS) and rounded
+    once, to the dtype of the values.
     """
 
     index: Tensor

@@ -130,4 +130,3 @@ def _groups(rewards: Tensor, layout: Layout, group_size: int | None, group_ids: 
         )
     rollouts = torch.empty(layout.rollouts, device=rewards.device)
     return make_groups("rewards", rollouts, group_size, group_ids)
-

@@ -61,7 +61,9 @@ def test_one_reward_is_grpo_normalised_over_the_batch():
 def test_groups_may_be_ragged_and_in_any_order():
     r = torch.rand(7, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     ids, order = torch.tensor([4, 4, 4, 9, 9, 9, 9]), torch.tensor([6, 0, 3, 5, 1, 2, 4])
-    torch.testing.assert_close(gdpo_advantages(r[order], group_ids=ids[order]), gdpo_advantages(r, group_ids=ids)[order])
+    torch.testing.assert_close(
+        gdpo_advantages(r[order], group_ids=ids[order]), gdpo_advantages(r, group_ids=ids)[order]
+    )
 
 
 @pytest.mark.parametrize("reward", [0.0, 0.1, 1e-30, -7.3])
@@ -84,7 +86,7 @@ def test_wrong_inputs_are_named():
         gdpo_advantages(CORRECT, 2)
     with pytest.raises(ValueError, match=r"rewards must have shape \(B, K\).*got \(4, 0\)"):
         gdpo_advantages(torch.zeros(4, 0), 2)
-    with pytest.raises(ValueError, match="rewards must have a multiple of group_size = 3 entries.*got 4"):
+    with pytest.raises(ValueError, match=r"rewards must have a multiple of group_size = 3 entries.*got 4"):
         gdpo_advantages(BOTH, 3)
     with pytest.raises(ValueError, match=r"reward_weights must have K = 2 numbers, one per column of rewards, got 3"):
         gdpo_advantages(BOTH, 2, reward_weights=[1, 1, 1])

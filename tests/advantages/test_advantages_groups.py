@@ -21,7 +21,9 @@ def test_group_ids_in_any_order_are_the_same_groups(estimator):
     torch.testing.assert_close(got, expected[order], rtol=1e-14, atol=1e-14)
 
 
-@pytest.mark.parametrize("estimator", ["grpo", "dr_grpo", "rloo", "grpo_passk", "maxrl", "remax", "opo", "oblr", "lens", "psr"])
+@pytest.mark.parametrize(
+    "estimator", ["grpo", "dr_grpo", "rloo", "grpo_passk", "maxrl", "remax", "opo", "oblr", "lens", "psr"]
+)
 def test_a_ragged_batch_is_its_groups_one_by_one(estimator):
     r = torch.tensor([1, 0, 0, 1, 1, 1, 0, 0, 0], dtype=torch.float64)
     ids = torch.tensor([2, 9, 9, 2, 7, 9, 7, 7, 7])
@@ -33,7 +35,7 @@ def test_a_ragged_batch_is_its_groups_one_by_one(estimator):
         torch.testing.assert_close(got[rows], alone, rtol=1e-14, atol=1e-14)
 
 
-@pytest.mark.parametrize("estimator", (*CENTRED, "grpo_passk"))
+@pytest.mark.parametrize("estimator", [*CENTRED, "grpo_passk"])
 @pytest.mark.parametrize("reward", [0.0, 1.0, 0.1, 1e-30, -7.3])
 def test_equal_rewards_get_exactly_zero(estimator, reward):
     if estimator in ("bnpo", "maxrl", "paired", "lens") and reward not in (0.0, 1.0):

@@ -3,13 +3,22 @@
 import pytest
 import torch
 
-from rlvr_ops import group_advantages, otb_advantages, squared_gradient_norms, token_logps
+from rlvr_ops import (
+    ace_advantages,
+    ace_loss_from_logps,
+    group_advantages,
+    otb_advantages,
+    squared_gradient_norms,
+    token_logps,
+)
 
 B, T, V, H = 6, 5, 7, 4
 IDS = torch.tensor([3, 8, 3, 8, 8, 3])
 LENGTHS = torch.tensor([5, 2, 3, 4, 0, 1])
 MASK = torch.arange(T) < LENGTHS[:, None]
-HOLES = torch.tensor([[1, 0, 0, 1, 1], [1, 1, 1, 0, 1], [0, 0, 1, 1, 0], [1, 1, 1, 1, 1], [0, 0, 0, 0, 0], [0, 1, 0, 1, 1]])
+HOLES = torch.tensor(
+    [[1, 0, 0, 1, 1], [1, 1, 1, 0, 1], [0, 0, 1, 1, 0], [1, 1, 1, 1, 1], [0, 0, 0, 0, 0], [0, 1, 0, 1, 1]]
+)
 REWARDS = torch.tensor([1.0, 0.0, 0.25, 2.0, -1.0, 0.5], dtype=torch.float64)
 
 
@@ -29,7 +38,9 @@ def by_loop(rewards, logps, squares, mask, ids, ratio=None):
         per_token = rewards.ndim == 2
         places.append(at)
         weights.append([sum(energy[: i + 1]) for i in range(len(at))])
-        returns.append([sum(float(rewards[b, t]) for t in at[i:]) if per_token else float(rewards[b]) for i in range(len(at))])
+        returns.append(
+            [sum(float(rewards[b, t]) for t in at[i:]) if per_token else float(rewards[b]) for i in range(len(at))]
+        )
     for b, at in enumerate(places):
         for i, t in enumerate(at):
             peers = [c for c in range(len(mask)) if ids[c] == ids[b] and len(places[c]) > i]
@@ -98,6 +109,17 @@ def test_a_token_that_no_other_rollout_reaches_has_no_baseline():
     assert torch.equal(alone, REWARDS[:, None] * MASK)
 
 
+def test_the_ace_loss_weighs_every_negative_token():
+    logps, squares = scores()
+    ref = scores(seed=1)[0]
+    advantages = otb_advantages(REWARDS, logps, squares, MASK, group_ids=IDS)
+    given = {"ref_per_token_logps": ref, "completion_mask": MASK, "loss_type": "luspo", "num_items_in_batch": 1}
+    got = ace_loss_from_logps(logps, advantages, **given, alpha=1.0)
+    weighted = ace_advantages(advantages, logps, ref, MASK)
+    torch.testing.assert_close(got.loss, ace_loss_from_logps(logps, weighted, **given, alpha=0.0).loss)
+    assert got.loss > ace_loss_from_logps(logps, advantages, **given, alpha=0.0).loss
+
+
 @pytest.mark.parametrize("reward", [0.0, 0.1, 1e-30, -7.3])
 def test_tokens_that_are_worth_the_same_get_exactly_zero(reward):
     logps, squares = scores()
@@ -127,24 +149,33 @@ def test_the_dtype_is_that_of_the_rewards_and_no_rollouts_are_allowed():
     assert not bool((whole.signbit() & (whole == 0)).any())
     empty = torch.zeros(0, T)
     assert otb_advantages(torch.zeros(0), empty, empty, group_size=4).shape == (0, T)
-    assert not otb_advantages(REWARDS.requires_grad_(), logps, squares, group_size=3).requires_grad
-    REWARDS.requires_grad_(False)
+    learnt = REWARDS.clone().requires_grad_()
+    assert not otb_advantages(learnt, logps, squares, group_size=3).requires_grad
 
 
 def test_wrong_inputs_are_named():
     logps, squares = scores()
-    with pytest.raises(ValueError, match=r"rewards must have one value per rollout \(B,\) = \(6,\) or one per token = \(6, 5\), got \(5,\)"):
+    with pytest.raises(
+        ValueError, match=r"rewards must have one .* \(B,\) = \(6,\) or one per token = \(6, 5\), got \(5,\)"
+    ):
         otb_advantages(REWARDS[:5], logps, squares, group_size=3)
     with pytest.raises(ValueError, match=r"sum_p_squared must have shape \(6, 5\) like per_token_logps, got \(6, 4\)"):
         otb_advantages(REWARDS, logps, squares[:, :4], group_size=3)
-    with pytest.raises(ValueError, match=r"importance_sampling_ratio must have shape \(6, 5\) like per_token_logps, got \(6,\)"):
+    with pytest.raises(
+        ValueError, match=r"importance_sampling_ratio must have shape \(6, 5\) like per_token_logps, got \(6,\)"
+    ):
         otb_advantages(REWARDS, logps, squares, group_size=3, importance_sampling_ratio=REWARDS)
     with pytest.raises(ValueError, match="rewards must have a multiple of group_size = 4 entries"):
         otb_advantages(REWARDS, logps, squares, group_size=4)
     with pytest.raises(ValueError, match=r"completion_mask must have shape \(B, T\) = \(6, 5\) like per_token_logps"):
         otb_advantages(REWARDS, logps, squares, MASK[:, :3], group_size=3)
     for name in ("rewards", "per_token_logps", "sum_p_squared", "importance_sampling_ratio"):
-        given = {"rewards": REWARDS, "per_token_logps": logps, "sum_p_squared": squares, "importance_sampling_ratio": squares}
+        given = {
+            "rewards": REWARDS,
+            "per_token_logps": logps,
+            "sum_p_squared": squares,
+            "importance_sampling_ratio": squares,
+        }
         given[name] = given[name].masked_fill(given[name] == given[name].flatten()[0], float("nan"))
         with pytest.raises(ValueError, match=f"{name} must"):
             otb_advantages(**given, group_size=3)
