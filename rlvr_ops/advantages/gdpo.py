@@ -20,7 +20,7 @@ def gdpo_advantages(
     group_size: int | None = None,
     *,
     group_ids: Tensor | None = None,
-    reward_weights: Sequence[float] | Tensor | None = None,
+    reward_weights: Sequence[float] | None = None,
     lengths: Tensor | None = None,
     eps: float = 1e-4,
 ) -> Tensor:
@@ -61,13 +61,14 @@ def gdpo_advantages(
     return _over_batch(total, groups, tokens, eps).to(dtype) + 0.0  # -0.0 + 0.0 is 0.0
 
 
-def _check_weights(weights: Sequence[float] | Tensor | None, count: int) -> list[float]:
-    numbers = [1.0] * count if weights is None else [float(weight) for weight in weights]
-    if len(numbers) != count:
-        raise ValueError(f"reward_weights must have K = {count} numbers, one per column of rewards, got {len(numbers)}")
-    if not all(math.isfinite(number) for number in numbers):
-        raise ValueError(f"reward_weights must be finite, got {numbers}")
-    return numbers
+def _check_weights(weights: Sequence[float] | None, count: int) -> Sequence[float]:
+    weights = [1.0] * count if weights is None else weights
+    if len(weights) != count:
+        raise ValueError(f"reward_weights must have K = {count} numbers, one per column of rewards, got {len(weights)}")
+    for weight in weights:
+        if not isinstance(weight, int | float) or not math.isfinite(weight):
+            raise ValueError(f"reward_weights must be finite numbers, got {weight!r}")
+    return weights
 
 
 def _over_batch(total: Tensor, groups: Groups, lengths: Tensor | None, eps: float) -> Tensor:
