@@ -13,7 +13,7 @@ from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 from rlvr_ops import Head, Objective, Plan, Rollouts, policy_loss, token_logps
 from rlvr_ops.head.adapters import weight_and_bias
-from rlvr_ops.head.from_model import LogitNumbers, compare_once, logit_numbers, output_layer, unwrapped
+from rlvr_ops.head.from_model import compare_once, logit_numbers, output_layer, unwrapped
 from rlvr_ops.head.sharded import whole
 
 
@@ -50,15 +50,11 @@ def use_fused_head(model: Any, temperature: float, *, fp32: bool = False) -> Non
         model: a transformers model, also inside peft. None does nothing.
         temperature: what logits are divided by.
         fp32: whether the head computes in float32 outside of autocast (`cast_lm_head_to_fp32`).
-
-    Raises:
-        TypeError: the model's logits are not those of a linear head with scale and softcap.
     """
     if model is None:
         return
     model = unwrapped(model)
     numbers = logit_numbers(model)
-    _check(model, numbers, fp32)
     original = model.forward
 
     @functools.wraps(type(model).forward)  # generate looks for its arguments in the signature
@@ -81,10 +77,18 @@ def use_fused_head(model: Any, temperature: float, *, fp32: bool = False) -> Non
     model.forward = types.MethodType(forward, model)
 
 
-def _check(model: Any, numbers: LogitNumbers, fp32: bool) -> None:
+def check_head(model: Any, *, fp32: bool = False) -> None:
+    """Raise unless a model's logits are those of a linear head with scale and softcap, on a few tokens.
+
+    Not asked of a model whose head is not there yet, as when ZeRO-3 or FSDP load it in parts.
+
+    Raises:
+        TypeError: naming the model.
+    """
+    model = unwrapped(model)
     weight, bias = _weight_and_bias(model, fp32)
-    if weight.numel() and not weight.is_meta:  # ZeRO-3 and FSDP have not gathered it yet
-        compare_once(model, Head(weight, bias, *numbers))
+    if weight.numel() and not weight.is_meta:
+        compare_once(model, Head(weight, bias, *logit_numbers(model)))
 
 
 def _weight_and_bias(model: Any, fp32: bool) -> tuple[Tensor, Tensor | None]:
