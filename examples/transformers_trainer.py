@@ -24,6 +24,7 @@ arguments = TrainingArguments(
     per_device_train_batch_size=2,
     gradient_accumulation_steps=4,
     learning_rate=3e-3,
+    lr_scheduler_type="constant",
     logging_steps=1,
     report_to="none",
     save_strategy="no",

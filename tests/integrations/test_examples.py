@@ -101,7 +101,7 @@ def test_the_lightning_module_learns_and_logs_by_the_logger():
 def test_the_plain_loop_with_alpha_0_is_dapo(monkeypatch):
     with_ace, _ = run("plain_pytorch", [(SETTINGS, "= 3, 8, 8, 16, 1.0")])
     ours, _ = run("plain_pytorch", [(SETTINGS, "= 3, 8, 8, 16, 0.0")])
-    monkeypatch.setattr(rlvr_ops, "ace_loss", lambda *given, alpha, **named: dapo_loss(*given, **named))
+    monkeypatch.setattr(rlvr_ops, "ace_loss", lambda *given, alpha, loss_type, **named: dapo_loss(*given, **named))
     theirs, _ = run("plain_pytorch", [(SETTINGS, "= 3, 8, 8, 16, 0.0")])
     weights = [names["model"].lm_head.weight for names in (ours, theirs, with_ace)]
     assert torch.equal(weights[0], weights[1])
