@@ -68,6 +68,7 @@ def printed_numbers(name, printed):
 
 def test_the_plain_loop_learns():
     _, printed = run("plain_pytorch")
+    assert printed.startswith("step 0 loss ")
     learns(printed_numbers("reward", printed))
 
 
