@@ -25,15 +25,14 @@ for step in range(STEPS):
     num_items = accelerator.reduce(sum((batch["labels"] != -100).sum() for batch in batches))
     for batch in batches:
         with nullcontext() if batch is batches[-1] else accelerator.no_sync(model):
-            losses.append(model(**batch, num_items_in_batch=num_items)["loss"])
-            accelerator.backward(
-                losses[-1] * accelerator.num_processes
-            )  # DDP averages gradients, which are to be added
+            loss = model(**batch, num_items_in_batch=num_items)["loss"]
+            accelerator.backward(loss * accelerator.num_processes)  # DDP averages what is to be added
+        losses.append(loss.detach())
     optimizer.step()
     optimizer.zero_grad()
     rows, policy.metrics = policy.metrics, []
     means = accelerator.reduce({name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}, "mean")
-    logs = {"loss": accelerator.reduce(sum(losses).detach()), **means}
+    logs = {"loss": accelerator.reduce(sum(losses)), **means}
     accelerator.log({name: value.item() for name, value in logs.items()}, step)
     accelerator.print(f"step {step} loss {logs['loss']:.3f} reward {logs['reward']:.2f}")
 accelerator.end_training()

@@ -20,13 +20,13 @@ class ACE(lightning.LightningModule):
         num_items = self.all_gather(sum((batch["labels"] != -100).sum() for batch in batches)).sum()
         for batch in batches:
             loss = self.policy(**batch, num_items_in_batch=num_items)["loss"]
-            losses.append(loss * self.trainer.world_size)  # DDP averages gradients, which are to be added
-            self.manual_backward(losses[-1])
+            self.manual_backward(loss * self.trainer.world_size)  # DDP averages what is to be added
+            losses.append(loss.detach() * self.trainer.world_size)  # and so does sync_dist
         self.optimizers().step()
         self.optimizers().zero_grad()
         rows, self.policy.metrics = self.policy.metrics, []
         means = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
-        self.log_dict(means | {"loss": sum(losses).detach()}, sync_dist=True)
+        self.log_dict(means | {"loss": sum(losses)}, sync_dist=True)
         self.print(f"loss {sum(losses):.3f} reward {means['reward']:.2f}")
 
     def configure_optimizers(self):

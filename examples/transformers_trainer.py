@@ -31,6 +31,6 @@ arguments = TrainingArguments(
     dataloader_pin_memory=False,
 )
 prompts = torch.randint(1, 10, (240, 2))
-# The loader samples a batch ahead of the optimizer: the old log-probabilities say under which policy.
+# The loader samples one micro-batch ahead of the optimizer, which the old log-probabilities make up for.
 trainer = ACETrainer(policy, arguments, lambda rows: policy.sample(torch.stack(rows)), prompts)
 trainer.train()

@@ -1,8 +1,9 @@
 """A script: run each example with a trainer up to its first step; write what it was given and the gradients it came to.
 
-FOLDER is where to write; under torchrun each process writes files of its own.
+    python first_steps.py FOLDER        under torchrun each process writes a file of its own
 """
 
+import contextlib
 import functools
 import os
 import sys
@@ -21,7 +22,7 @@ EDITS = {
 
 
 class FirstStepError(Exception):
-    """Ends an example where its optimizer would take the first step."""
+    """Ends an example before its optimizer takes the first step."""
 
 
 def first_step(source: str, folder: Path, name: str) -> None:
@@ -43,13 +44,10 @@ def first_step(source: str, folder: Path, name: str) -> None:
 
     hook = register_optimizer_step_pre_hook(stop)
     Policy.forward = recorded
-    try:
+    with contextlib.suppress(FirstStepError):
         exec(compile(source, name, "exec"), {"__name__": "__main__"})
-    except FirstStepError:
-        pass
-    finally:
-        Policy.forward = forward
-        hook.remove()
+    Policy.forward = forward
+    hook.remove()
 
 
 if __name__ == "__main__":

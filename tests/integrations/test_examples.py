@@ -149,7 +149,7 @@ def first_steps(tmp_path_factory):
         script = [str(Path(__file__).with_name("first_steps.py")), str(folder)]
         environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "1"}
         command = [sys.executable, *(distributed if processes > 1 else []), *script]
-        subprocess.run(command, check=True, cwd=folder, env=environment, timeout=200)
+        subprocess.run(command, check=True, cwd=folder, env=environment, timeout=250)
         return {name: [torch.load(folder / f"{name}-{rank}.pt") for rank in range(processes)] for name in TRAINERS}
 
     return launch
