@@ -1,6 +1,6 @@
 """A script: run each example with a trainer up to its first step; write what it was given and the gradients it came to.
 
-    python first_steps.py FOLDER        under torchrun each process writes a file of its own
+python first_steps.py FOLDER        under torchrun each process writes a file of its own
 """
 
 import contextlib
