@@ -65,10 +65,14 @@ def use_fused_head(model: Any, temperature: float, *, fp32: bool = False) -> Non
         with_entropy = kwargs.pop("with_entropy", True)
         states = self.base_model(*args, **kwargs, use_cache=False)
         hidden, aux_loss = states.last_hidden_state, _aux_loss(self, states, kwargs)
-        weight, bias = _weight_and_bias(self, fp32)
-        hidden, labels = hidden.to(weight.device), labels.to(weight.device)
-        with _precision(hidden, fp32), maybe_gather_lm_head_ctx(weight, bias):  # type: ignore[arg-type]
-            head = Head(whole(weight), None if bias is None else whole(bias), *numbers, temperature)
+        lm_head: Any = output_layer(self)
+        gathering = maybe_gather_lm_head_ctx(lm_head.weight, lm_head.bias)
+        with gathering, _precision(hidden, fp32):
+            weight, bias = _weight_and_bias(lm_head, fp32)
+            if not isinstance(gathering, nullcontext):  # ZeRO-3 frees them on leaving, and backward reads them
+                weight, bias = weight.clone(), None if bias is None else bias.clone()
+            hidden, labels = hidden.to(weight.device), labels.to(weight.device)
+            head = Head(weight, bias, *numbers, temperature)
             hidden = hidden.float() if fp32 else hidden
             output = _scores(hidden, head, labels, with_entropy) if call is None else _loss(hidden, head, call)
         output["aux_loss"] = aux_loss
@@ -86,14 +90,16 @@ def check_head(model: Any, *, fp32: bool = False) -> None:
         TypeError: naming the model.
     """
     model = unwrapped(model)
-    weight, bias = _weight_and_bias(model, fp32)
-    if weight.numel() and not weight.is_meta:
+    lm_head: Any = output_layer(model)
+    if lm_head.weight.numel() and not lm_head.weight.is_meta:
+        weight, bias = _weight_and_bias(lm_head, fp32)
         compare_once(model, Head(weight, bias, *logit_numbers(model)))
 
 
-def _weight_and_bias(model: Any, fp32: bool) -> tuple[Tensor, Tensor | None]:
-    lm_head: Any = output_layer(model)
-    return (lm_head.weight, lm_head.bias) if fp32 else weight_and_bias(lm_head)  # fp32: TRL has replaced its forward
+def _weight_and_bias(lm_head: Any, fp32: bool) -> tuple[Tensor, Tensor | None]:
+    if fp32 or hasattr(lm_head.weight, "full_tensor"):  # TRL has replaced its forward; FSDP2 has sharded it
+        return whole(lm_head.weight), None if lm_head.bias is None else whole(lm_head.bias)
+    return weight_and_bias(lm_head)
 
 
 def _precision(hidden: Tensor, fp32: bool) -> Any:

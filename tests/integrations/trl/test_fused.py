@@ -5,6 +5,8 @@ import math
 import pytest
 import torch
 
+from rlvr_ops import Plan
+from rlvr_ops.integrations.trl import fused_head, fused_loss
 from rlvr_ops.integrations.trl.fused_loss import objective_of
 
 LOSS_TYPES = ["grpo", "dapo", "dr_grpo", "bnpo", "cispo", "sapo", "luspo", "vespo"]
@@ -138,3 +140,29 @@ def test_a_rollout_without_an_advantage_costs_no_product(make_trainer, tools, mo
     monkeypatch.setattr(trainer.model, "forward", lambda **k: outputs.append(forward(**k)) or outputs[-1])
     loss_and_gradients(trainer, dict(batch))
     assert outputs[0].log_probs.isnan().any(1).tolist() == [True, True, False, True]
+
+
+class Gathered:
+    """As DeepSpeed's ZeRO-3: outside, the parameter has no elements."""
+
+    def __init__(self, parameter):
+        self.parameter, self.whole = parameter, parameter.data
+        parameter.data = torch.empty(0)
+
+    def __enter__(self):
+        self.parameter.data = self.whole
+
+    def __exit__(self, *_):
+        self.parameter.data = torch.empty(0)
+
+
+@pytest.mark.parametrize("schedule", ["single_pass", "two_pass"])
+def test_a_head_that_zero_3_partitions_is_gathered_and_kept_for_backward(schedule, make_trainer, tools, monkeypatch):
+    a_batch, loss_and_gradients = tools
+    trainer = make_trainer(fused_loss=True)
+    batch = a_batch(trainer)
+    expected = loss_and_gradients(trainer, dict(batch))
+    monkeypatch.setattr(fused_loss, "PLAN", Plan(schedule, with_entropy=True))
+    gathering = Gathered(trainer.model.lm_head.weight)
+    monkeypatch.setattr(fused_head, "maybe_gather_lm_head_ctx", lambda *_: gathering)
+    same(loss_and_gradients(trainer, dict(batch)), expected)
