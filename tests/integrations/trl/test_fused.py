@@ -143,13 +143,15 @@ def test_a_rollout_without_an_advantage_costs_no_product(make_trainer, tools, mo
 
 
 class Gathered:
-    """As DeepSpeed's ZeRO-3: outside, the parameter has no elements."""
+    """As DeepSpeed's ZeRO-3: outside, the parameter has no elements, until its gradient is accumulated."""
 
     def __init__(self, parameter):
         self.parameter, self.whole = parameter, parameter.data
+        self.accumulator = parameter.expand_as(parameter).grad_fn.next_functions[0][0]
+        self.accumulator.register_prehook(self.__enter__)
         parameter.data = torch.empty(0)
 
-    def __enter__(self):
+    def __enter__(self, *_):
         self.parameter.data = self.whole
 
     def __exit__(self, *_):
