@@ -38,7 +38,7 @@ def load_surrogate(name: str, parameters: dict[str, Any]) -> str | Surrogate | C
     return partial(function, **parameters) if parameters else function
 
 
-def _published(name: str, parameters: dict[str, Any]) -> Surrogate:
+def _published(name: str, parameters: dict[str, Any]) -> Surrogate | Callable[..., Any]:
     record = SURROGATES[name]
     try:
         return record(**parameters)
