@@ -44,15 +44,15 @@ class ClipCov:
 
     def __call__(self, per_token_logps: Tensor, rows: "SurrogateRows") -> Tensor:
         """Each token's loss (n,)."""
-        x, logp, advantages = per_token_logps - rows.old_per_token_logps, per_token_logps.detach(), rows.advantages
+        logp, old, advantages = per_token_logps.detach(), rows.old_per_token_logps, rows.advantages
         clip = Clip(self.epsilon_low, self.epsilon_high)
-        terms = clip.terms(x.detach(), logp, advantages)
+        below, above = clip.outside(torch.where(advantages == 0, 0, logp - old), logp, advantages)
         found = covariance(logp, advantages)
-        candidates = (found > self.low) & (found < self.high) & ~(terms.below | terms.above)
+        candidates = (found > self.low) & (found < self.high) & ~(below | above)
         generator = torch.Generator(logp.device).manual_seed(self.seed)
         order = torch.rand(logp.shape, generator=generator, device=logp.device).masked_fill(~candidates, -1)
         left_out = among_largest(order, self.share) & candidates
-        return clip.loss(x, per_token_logps, advantages).masked_fill(left_out, 0)
+        return clip.of_tokens(per_token_logps, old, advantages).masked_fill(left_out, 0)
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,8 @@ class KLCov:
         """Each token's loss (n,)."""
         x = per_token_logps - rows.old_per_token_logps
         held = among_largest(covariance(per_token_logps.detach(), rows.advantages), self.share)
-        return torch.where(held, self.coef * x.abs(), 0) - rows.advantages * x.exp()
+        ratio = x.masked_fill(rows.advantages == 0, 0).exp()  # 0 * inf would be NaN
+        return torch.where(held, self.coef * x.abs(), 0) - rows.advantages * ratio
 
 
 def covariance(logp: Tensor, advantages: Tensor) -> Tensor:

@@ -43,14 +43,14 @@ class Fipo:
 
     def __call__(self, per_token_logps: Tensor, rows: "SurrogateRows") -> Tensor:
         """Each token's loss (n,)."""
-        x = per_token_logps - rows.old_per_token_logps
-        moved, advantages = x.detach(), rows.advantages
+        old, advantages = rows.old_per_token_logps, rows.advantages
+        moved = per_token_logps.detach() - old
         shift = moved if self.delta is None else moved.masked_fill(moved > math.log(self.delta), 0)
         weight = discounted_future(shift, rows.rollout, 2 ** (-1 / self.half_life)).exp().clamp(*self.influence)
         if self.safe_ratio is not None:
             extreme = (advantages < 0) & (moved > math.log(self.safe_ratio))
             weight = torch.where(extreme, weight.clamp(0.8, 1.0), weight)
-        return weight * Clip(self.epsilon_low, self.epsilon_high, self.delta).loss(x, per_token_logps, advantages)
+        return weight * Clip(self.epsilon_low, self.epsilon_high, self.delta).of_tokens(per_token_logps, old, advantages)
 
 
 def discounted_future(values: Tensor, rollout: Tensor, gamma: float) -> Tensor:

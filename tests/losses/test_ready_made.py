@@ -81,7 +81,9 @@ def test_fipo_weighs_a_token_by_the_discounted_shift_of_those_that_follow():
 def test_fipos_weight_is_bounded_and_never_punishes_an_extreme_token_harder():
     rising = [[0.1] * 3]
     assert loss_and_coef([[-1.0] * 3], rising, [1.0], surrogates.fipo())[1][0][0] == pytest.approx(-1.2 * math.exp(0.1))
-    assert loss_and_coef([[-1.0] * 3], [[-0.1] * 3], [1.0], surrogates.fipo())[1][0] == pytest.approx([-math.exp(-0.1)] * 3)
+    assert loss_and_coef([[-1.0] * 3], [[-0.1] * 3], [1.0], surrogates.fipo())[1][0] == pytest.approx(
+        [-math.exp(-0.1)] * 3
+    )
     extreme = loss_and_coef([[-1.0] * 2], [[LN(5), 0.1]], [-1.0], surrogates.fipo(influence=(0.0, 9.0)))[1][0]
     assert extreme == pytest.approx([5.0, math.exp(0.2)])  # the first token's weight is 1, not above
 
@@ -137,7 +139,20 @@ def test_an_empty_call_is_0(surrogate):
     assert not bool(torch.autograd.grad(out.loss, logps)[0].any())
 
 
+@pytest.mark.parametrize("surrogate", EVERY[:4], ids=str)
+def test_a_ratio_beyond_float32_is_no_nan(surrogate):
+    """Two rollouts of one token, clipped and without an advantage, beside an ordinary one."""
+    logp = torch.tensor([[-1.0], [-1.0], [-1.0]], requires_grad=True)
+    old = torch.tensor([[-101.0], [-101.0], [-1.0]])
+    advantages = torch.tensor([0.0 if "KLCov" in str(surrogate) else 1.0, 0.0, -1.0])
+    out = policy_loss_from_logps(logp, advantages, old_per_token_logps=old, surrogate=surrogate)
+    assert bool(out.loss.isfinite())
+    assert bool(torch.autograd.grad(out.loss, logp)[0].isfinite().all())
+
+
 def test_a_single_pass_cannot_know_every_token_first():
     batch = make_batch(SMALL, 17, 5)
-    with pytest.raises(ValueError, match=r"does not go with surrogate KLCov\(.*, which needs every token's log-probability"):
+    with pytest.raises(
+        ValueError, match=r"does not go with surrogate KLCov\(.*, which needs every token's log-probability"
+    ):
         run(policy_loss, batch, surrogate="kl_cov", old_per_token_logps=batch.old, schedule="single_pass")

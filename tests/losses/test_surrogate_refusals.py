@@ -108,7 +108,10 @@ def call(**kwargs):
         ({"beta": 0.1, **OLD}, "the KL term needs it: pass it, or beta=0, or kl_against='old'"),
         ({"surrogate": "dro"}, "DRO is surrogate='reinforce' with kl_estimator='k2', kl_against='old'"),
         ({"loss_type": "fipo"}, "FIPO is surrogate='fipo' with loss_type='dapo'"),
-        ({"surrogate": rlvr_ops.Real(2), "alpha": 1.0, **OLD}, "alpha > 0 and sampling_correction do not go with surrogate"),
+        (
+            {"surrogate": rlvr_ops.Real(2), "alpha": 1.0, **OLD},
+            "alpha > 0 and sampling_correction do not go with surrogate",
+        ),
         ({"surrogate": rlvr_ops.Real(3), **OLD}, "group_size must divide the 2 rollouts of the batch, got 3"),
         (
             {"sampling_correction": "token_mask", **OLD, "sampling_per_token_logps": torch.zeros(2, 4)},
