@@ -50,7 +50,8 @@ class Fipo:
         if self.safe_ratio is not None:
             extreme = (advantages < 0) & (moved > math.log(self.safe_ratio))
             weight = torch.where(extreme, weight.clamp(0.8, 1.0), weight)
-        return weight * Clip(self.epsilon_low, self.epsilon_high, self.delta).of_tokens(per_token_logps, old, advantages)
+        clip = Clip(self.epsilon_low, self.epsilon_high, self.delta)
+        return weight * clip.of_tokens(per_token_logps, old, advantages)
 
 
 def discounted_future(values: Tensor, rollout: Tensor, gamma: float) -> Tensor:
