@@ -1,0 +1,121 @@
+"""torch.compile of whole training steps: one graph, the numbers of eager, and no recompilation as the batch changes."""
+
+import shutil
+
+import pytest
+import torch
+from machinery_cases import make_batch, make_policy
+
+SHAPES = [(4, 8), (5, 9), (6, 16), (3, 7), (8, 30)]
+layouts = pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled():
+    torch.compiler.reset()
+
+
+def changed(batch, **others):
+    """The batch with arguments replaced; None drops one."""
+    return {name: value for name, value in {**batch, **others}.items() if value is not None}
+
+
+def descend(parameters, gradients, rate=0.1):
+    with torch.no_grad():
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.sub_(rate * gradient)
+
+
+def assert_equal_policies(a, b):
+    for x, y in zip(a.parameters(), b.parameters(), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-14)
+
+
+@layouts
+@pytest.mark.parametrize("schedule", ["single_pass", "two_pass"])
+def test_forward_backward_and_update_are_one_graph_with_the_numbers_of_eager(packed, schedule):
+    if not hasattr(torch._dynamo.config, "trace_autograd_ops"):
+        pytest.skip("this torch does not trace torch.autograd.grad")
+
+    def step(policy, **batch):
+        loss = policy(**batch)
+        parameters = list(policy.parameters())
+        descend(parameters, torch.autograd.grad(loss, parameters))
+        return loss.detach()
+
+    policy, eager = (make_policy(beta=0.1, schedule=schedule) for _ in range(2))
+    with torch._dynamo.config.patch(trace_autograd_ops=True):
+        compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+        for seed in range(2):
+            batch = make_batch(packed=packed, seed=seed)
+            torch.testing.assert_close(compiled(policy, **batch), step(eager, **batch), rtol=1e-12, atol=1e-14)
+    assert_equal_policies(policy, eager)
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="inductor needs a C++ compiler on a CPU")
+def test_inductor_gives_the_numbers_of_eager_through_the_optimizer():
+    policy, eager = (make_policy(beta=0.1, entropy_coef=0.01) for _ in range(2))
+    ours, theirs = (torch.optim.SGD(p.parameters(), lr=0.1, momentum=0.9) for p in (policy, eager))
+    compiled = torch.compile(policy, fullgraph=True)
+    update = torch.compile(ours.step)  # PyTorch itself breaks the graph at the head of every optimizer's step
+    for seed in range(2):
+        batch = make_batch(seed=seed)
+        for model, optimizer, step in ((compiled, ours, update), (eager, theirs, theirs.step)):
+            optimizer.zero_grad()
+            model(**batch).backward()
+            step()
+    assert_equal_policies(policy, eager)
+
+
+def scheduled(i):
+    """Hyper-parameters that a schedule moves at every step."""
+    return {
+        "alpha": 1 / (i + 1), "beta": 0.01 * (i + 1), "epsilon_low": 0.2 + 0.01 * i, "epsilon_high": 0.3 + 0.01 * i,
+        "delta": 2.0 + 0.1 * i, "entropy_coef": 0.01 * (i + 1), "temperature": 1 + 0.1 * i, "loss_type": "dapo",
+    }  # fmt: skip
+
+
+CASES = {
+    "as it is": lambda i: {},
+    "on policy, without a mask": lambda i: {"old_per_token_logps": None, "completion_mask": None},
+    "without a reference": lambda i: {"ref_per_token_logps": None, "alpha": 0.0},
+    "scheduled numbers, a count as float": lambda i: {**scheduled(i), "num_items_in_batch": 40.5 + i},
+    "scheduled numbers, a count as int": lambda i: {**scheduled(i), "num_items_in_batch": 40 + i},
+    "scheduled numbers, a count as tensor": lambda i: {**scheduled(i), "num_items_in_batch": torch.tensor(40 + i)},
+    "two passes": lambda i: {"schedule": "two_pass"},
+}
+
+
+@layouts
+@pytest.mark.parametrize("case", CASES)
+def test_new_lengths_rollouts_active_rows_and_numbers_do_not_recompile(packed, case):
+    policy = make_policy()
+    compiled = torch.compile(policy, fullgraph=True, backend="aot_eager")
+    for i, (rollouts, length) in enumerate(SHAPES):
+        batch = changed(make_batch(rollouts, length, packed=packed, seed=i), **CASES[case](i))
+        batch["advantages"][: i % 3] = 0  # these rollouts are not scored
+        # The first call knows no other shape and compiles for its own; the second makes what differs symbolic.
+        with torch._dynamo.config.patch(error_on_recompile=i > 1):
+            loss = compiled(**batch)
+            loss.backward()
+        torch.testing.assert_close(loss, policy(**batch), rtol=1e-12, atol=1e-14)
+
+
+def test_a_scoring_pass_does_not_recompile_as_lengths_change():
+    import rlvr_ops
+
+    policy = make_policy()
+
+    def score(ids, mask):
+        with torch.no_grad():
+            states = policy.hidden_states(ids)
+            return rlvr_ops.token_logps(states, policy.lm_head.weight, ids, completion_mask=mask, with_entropy=True)
+
+    compiled = torch.compile(score, fullgraph=True, backend="aot_eager")
+    for i, (rollouts, length) in enumerate(SHAPES):
+        batch = make_batch(rollouts, length, seed=i)
+        inputs = batch["ids"], batch["completion_mask"]
+        with torch._dynamo.config.patch(error_on_recompile=i > 1):
+            found = compiled(*inputs)
+        for ours, truth in zip(found[:2], score(*inputs)[:2], strict=True):
+            torch.testing.assert_close(ours, truth, rtol=1e-12, atol=1e-14)
