@@ -81,7 +81,9 @@ def test_a_policy_that_saves_what_the_loss_overwrites_is_refused_and_never_wrong
 def test_a_compiled_checkpoint_of_body_and_loss(schedule):
     torch.compiler.reset()
     policy, batch = make_policy(schedule=schedule), make_batch()
-    compiled = torch.compile(lambda: checkpoint(policy, use_reentrant=False, **batch), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(
+        lambda: checkpoint(policy, use_reentrant=False, **batch), fullgraph=True, backend="aot_eager"
+    )
     truth = gradients(policy, policy(**batch))
     for name, gradient in gradients(policy, compiled()).items():
         torch.testing.assert_close(gradient, truth[name], rtol=1e-12, atol=1e-14)
@@ -119,7 +121,7 @@ def saved_shapes(loss):
     return [shape for shape in shapes if shape != (0,)]
 
 
-def test_hooks_see_all_that_backward_reads_and_it_is_never_a_tile_of_logits():
+def test_hooks_see_what_is_kept_for_backward_and_it_is_never_a_tile_of_logits():
     batch = make_batch(dtype=torch.float32)
     batch.pop("completion_mask")
     ids = batch.pop("ids")

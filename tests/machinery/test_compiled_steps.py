@@ -1,5 +1,6 @@
 """torch.compile of whole training steps: one graph, the numbers of eager, and no recompilation as the batch changes."""
 
+import inspect
 import shutil
 
 import pytest
@@ -117,3 +118,20 @@ def test_a_scoring_pass_does_not_recompile_as_lengths_change():
             found = compiled(*inputs)
         for ours, truth in zip(found[:2], score(*inputs)[:2], strict=True):
             torch.testing.assert_close(ours, truth, rtol=1e-12, atol=1e-14)
+
+
+LOSSES = {name: getattr(rlvr_ops, name) for name in rlvr_ops.__all__ if name.endswith("_loss")}
+NAMED = [name for name, loss in LOSSES.items() if "advantages" in inspect.signature(loss).parameters]
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_every_named_loss_compiles_whole(name):
+    loss, policy, batch = LOSSES[name], make_policy(), make_batch()
+    known = inspect.signature(loss).parameters
+    given = {
+        key: batch[key] for key in ("ref_per_token_logps", "old_per_token_logps", "completion_mask") if key in known
+    }
+    states, weight = policy.hidden_states(batch["ids"]).detach(), policy.lm_head.weight
+    arguments = (states, weight, batch["ids"], batch["advantages"])
+    compiled = torch.compile(lambda *tensors: loss(*tensors, **given).loss, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(*arguments), loss(*arguments, **given).loss, rtol=1e-12, atol=1e-14)

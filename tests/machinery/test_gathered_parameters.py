@@ -96,7 +96,9 @@ def test_a_weight_that_is_not_gathered_again_is_refused_and_never_read(schedule,
         part.gather()
         value = loss()
         part.free()
-        with pytest.raises(RuntimeError, match="lm_head_weight was freed between forward and backward: gather it again"):
+        with pytest.raises(
+            RuntimeError, match="lm_head_weight was freed between forward and backward: gather it again"
+        ):
             value.backward()
 
 

@@ -13,9 +13,11 @@ FUNCTIONS = {
     "loss": lambda hidden: rlvr_ops.ace_loss(hidden, WEIGHT, IDS, ADVANTAGES, **BATCH).loss,
     "token_logps": lambda hidden: rlvr_ops.token_logps(hidden, WEIGHT, IDS).logps.sum(),
     "from logps": lambda hidden: rlvr_ops.ace_loss_from_logps(-hidden[..., 0].abs(), ADVANTAGES, **BATCH).loss,
-    "a function of the user's": lambda hidden: rlvr_ops.ace_loss(
-        hidden, WEIGHT, IDS, ADVANTAGES, surrogate=lambda logps, rows: -logps * rows.advantages, **BATCH
-    ).loss,
+    "a function of the user's": lambda hidden: (
+        rlvr_ops.ace_loss(
+            hidden, WEIGHT, IDS, ADVANTAGES, surrogate=lambda logps, rows: -logps * rows.advantages, **BATCH
+        ).loss
+    ),
 }
 TRANSFORMS = {
     "grad": lambda f: torch.func.grad(f)(HIDDEN),

@@ -21,7 +21,9 @@ def lines(tmp_path_factory):
     store = tmp_path_factory.mktemp("ranks") / "store"
     path = os.pathsep.join(map(str, (HERE, ROOT, ROOT / "kernels", ROOT / "trainer")))
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    commands = [[sys.executable, "-W", "ignore", str(HERE / "two_ranks.py"), str(rank), str(store)] for rank in range(2)]
+    commands = [
+        [sys.executable, "-W", "ignore", str(HERE / "two_ranks.py"), str(rank), str(store)] for rank in range(2)
+    ]
     running = [
         subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         for command in commands
@@ -55,5 +57,7 @@ def test_a_head_that_nothing_has_gathered_is_refused_with_the_way_out(lines):
     refusals = [rest for _rank, name, rest in lines if name == "refused"]
     assert len(refusals) == 2
     for refusal in refusals:
-        assert refusal.startswith("lm_head_weight must be a whole tensor, got a sharded DTensor: call the loss in the forward")
+        assert refusal.startswith(
+            "lm_head_weight must be a whole tensor, got a sharded DTensor: call the loss in the forward"
+        )
         assert "full_tensor() does not add up the ranks' gradients" in refusal

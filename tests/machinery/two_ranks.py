@@ -16,7 +16,6 @@ import rlvr_ops
 RANKS, ROLLOUTS = 2, 4
 
 
-
 def ddp(policy, mesh):
     return DistributedDataParallel(policy)
 
