@@ -8,8 +8,10 @@ from rlvr_ops.advantages import (
     ace_advantages,
     arm_advantages,
     easy_but_brittle,
+    gdpo_advantages,
     group_advantages,
     informative_groups,
+    otb_advantages,
     overlong_penalty,
     squared_gradient_norms,
 )
@@ -81,7 +83,22 @@ from rlvr_ops.rewards import (
     trust_grpo_reward,
 )
 from rlvr_ops.rollouts import Rollouts
-from rlvr_ops.surrogates import Cispo, CispoTwoSided, Clip, Dispo, Dppo, Gmpo, Reinforce, Sapo, Vespo
+from rlvr_ops.surrogates import (
+    Cispo,
+    CispoTwoSided,
+    Clip,
+    ClipCov,
+    Dispo,
+    Dppo,
+    Fipo,
+    Gmpo,
+    Ipo,
+    KLCov,
+    Real,
+    Reinforce,
+    Sapo,
+    Vespo,
+)
 
 __version__ = "0.1.0"
 
@@ -93,15 +110,20 @@ __all__ = [
     "Cispo",
     "CispoTwoSided",
     "Clip",
+    "ClipCov",
     "Dispo",
     "Dppo",
     "Entropy",
+    "Fipo",
     "Gmpo",
     "Head",
+    "Ipo",
+    "KLCov",
     "LossOutput",
     "Objective",
     "PPOCRewards",
     "Plan",
+    "Real",
     "Reinforce",
     "ReliabilityBins",
     "Rollouts",
@@ -133,6 +155,7 @@ __all__ = [
     "easy_but_brittle",
     "expected_calibration_error",
     "explain_backend",
+    "gdpo_advantages",
     "gmpo_loss",
     "gmpo_loss_from_logps",
     "group_advantages",
@@ -146,6 +169,7 @@ __all__ = [
     "luspo_loss_from_logps",
     "mean_self_certainty",
     "mean_token_probability",
+    "otb_advantages",
     "overlong_penalty",
     "paired_bootstrap_interval",
     "pass_at_k",

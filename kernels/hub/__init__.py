@@ -7,7 +7,7 @@ from .objective import KL, Ace, Entropy, TokenObjective
 from .pull_back import Needs, pull_back
 from .score import score
 from .single_pass import single_pass
-from .surrogates import Cispo, CispoTwoSided, Clip, Dispo, Dppo, Gmpo, Reinforce, Sapo, Vespo
+from .surrogates import Cispo, CispoTwoSided, Clip, Dispo, Dppo, Gmpo, Ipo, Reinforce, Sapo, Vespo
 from .weigh import Rows, weigh
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "Dppo",
     "Entropy",
     "Gmpo",
+    "Ipo",
     "LogitMap",
     "Needs",
     "Reinforce",

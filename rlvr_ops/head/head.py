@@ -111,7 +111,7 @@ class Head:
 
     def logits(self, hidden_states: Tensor) -> Tensor:
         """All logits (..., V), materialised, before the temperature: for comparisons, never for training."""
-        logits = self.logit_scale * nn.functional.linear(hidden_states, self.weight, self.bias)
+        logits = self.logit_scale * nn.functional.linear(hidden_states.to(self.weight.dtype), self.weight, self.bias)
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
     def _take_over(self, head: "Head") -> None:

@@ -10,6 +10,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+from rlvr_kernels import surrogates
 from rlvr_kernels.linear_lse import linear_lse
 from rlvr_kernels.objective import KL, Ace, TokenObjective
 from rlvr_kernels.surrogates import Dppo
@@ -115,6 +116,12 @@ def test_the_card_names_what_is_public(folder):
     source = (folder / "torch-ext/rlvr_kernels/__init__.py").read_text()
     functions = re.findall(r'^    "([a-z]\w*)",$', source, flags=re.MULTILINE)
     assert functions == sorted(re.findall(r"^\| `(\w+)` \|", card, flags=re.MULTILINE))
+
+
+def test_every_surrogate_is_public(folder):
+    public = (folder / "torch-ext/rlvr_kernels/__init__.py").read_text()
+    records = [name for name in surrogates.__all__ if name[0].isupper() and hasattr(getattr(surrogates, name), "form")]
+    assert [name for name in records if f'"{name}"' not in public] == []
 
 
 def test_a_folder_that_exists_is_left_alone(folder):

@@ -10,7 +10,7 @@ import torch
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-EXACT = ("ddp", "ddp_static", "fsdp_root", "fsdp_resharded", "fsdp_tied", "fsdp_head")
+EXACT = ("ddp", "ddp_static", "fsdp_root", "fsdp_resharded", "fsdp_tied", "fsdp_head", "fsdp_compiled")
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="the two processes talk by gloo")
 

@@ -33,6 +33,10 @@ def fsdp_resharded(policy, mesh):
     return fully_shard(policy, mesh=mesh, reshard_after_forward=True)
 
 
+def fsdp_compiled(policy, mesh):
+    return torch.compile(fully_shard(policy, mesh=mesh, reshard_after_forward=True), backend="aot_eager")
+
+
 def fsdp_bf16(policy, mesh):
     precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     return fully_shard(policy, mesh=mesh, mp_policy=precision)
@@ -85,7 +89,7 @@ def main(rank, store):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS)
     mesh = init_device_mesh("cpu", (RANKS,))
-    for distribute in (ddp, ddp_static, fsdp_root, fsdp_resharded, fsdp_tied, fsdp_head, fsdp_bf16):
+    for distribute in (ddp, ddp_static, fsdp_root, fsdp_resharded, fsdp_tied, fsdp_head, fsdp_compiled, fsdp_bf16):
         for schedule in ("single_pass", "two_pass"):
             print(rank, distribute.__name__, schedule, error(distribute, schedule, mesh), flush=True)
     try:

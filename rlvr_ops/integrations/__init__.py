@@ -1,0 +1,1 @@
+"""rlvr_ops inside the trainers that people run: one module for each framework, imported by name."""
