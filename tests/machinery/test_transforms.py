@@ -1,4 +1,4 @@
-"""torch.func, forward mode's neighbour: refused by name; torch.autograd.functional's first derivatives and torch.export work."""
+"""torch.func is refused by name; first derivatives of torch.autograd.functional and torch.export work."""
 
 import pytest
 import torch
