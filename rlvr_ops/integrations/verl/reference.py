@@ -19,7 +19,8 @@ class Reference(NamedTuple):
     ace: Ace | None = None
 
 
-_current: ContextVar[Reference] = ContextVar("rlvr_ops_reference", default=Reference())
+NOTHING = Reference()
+_current: ContextVar[Reference] = ContextVar("rlvr_ops_reference", default=NOTHING)
 current = _current.get
 
 

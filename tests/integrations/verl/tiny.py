@@ -109,6 +109,21 @@ def nested(tensors, rows=slice(None), temperature=1.0, entropy=True) -> TensorDi
     return data
 
 
+def plain(tensors, counts=None):
+    """The responses of a batch after prompts of one token, as verl's loss takes them, with its global counts."""
+    rows, columns = tensors["response_mask"].shape
+    names = ("response_mask", "old_log_probs", "ref_log_prob", "rollout_is_weights", "advantages")
+    data = TensorDict(
+        {name: tensors[name] for name in names if name in tensors}
+        | {"prompts": torch.ones(rows, 1), "responses": torch.ones(rows, columns)}
+        | {"attention_mask": torch.ones(rows, columns + 1, dtype=torch.long)},
+        batch_size=[rows],
+    )
+    for name, value in ({"dp_size": 1, "batch_num_tokens": None, "global_batch_size": None} | (counts or {})).items():
+        data.set_non_tensor(name, value)
+    return data
+
+
 def train(worker, data, config, ace=None, loss=ppo_loss):
     """One optimiser step. Return its metrics as numbers, and the gradient of every parameter."""
     before = weights(worker)
@@ -132,3 +147,12 @@ def score(worker, data):
     tu.assign_non_tensor(data, compute_loss=False)
     out = worker.infer_batch(data)
     return out["log_probs"].values(), out["entropy"].values() if "entropy" in out else None
+
+
+def plain_scores(path, tensors, temperature=1.0):
+    """The model, and log-probabilities and entropies (B, T) of the responses, by transformers and its logits."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa")
+    given = {name: tensors[name] for name in ("input_ids", "attention_mask", "position_ids")}
+    every = (model.eval()(**given).logits[:, PROMPT - 1 : -1] / temperature).log_softmax(-1)
+    logps = every.gather(-1, tensors["responses"][..., None]).squeeze(-1)
+    return model, logps, -(every.exp() * every).sum(-1)
