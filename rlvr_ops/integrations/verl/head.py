@@ -82,7 +82,8 @@ def check(module: Any, device: Any) -> None:
     theirs = logits.float().log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
     error = float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-6))
     if error > (1e-4 if logits.dtype == torch.float32 else 3e-2):
+        name = type(unwrapped(module)).__name__.removeprefix("FSDP")
         raise TypeError(
-            f"cannot vouch for {type(unwrapped(module)).__name__}: log-probabilities of our head differ from those of its own "
+            f"cannot vouch for {name}: log-probabilities of our head differ from those of its own "
             f"logits by {error:.1e} of the largest: use verl's own head (unset VERL_ENGINE_VENDOR)"
         )

@@ -136,7 +136,7 @@ def test_a_model_that_gets_no_temperature_gives_its_logits(models):
 
 
 def test_verls_own_head_beside_ours_is_refused(models):
-    with pytest.raises(ValueError, match="brings a head of its own.*use_fused_kernels=True: set it to False"):
+    with pytest.raises(ValueError, match=r"brings a head of its own.*use_fused_kernels=True: set it to False"):
         tiny.training_worker(models(), use_fused_kernels=True, fused_kernel_options={"impl_backend": "torch"})
 
 
@@ -158,5 +158,5 @@ def test_a_head_of_another_kind_is_refused(models):
 
     model = transformers.AutoModelForCausalLM.from_pretrained(models())
     model.lm_head = torch.nn.Sequential(model.lm_head)
-    with pytest.raises(TypeError, match="must be an nn.Linear, got Sequential"):
+    with pytest.raises(TypeError, match=r"must be an nn\.Linear, got Sequential"):
         head.install(model, dict)

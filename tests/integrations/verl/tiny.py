@@ -42,9 +42,7 @@ class Models:
         return str(folder)
 
 
-def training_worker(
-    path, *, remove_padding=False, micro_batch=2, strategy="fsdp2", dtype="float32", engine=None, **model
-):
+def training_worker(path, *, remove_padding=False, micro_batch=2, dtype="float32", fsdp_size=-1, **model):
     """A TrainingWorker with SGD of learning rate 1 and no clipping: an update subtracts the gradient."""
     short = {"float32": "fp32", "bfloat16": "bf16"}[dtype]
     config = TrainingWorkerConfig(
@@ -54,9 +52,9 @@ def training_worker(
             override_config={"attn_implementation": "sdpa"}, **model,
         ),
         engine_config=FSDPEngineConfig(
-            strategy=strategy, fsdp_size=-1, use_dynamic_bsz=False, micro_batch_size_per_gpu=micro_batch,
+            strategy="fsdp2", fsdp_size=fsdp_size, use_dynamic_bsz=False, micro_batch_size_per_gpu=micro_batch,
             infer_micro_batch_size_per_gpu=micro_batch, use_torch_compile=False, dtype="float32",
-            mixed_precision={"param_dtype": short, "reduce_dtype": "fp32", "buffer_dtype": "fp32"}, **engine or {},
+            mixed_precision={"param_dtype": short, "reduce_dtype": "fp32", "buffer_dtype": "fp32"},
         ),
         optimizer_config=FSDPOptimizerConfig(
             lr=1.0, optimizer="SGD", weight_decay=0.0, clip_grad=1e9, total_training_steps=10
@@ -70,9 +68,7 @@ def training_worker(
 
 def actor(loss_mode="vanilla", **config):
     """verl's ActorConfig."""
-    return ActorConfig(
-        strategy="fsdp2", rollout_n=1, ppo_micro_batch_size_per_gpu=2, policy_loss={"loss_mode": loss_mode}, **config
-    )
+    return ActorConfig(rollout_n=1, ppo_micro_batch_size_per_gpu=2, policy_loss={"loss_mode": loss_mode}, **config)
 
 
 def batch(seed=0, ref=True, weights=False):
