@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 import two_ranks
 
@@ -37,7 +38,7 @@ def test_two_processes_take_the_step_of_one(sharded, models, monkeypatch, case):
     monkeypatch.setenv("VERL_ENGINE_VENDOR", "rlvr_ops")
     config, remove_padding, _ = two_ranks.CASES[case]
     name, logps, loss, gradients = two_ranks.step(models(**config), remove_padding, -1)
-    both = [rank[case] for rank in sharded]
+    both = [rank[0][case] for rank in sharded]
     assert [found[0] for found in both] == [name, name] == ["HeadEngine", "HeadEngine"]
     torch.testing.assert_close(torch.cat([found[1] for found in both]), logps, rtol=1e-5, atol=1e-5)
     for found in both:
@@ -45,3 +46,12 @@ def test_two_processes_take_the_step_of_one(sharded, models, monkeypatch, case):
         assert found[3].keys() == gradients.keys()
         for key, gradient in gradients.items():
             torch.testing.assert_close(found[3][key], gradient, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("tie", [False, True], ids=["untied", "tied"])
+def test_the_head_gets_the_same_gradient_under_fsdp1(sharded, models, tie):
+    model, logps, _ = tiny.plain_scores(models(tie_word_embeddings=tie), tiny.batch())
+    (logps.sum() / 2).backward()  # two processes are averaged
+    for rank in sharded:
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(rank[1][tie][name], parameter.grad, rtol=1e-5, atol=1e-5)

@@ -68,7 +68,9 @@ def training_worker(path, *, remove_padding=False, micro_batch=2, dtype="float32
 
 def actor(loss_mode="vanilla", **config):
     """verl's ActorConfig."""
-    return ActorConfig(rollout_n=1, ppo_micro_batch_size_per_gpu=2, policy_loss={"loss_mode": loss_mode}, **config)
+    return ActorConfig(
+        strategy="fsdp2", rollout_n=1, ppo_micro_batch_size_per_gpu=2, policy_loss={"loss_mode": loss_mode}, **config
+    )
 
 
 def batch(seed=0, ref=True, weights=False):
