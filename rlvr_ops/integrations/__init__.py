@@ -1,1 +1,1 @@
-"""Adapters for other trainers. Each imports its framework, and nothing here is imported by `import rlvr_ops`."""
+"""rlvr_ops inside the trainers that people run: one module for each framework, imported by name."""

@@ -19,7 +19,7 @@ SurrogateLike = str | Surrogate | Callable[..., Tensor]
 
 
 def ace_loss(
-    hidden_states: Tensor, lm_head_weight: Tensor, completion_ids: Tensor, advantages: Tensor, *,
+    hidden_states: Tensor, lm_head_weight: Tensor | Head, completion_ids: Tensor, advantages: Tensor, *,
     ref_per_token_logps: Tensor | None = None, old_per_token_logps: Tensor | None = None,
     sampling_per_token_logps: Tensor | None = None, completion_mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None, surrogate: SurrogateLike = "ppo_clip",
@@ -52,7 +52,8 @@ def ace_loss(
 
     Args:
         hidden_states: (B, T, H), or packed (N, H) with `cu_seqlens`; the states after the final norm.
-        lm_head_weight: (V, H). For an adapter on the lm_head see `Head.of`.
+        lm_head_weight: (V, H), or a `Head`, which brings its bias, softcap, logit_scale and temperature: `Head.from_model` finds
+            a transformers model's, and `Head.of` that of a module with an adapter.
         completion_ids: (B, T) or (N,), int.
         advantages: one per rollout (B,), or one per token. Packed with N = B means one per rollout.
         ref_per_token_logps: log-probabilities in nats under the frozen reference, like completion_ids. None only with alpha=0.
@@ -217,7 +218,7 @@ class ACELoss(nn.Module):
         self.plan = Plan(schedule, workspace_bytes, backend)
 
     def forward(
-        self, hidden_states: Tensor, lm_head_weight: Tensor, completion_ids: Tensor, advantages: Tensor, *,
+        self, hidden_states: Tensor, lm_head_weight: Tensor | Head, completion_ids: Tensor, advantages: Tensor, *,
         ref_per_token_logps: Tensor, old_per_token_logps: Tensor | None = None,
         sampling_per_token_logps: Tensor | None = None, completion_mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None, lm_head_bias: Tensor | None = None,

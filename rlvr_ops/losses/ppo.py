@@ -13,7 +13,7 @@ from rlvr_ops.rollouts import Rollouts
 
 
 def grpo_loss(
-    hidden_states: Tensor, lm_head_weight: Tensor, completion_ids: Tensor, advantages: Tensor, *,
+    hidden_states: Tensor, lm_head_weight: Tensor | Head, completion_ids: Tensor, advantages: Tensor, *,
     ref_per_token_logps: Tensor | None = None, old_per_token_logps: Tensor | None = None,
     sampling_per_token_logps: Tensor | None = None, completion_mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None, epsilon_low: float = 0.2, epsilon_high: float | None = None,
@@ -67,7 +67,7 @@ def grpo_loss_from_logps(
 
 
 def dapo_loss(
-    hidden_states: Tensor, lm_head_weight: Tensor, completion_ids: Tensor, advantages: Tensor, *,
+    hidden_states: Tensor, lm_head_weight: Tensor | Head, completion_ids: Tensor, advantages: Tensor, *,
     ref_per_token_logps: Tensor | None = None, old_per_token_logps: Tensor | None = None,
     sampling_per_token_logps: Tensor | None = None, completion_mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None, epsilon_low: float = 0.2, epsilon_high: float | None = 0.28,
@@ -121,7 +121,7 @@ def dapo_loss_from_logps(
 
 
 def dr_grpo_loss(
-    hidden_states: Tensor, lm_head_weight: Tensor, completion_ids: Tensor, advantages: Tensor, *,
+    hidden_states: Tensor, lm_head_weight: Tensor | Head, completion_ids: Tensor, advantages: Tensor, *,
     ref_per_token_logps: Tensor | None = None, old_per_token_logps: Tensor | None = None,
     sampling_per_token_logps: Tensor | None = None, completion_mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None, epsilon_low: float = 0.2, epsilon_high: float | None = None,
@@ -178,7 +178,7 @@ def dr_grpo_loss_from_logps(
 
 
 def bnpo_loss(
-    hidden_states: Tensor, lm_head_weight: Tensor, completion_ids: Tensor, advantages: Tensor, *,
+    hidden_states: Tensor, lm_head_weight: Tensor | Head, completion_ids: Tensor, advantages: Tensor, *,
     ref_per_token_logps: Tensor | None = None, old_per_token_logps: Tensor | None = None,
     sampling_per_token_logps: Tensor | None = None, completion_mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None, epsilon_low: float = 0.2, epsilon_high: float | None = None,

@@ -13,7 +13,7 @@ from rlvr_ops.rollouts import Rollouts
 
 
 def gspo_loss(
-    hidden_states: Tensor, lm_head_weight: Tensor, completion_ids: Tensor, advantages: Tensor, *,
+    hidden_states: Tensor, lm_head_weight: Tensor | Head, completion_ids: Tensor, advantages: Tensor, *,
     ref_per_token_logps: Tensor | None = None, old_per_token_logps: Tensor | None = None,
     sampling_per_token_logps: Tensor | None = None, completion_mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None, importance_sampling_level: str = "sequence", epsilon_low: float = 3e-4,
@@ -78,7 +78,7 @@ def gspo_loss_from_logps(
 
 
 def luspo_loss(
-    hidden_states: Tensor, lm_head_weight: Tensor, completion_ids: Tensor, advantages: Tensor, *,
+    hidden_states: Tensor, lm_head_weight: Tensor | Head, completion_ids: Tensor, advantages: Tensor, *,
     ref_per_token_logps: Tensor | None = None, old_per_token_logps: Tensor | None = None,
     sampling_per_token_logps: Tensor | None = None, completion_mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None, importance_sampling_level: str = "sequence", epsilon_low: float = 3e-4,
@@ -141,7 +141,7 @@ def luspo_loss_from_logps(
 
 
 def gmpo_loss(
-    hidden_states: Tensor, lm_head_weight: Tensor, completion_ids: Tensor, advantages: Tensor, *,
+    hidden_states: Tensor, lm_head_weight: Tensor | Head, completion_ids: Tensor, advantages: Tensor, *,
     ref_per_token_logps: Tensor | None = None, old_per_token_logps: Tensor | None = None,
     sampling_per_token_logps: Tensor | None = None, completion_mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None, alpha: float = 0.0, confidence: str = "current",
@@ -201,7 +201,7 @@ def gmpo_loss_from_logps(
 
 
 def vespo_loss(
-    hidden_states: Tensor, lm_head_weight: Tensor, completion_ids: Tensor, advantages: Tensor, *,
+    hidden_states: Tensor, lm_head_weight: Tensor | Head, completion_ids: Tensor, advantages: Tensor, *,
     ref_per_token_logps: Tensor | None = None, old_per_token_logps: Tensor | None = None,
     sampling_per_token_logps: Tensor | None = None, completion_mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None, alpha: float = 0.0, confidence: str = "current",

@@ -13,7 +13,7 @@ from rlvr_ops.rollouts import Rollouts
 
 
 def cispo_loss(
-    hidden_states: Tensor, lm_head_weight: Tensor, completion_ids: Tensor, advantages: Tensor, *,
+    hidden_states: Tensor, lm_head_weight: Tensor | Head, completion_ids: Tensor, advantages: Tensor, *,
     ref_per_token_logps: Tensor | None = None, old_per_token_logps: Tensor | None = None,
     sampling_per_token_logps: Tensor | None = None, completion_mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None, importance_sampling_level: str = "token", alpha: float = 0.0,
@@ -77,7 +77,7 @@ def cispo_loss_from_logps(
 
 
 def dispo_loss(
-    hidden_states: Tensor, lm_head_weight: Tensor, completion_ids: Tensor, advantages: Tensor, *,
+    hidden_states: Tensor, lm_head_weight: Tensor | Head, completion_ids: Tensor, advantages: Tensor, *,
     ref_per_token_logps: Tensor | None = None, old_per_token_logps: Tensor | None = None,
     sampling_per_token_logps: Tensor | None = None, completion_mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None, importance_sampling_level: str = "token", alpha: float = 0.0,
@@ -138,7 +138,7 @@ def dispo_loss_from_logps(
 
 
 def sapo_loss(
-    hidden_states: Tensor, lm_head_weight: Tensor, completion_ids: Tensor, advantages: Tensor, *,
+    hidden_states: Tensor, lm_head_weight: Tensor | Head, completion_ids: Tensor, advantages: Tensor, *,
     ref_per_token_logps: Tensor | None = None, old_per_token_logps: Tensor | None = None,
     sampling_per_token_logps: Tensor | None = None, completion_mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None, importance_sampling_level: str = "token", alpha: float = 0.0,
@@ -199,7 +199,7 @@ def sapo_loss_from_logps(
 
 
 def reinforce_loss(
-    hidden_states: Tensor, lm_head_weight: Tensor, completion_ids: Tensor, advantages: Tensor, *,
+    hidden_states: Tensor, lm_head_weight: Tensor | Head, completion_ids: Tensor, advantages: Tensor, *,
     ref_per_token_logps: Tensor | None = None, old_per_token_logps: Tensor | None = None,
     sampling_per_token_logps: Tensor | None = None, completion_mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None, alpha: float = 0.0, confidence: str = "current",

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rlvr_ops.head.from_model import logit_numbers, output_layer, unwrapped
+from rlvr_ops.head.head import Head
 from rlvr_ops.head.token_logps import token_logps
 
 
@@ -40,9 +41,8 @@ def install(model: Any, output: type) -> None:
     ) -> Any:
         if labels is None:
             return score(hidden)
-        found = token_logps(
-            hidden, self.weight, labels, temperature=temperature, lm_head_bias=self.bias, with_entropy=entropy, **numbers._asdict()
-        )  # fmt: skip
+        head = Head(self.weight, self.bias, *numbers, temperature)
+        found = token_logps(hidden, head, labels, with_entropy=entropy)
         return found.logps, found.entropy
 
     def forward(
