@@ -43,7 +43,8 @@ def install(model: Any, output: type) -> None:
             return score(hidden)
         head = Head(self.weight, self.bias, *numbers, temperature)
         found = token_logps(hidden, head, labels, with_entropy=entropy)
-        return found.logps, found.entropy
+        # No views: an edit in place of one would lose the hook that FSDP2 puts on outputs.
+        return found.logps.clone(), found.entropy.clone() if entropy else None
 
     def forward(
         self: Any,

@@ -129,6 +129,11 @@ def test_hooks_fire_so_that_the_head_sees_the_whole_weight(models, monkeypatch, 
     assert tie or isinstance(layer.weight, DTensor)
 
 
+@pytest.mark.filterwarnings("error:FSDP2-wrapped module")
+def test_outputs_are_no_views_which_would_endanger_fsdps_hooks(models):
+    tiny.train(tiny.training_worker(models()), tiny.nested(tiny.batch()), tiny.actor("ace", entropy_coeff=0.1), Ace())
+
+
 def test_a_model_that_gets_no_temperature_gives_its_logits(models):
     worker, ids = tiny.training_worker(models()), torch.arange(1, 6)[None]
     model, *_ = tiny.plain_scores(models(), tiny.batch())

@@ -1,5 +1,6 @@
 """The trainer that trainer.v1.trainer_mode=ace chooses, on verl's own configuration. Its queue and its workers are stand-ins."""
 
+import math
 import pickle
 from pathlib import Path
 from types import SimpleNamespace
@@ -157,6 +158,16 @@ def test_another_loss_is_left_to_verl_and_its_advantages_are_weighed(monkeypatch
     assert metrics["actor/ace/weight/max"] == pytest.approx(
         1 + 0.8 * float(torch.nn.functional.softplus(gap[~right]).max()), abs=1e-5
     )
+
+
+def test_weighing_takes_advantages_per_token_and_touches_wrong_rollouts_only():
+    advantages = torch.tensor([[0.5, 0.5, 0.0], [-0.5, -0.5, -0.5]])
+    logps = torch.full((2, 3), -2.0)
+    mask = torch.tensor([[1, 1, 0], [1, 1, 1]])
+    weighed, metrics = ours.weighed(advantages, logps, logps, mask, Ace(confidence="old"))
+    assert weighed[0].tolist() == [0.5, 0.5, 0.0]
+    torch.testing.assert_close(weighed[1], torch.full((3,), -0.5 * (1 + math.log(2))))
+    assert metrics["actor/ace/weight/mean"] == pytest.approx(1 + math.log(2))
 
 
 def test_a_loss_that_weighs_leaves_the_advantages_alone(monkeypatch):
