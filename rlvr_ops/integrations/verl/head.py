@@ -44,7 +44,7 @@ def install(model: Any, output: type) -> None:
         head = Head(self.weight, self.bias, *numbers, temperature)
         found = token_logps(hidden, head, labels, with_entropy=entropy)
         # No views: an edit in place of one would lose the hook that FSDP2 puts on outputs.
-        return found.logps.clone(), found.entropy.clone() if entropy else None
+        return found.logps.clone(), None if found.entropy is None else found.entropy.clone()
 
     def forward(
         self: Any,

@@ -47,10 +47,13 @@ FROM_CONFIG: dict[str, Callable[[Any], surrogates.Surrogate]] = {
     "gmpo": lambda config: surrogates.Gmpo(*_range(config)),
     "sapo": lambda config: surrogates.Sapo(config.tau_pos, config.tau_neg),
 }
-METHODS = {
-    name: Method(FROM_CONFIG.get(name, lambda config, record=record: record()))
-    for name, record in surrogates.SURROGATES.items()
-} | {
+
+
+def _defaults(record: Callable[[], surrogates.Surrogate]) -> Callable[[Any], surrogates.Surrogate]:
+    return lambda config: record()
+
+
+METHODS = {name: Method(FROM_CONFIG.get(name, _defaults(record))) for name, record in surrogates.SURROGATES.items()} | {
     "grpo": Method(_dual_clip, aggregation="seq-mean-token-mean"),
     "dapo": Method(_dual_clip, aggregation="token-mean"),
     "dr_grpo": Method(_dual_clip, aggregation="seq-mean-token-sum-norm"),

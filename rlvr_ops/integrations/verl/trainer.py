@@ -5,10 +5,10 @@ of the policy in training. Under any other loss the advantages are weighed, by t
 """
 
 import copy
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import torch
 import transfer_queue as tq
 from tensordict import TensorDict
 from torch import Tensor
@@ -68,7 +68,8 @@ class ACETrainer(PPOTrainerSync):
         if self.ace_in_loss:
             return batch
         data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=list(FIELDS))
-        advantages, found = weighed(*(data.to_padded_tensor()[name] for name in FIELDS), self.ace)
+        padded = data.to_padded_tensor()
+        advantages, found = weighed(*(padded[name] for name in FIELDS), ace=self.ace)
         metrics.update(found)
         fields = {"advantages": response_to_nested(advantages, data["response_mask"])}
         return tq.kv_batch_put(
@@ -76,15 +77,12 @@ class ACETrainer(PPOTrainerSync):
         )
 
 
-def weighed(advantages: Tensor, old: Tensor, ref: Tensor, mask: Tensor, ace: Ace) -> tuple[Tensor, dict[str, float]]:
+def weighed(advantages: Tensor, old: Tensor, ref: Tensor, mask: Tensor, *, ace: Ace) -> tuple[Tensor, dict[str, float]]:
     """ACE's advantages (B, T) by the confidence of the policy that sampled, and its metrics under verl's prefix."""
     mask = mask.bool()
     rollouts = Rollouts(None, advantages, ref_per_token_logps=ref, completion_mask=mask)
-    metrics = policy_loss_from_logps(
-        old, rollouts, Objective(Reinforce(), ace=Ace(ace.alpha, "current", ace.reduction, ace.shape))
-    ).metrics
-    found = {f"actor/{name}": value for name, value in metrics.items() if name.startswith("ace/")}
-    weighed = ace_advantages(
-        advantages, old, ref, mask, alpha=ace.alpha, confidence_reduction=ace.reduction, shape=ace.shape
-    )
-    return weighed, dict(zip(found, torch.stack(list(found.values())).tolist(), strict=True))
+    objective = Objective(Reinforce(), ace=replace(ace, confidence="current"))  # the current one of this call is old
+    metrics = policy_loss_from_logps(old, rollouts, objective).metrics
+    found = {f"actor/{name}": float(value) for name, value in metrics.items() if name.startswith("ace/")}
+    given = {"alpha": ace.alpha, "confidence_reduction": ace.reduction, "shape": ace.shape}
+    return ace_advantages(advantages, old, ref, mask, **given), found  # type: ignore[arg-type]

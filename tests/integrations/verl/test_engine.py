@@ -75,11 +75,11 @@ def test_in_bfloat16_the_step_is_verls_but_for_rounding(models, monkeypatch):
 
 
 def test_lora_in_the_layers_gets_verls_gradients(models, monkeypatch):
-    step = []
+    path, step = models(), []
     for name in ("rlvr_ops", ""):
         monkeypatch.setenv("VERL_ENGINE_VENDOR", name)
         torch.manual_seed(0)
-        worker = tiny.training_worker(models(), lora_rank=2, target_modules=["q_proj", "v_proj", "down_proj"])
+        worker = tiny.training_worker(path, lora_rank=2, target_modules=["q_proj", "v_proj", "down_proj"])
         tiny.train(worker, tiny.nested(tiny.batch()), tiny.actor("ace"), Ace())  # B leaves 0
         step.append(tiny.train(worker, tiny.nested(tiny.batch(1)), tiny.actor("ace"), Ace())[1])
     trained = [name for name, gradient in step[1].items() if "lora" in name and gradient.any()]

@@ -164,7 +164,7 @@ def test_weighing_takes_advantages_per_token_and_touches_wrong_rollouts_only():
     advantages = torch.tensor([[0.5, 0.5, 0.0], [-0.5, -0.5, -0.5]])
     logps = torch.full((2, 3), -2.0)
     mask = torch.tensor([[1, 1, 0], [1, 1, 1]])
-    weighed, metrics = ours.weighed(advantages, logps, logps, mask, Ace(confidence="old"))
+    weighed, metrics = ours.weighed(advantages, logps, logps, mask, ace=Ace(confidence="old"))
     assert weighed[0].tolist() == [0.5, 0.5, 0.0]
     torch.testing.assert_close(weighed[1], torch.full((3,), -0.5 * (1 + math.log(2))))
     assert metrics["actor/ace/weight/mean"] == pytest.approx(1 + math.log(2))
