@@ -83,7 +83,22 @@ from rlvr_ops.rewards import (
     trust_grpo_reward,
 )
 from rlvr_ops.rollouts import Rollouts
-from rlvr_ops.surrogates import Cispo, CispoTwoSided, Clip, Dispo, Dppo, Gmpo, Reinforce, Sapo, Vespo
+from rlvr_ops.surrogates import (
+    Cispo,
+    CispoTwoSided,
+    Clip,
+    ClipCov,
+    Dispo,
+    Dppo,
+    Fipo,
+    Gmpo,
+    Ipo,
+    KLCov,
+    Real,
+    Reinforce,
+    Sapo,
+    Vespo,
+)
 
 __version__ = "0.1.0"
 
@@ -95,15 +110,20 @@ __all__ = [
     "Cispo",
     "CispoTwoSided",
     "Clip",
+    "ClipCov",
     "Dispo",
     "Dppo",
     "Entropy",
+    "Fipo",
     "Gmpo",
     "Head",
+    "Ipo",
+    "KLCov",
     "LossOutput",
     "Objective",
     "PPOCRewards",
     "Plan",
+    "Real",
     "Reinforce",
     "ReliabilityBins",
     "Rollouts",

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields, make_dataclass
 from typing import Any, Literal
 
 import torch
-from rlvr_kernels.objective import CONFIDENCES, ESTIMATORS, IMPORTANCE_SAMPLING_LEVELS, REDUCTIONS, SHAPES
+from rlvr_kernels.objective import AGAINST, CONFIDENCES, ESTIMATORS, IMPORTANCE_SAMPLING_LEVELS, REDUCTIONS, SHAPES
 
 import rlvr_ops
 from rlvr_ops import Head, Objective, Plan, Rollouts
@@ -24,6 +24,7 @@ CHOICES = {
     "confidence_reduction": REDUCTIONS,
     "shape": SHAPES,
     "kl_estimator": ESTIMATORS,
+    "kl_against": AGAINST,
 }
 """The names that a key takes, for messages that say which was meant. `bnpo` is none: a batch is one update here, and its tokens
 are what dapo divides by."""

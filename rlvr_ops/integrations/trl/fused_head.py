@@ -13,7 +13,7 @@ from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 from rlvr_ops import Head, Objective, Plan, Rollouts, policy_loss, token_logps
 from rlvr_ops.head.adapters import weight_and_bias
-from rlvr_ops.head.from_model import LogitNumbers, compare_once, logit_numbers, output_layer, unwrapped
+from rlvr_ops.head.from_model import compare_once, logit_numbers, output_layer, unwrapped
 from rlvr_ops.head.sharded import whole
 
 
@@ -50,15 +50,11 @@ def use_fused_head(model: Any, temperature: float, *, fp32: bool = False) -> Non
         model: a transformers model, also inside peft. None does nothing.
         temperature: what logits are divided by.
         fp32: whether the head computes in float32 outside of autocast (`cast_lm_head_to_fp32`).
-
-    Raises:
-        TypeError: the model's logits are not those of a linear head with scale and softcap.
     """
     if model is None:
         return
     model = unwrapped(model)
     numbers = logit_numbers(model)
-    _check(model, numbers, fp32)
     original = model.forward
 
     @functools.wraps(type(model).forward)  # generate looks for its arguments in the signature
@@ -69,10 +65,14 @@ def use_fused_head(model: Any, temperature: float, *, fp32: bool = False) -> Non
         with_entropy = kwargs.pop("with_entropy", True)
         states = self.base_model(*args, **kwargs, use_cache=False)
         hidden, aux_loss = states.last_hidden_state, _aux_loss(self, states, kwargs)
-        weight, bias = _weight_and_bias(self, fp32)
-        hidden, labels = hidden.to(weight.device), labels.to(weight.device)
-        with _precision(hidden, fp32), maybe_gather_lm_head_ctx(weight, bias):  # type: ignore[arg-type]
-            head = Head(whole(weight), None if bias is None else whole(bias), *numbers, temperature)
+        lm_head: Any = output_layer(self)
+        gathering = maybe_gather_lm_head_ctx(lm_head.weight, lm_head.bias)
+        with gathering, _precision(hidden, fp32):
+            weight, bias = _weight_and_bias(lm_head, fp32)
+            if not isinstance(gathering, nullcontext):  # ZeRO-3 frees them on leaving, and backward reads them
+                weight, bias = weight.clone(), None if bias is None else bias.clone()
+            hidden, labels = hidden.to(weight.device), labels.to(weight.device)
+            head = Head(weight, bias, *numbers, temperature)
             hidden = hidden.float() if fp32 else hidden
             output = _scores(hidden, head, labels, with_entropy) if call is None else _loss(hidden, head, call)
         output["aux_loss"] = aux_loss
@@ -81,15 +81,25 @@ def use_fused_head(model: Any, temperature: float, *, fp32: bool = False) -> Non
     model.forward = types.MethodType(forward, model)
 
 
-def _check(model: Any, numbers: LogitNumbers, fp32: bool) -> None:
-    weight, bias = _weight_and_bias(model, fp32)
-    if weight.numel() and not weight.is_meta:  # ZeRO-3 and FSDP have not gathered it yet
-        compare_once(model, Head(weight, bias, *numbers))
+def check_head(model: Any, *, fp32: bool = False) -> None:
+    """Raise unless a model's logits are those of a linear head with scale and softcap, on a few tokens.
 
+    Not asked of a model whose head is not there yet, as when ZeRO-3 or FSDP load it in parts.
 
-def _weight_and_bias(model: Any, fp32: bool) -> tuple[Tensor, Tensor | None]:
+    Raises:
+        TypeError: naming the model.
+    """
+    model = unwrapped(model)
     lm_head: Any = output_layer(model)
-    return (lm_head.weight, lm_head.bias) if fp32 else weight_and_bias(lm_head)  # fp32: TRL has replaced its forward
+    if lm_head.weight.numel() and not lm_head.weight.is_meta:
+        weight, bias = _weight_and_bias(lm_head, fp32)
+        compare_once(model, Head(weight, bias, *logit_numbers(model)))
+
+
+def _weight_and_bias(lm_head: Any, fp32: bool) -> tuple[Tensor, Tensor | None]:
+    if fp32 or hasattr(lm_head.weight, "full_tensor"):  # TRL has replaced its forward; FSDP2 has sharded it
+        return whole(lm_head.weight), None if lm_head.bias is None else whole(lm_head.bias)
+    return weight_and_bias(lm_head)
 
 
 def _precision(hidden: Tensor, fp32: bool) -> Any:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from trl import GRPOTrainer
 
 from rlvr_ops import KL, Cispo, Clip, Objective, Plan, Rollouts, SamplingCorrection, Sapo, Vespo
 from rlvr_ops.integrations.trl.fused_head import FusedOutput, PolicyCall
@@ -16,30 +17,45 @@ from rlvr_ops.surrogates import Surrogate
 AGGREGATIONS = {"cispo": "dapo", "vespo": "dapo", "sapo": "grpo"}
 """How a loss type of TRL averages its tokens, where that has another name."""
 PLAN = Plan(with_entropy=True)
+INPUTS = tuple(inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters)
+"""What a model may take beside tokens, such as pixels, by TRL's names."""
 logger = logging.getLogger(__name__)
 
 
 def objective_of(trainer: Any) -> Objective | None:
     """The objective that a trainer's settings describe.
 
-    None if its loss reads each token's entropy, or a sequence's ratio in the KL term: TRL then computes it, from our head's
-    log-probabilities and entropies.
+    None if its loss is made of more than an objective is: TRL then computes it, from our head's log-probabilities and
+    entropies. docs/trl.md lists these settings.
     """
-    args = trainer.args
-    entropy = trainer._entropy_bonus_enabled or args.top_entropy_quantile < 1
-    if entropy or (args.beta and args.use_bias_correction_kl and args.importance_sampling_level == "sequence"):
+    args, sampling = trainer.args, _sampling(trainer)
+    if _is_more_than_an_objective(trainer, sampling):
         logger.info("fused_loss: TRL computes this loss, from the log-probabilities and entropies of rlvr_ops' head")
         return None
     return Objective(
         _surrogate(trainer),
         ace=trainer._ace,
-        kl=KL("k3", args.beta, args.use_bias_correction_kl),
+        kl=KL("k3", args.beta, _corrects_kl(args)),
         importance_sampling_level="token" if args.loss_type == "vespo" else args.importance_sampling_level,
         off_policy_mask_threshold=args.off_policy_mask_threshold,
-        sampling=_sampling(trainer),
+        sampling=sampling,
         aggregation=AGGREGATIONS.get(args.loss_type, args.loss_type),
         max_completion_length=args.max_completion_length,
     )
+
+
+def _is_more_than_an_objective(trainer: Any, sampling: SamplingCorrection | None) -> bool:
+    """Whether the loss has an entropy term normalised in TRL's way, or ratios that an objective does not combine."""
+    args = trainer.args
+    if trainer._entropy_bonus_enabled or args.top_entropy_quantile < 1:
+        return True
+    if args.loss_type == "vespo":
+        return sampling is not None and (_corrects_kl(args) or trainer._ace.confidence == "old")
+    return _corrects_kl(args) and args.importance_sampling_level == "sequence"
+
+
+def _corrects_kl(args: Any) -> bool:
+    return bool(args.beta and args.use_bias_correction_kl)
 
 
 def _surrogate(trainer: Any) -> Surrogate:
@@ -106,7 +122,7 @@ def _forward(trainer: Any, model: Any, inputs: dict[str, Any], call: PolicyCall)
         return outputs[0]
 
     score = trainer._get_per_token_logps_and_entropies
-    others = {name: inputs[name] for name in inspect.signature(score).parameters if name in inputs}
+    others = {name: inputs[name] for name in INPUTS if name in inputs}
     ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
     mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
     score(with_loss, ids, mask, call.length, compute_aux_loss=trainer.aux_loss_enabled, **others)

@@ -13,9 +13,9 @@ from rlvr_ops.objectives.objective import EXPLORATORY_BAND
 def log_ace(trainer: Any, ace: Ace, inputs: dict[str, Any], logps: Tensor) -> None:
     """Append the `ace/*` metrics of a batch with its plain advantages; docs/metrics.md explains them.
 
-    Rollouts that were not scored are NaN in logps (B, T).
+    Rollouts that were not scored are NaN in logps (B, T) and do not count.
     """
-    counts = completion_mask_of(inputs).bool()
+    counts = completion_mask_of(inputs).bool() & ~logps.isnan()
     wrong = ((_per_token(inputs["advantages"]) < 0) & counts).any(1)
     gap = confident_logps(ace, inputs, logps) - inputs["ref_per_token_logps"]
     gap = torch.where(counts & wrong[:, None], gap, 0).sum(1)

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from rlvr_ops.integrations.trl.config import ace_of
-from rlvr_ops.integrations.trl.fused_head import use_fused_head
+from rlvr_ops.integrations.trl.fused_head import check_head, use_fused_head
 from rlvr_ops.integrations.trl.fused_loss import fused_loss, objective_of
 from rlvr_ops.integrations.trl.metrics import log_ace
 from rlvr_ops.integrations.trl.refusals import check_arguments, check_trainer
@@ -52,6 +52,7 @@ class ACEMixin:
         self.beta = beta
         self._objective = objective_of(self) if self._fused else None
         if self._fused:
+            check_head(self.model, fp32=args.cast_lm_head_to_fp32)  # type: ignore[attr-defined]
             for scored in (self.model, self.ref_model):  # type: ignore[attr-defined]
                 use_fused_head(scored, self.temperature, fp32=args.cast_lm_head_to_fp32)  # type: ignore[attr-defined]
 

@@ -15,7 +15,7 @@ class ACEGRPOTrainer(ACEMixin, GRPOTrainer):
     args: an `ACEGRPOConfig`. A plain `GRPOConfig` has ACE's defaults, so that changing the trainer's name is enough.
 
     >>> from trl import GRPOConfig
-    >>> issubclass(ACEGRPOTrainer, GRPOTrainer), ACEGRPOConfig("out").ace_alpha
+    >>> issubclass(ACEGRPOTrainer, GRPOTrainer), ACEGRPOConfig("out", use_cpu=True, bf16=False).ace_alpha
     (True, 1.0)
     """
 

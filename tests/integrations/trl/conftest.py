@@ -93,7 +93,8 @@ def make_trainer(folders, tmp_path):
         } | settings  # fmt: skip
         rows = [{"prompt": prompt} for prompt in ("1+1=", "2+30=", "say:", "x")] * 8
         return kind(
-            folders(family) if model is None else model, reward, config(str(tmp_path), **settings), Dataset.from_list(rows),
+            folders(family) if model is None else model, reward, config(str(tmp_path), **settings),
+            train_dataset=Dataset.from_list(rows),
             processing_class=make_tokenizer(), **(trainer or {}),
         )  # fmt: skip
 
