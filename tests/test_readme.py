@@ -1,7 +1,6 @@
 import re
 import runpy
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch

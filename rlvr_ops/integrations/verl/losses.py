@@ -23,7 +23,7 @@ SCORE_IT = "actor_rollout_ref.actor.use_kl_loss=True actor_rollout_ref.actor.kl_
 class Method:
     """A surrogate made from verl's ActorConfig, its level, and the loss_agg_mode that the name stands for, if any."""
 
-    surrogate: Callable[[Any], surrogates.Surrogate]
+    surrogate: Callable[[Any], Any]
     level: str = "token"
     aggregation: str | None = None
 
@@ -41,15 +41,23 @@ def _clip(config: Any) -> surrogates.Surrogate:
     return surrogates.Clip(*_range(config))
 
 
-FROM_CONFIG: dict[str, Callable[[Any], surrogates.Surrogate]] = {
+def _clip_cov(config: Any) -> surrogates.ClipCov:
+    numbers = config.policy_loss
+    return surrogates.ClipCov(numbers.clip_cov_ratio, numbers.clip_cov_lb, numbers.clip_cov_ub, *_range(config))
+
+
+FROM_CONFIG: dict[str, Callable[[Any], Any]] = {
     "ppo_clip": _dual_clip,
     "cispo_two_sided": lambda config: surrogates.CispoTwoSided(*_range(config)),
     "gmpo": lambda config: surrogates.Gmpo(*_range(config)),
     "sapo": lambda config: surrogates.Sapo(config.tau_pos, config.tau_neg),
+    "clip_cov": _clip_cov,
+    "kl_cov": lambda config: surrogates.KLCov(config.policy_loss.kl_cov_ratio, config.policy_loss.ppo_kl_coef),
+    "fipo": lambda config: surrogates.Fipo(*_range(config)),
 }
 
 
-def _defaults(record: Callable[[], surrogates.Surrogate]) -> Callable[[Any], surrogates.Surrogate]:
+def _defaults(record: Callable[[], Any]) -> Callable[[Any], Any]:
     return lambda config: record()
 
 

@@ -26,6 +26,9 @@ CALLS = {  # what each name says in the keywords of `ace_loss`, with verl's clip
     "cispo-two-sided": {"surrogate": surrogates.CispoTwoSided(0.2, 0.28)},
     "gmpo": {"surrogate": surrogates.Gmpo(0.2, 0.28)},
     "sapo": {"surrogate": surrogates.Sapo(1.0, 1.05)},
+    "clip-cov": {"surrogate": surrogates.ClipCov(0.0002, 1.0, 5.0, 0.2, 0.28)},
+    "kl-cov": {"surrogate": surrogates.KLCov(0.0002, 0.1)},
+    "fipo": {"surrogate": surrogates.Fipo(0.2, 0.28)},
 }
 VERLS = {"ppo-clip": "vanilla", "cispo-two-sided": "cispo", "sapo": "sapo", "gmpo": "geo_mean", "reinforce": "gpg"}
 ONE_MODE = {"sapo": "seq-mean-token-mean", "geo_mean": "seq-mean-token-mean"}  # in verl, whatever they are told
@@ -72,6 +75,10 @@ def test_ace_with_alpha_0_is_verls_vanilla_loss(mode, weights, logps):
     theirs = run("vanilla", data, logps, loss=losses.ppo_loss, mode=mode)
     close(ours, theirs)
     assert ours[2]["actor/ppo_kl"] == pytest.approx(theirs[2]["actor/ppo_kl"], abs=1e-6)
+
+
+def test_kl_cov_is_verls(data, logps):
+    close(run("rlvr-kl-cov", data, logps), run("kl_cov", data, logps, loss=losses.ppo_loss))
 
 
 @pytest.mark.parametrize("weights", [False, True], ids=["", "rollout_is_weights"])

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny
 import tiny_run
 from hydra import compose, initialize_config_dir
 from verl.trainer.ppo.utils import need_critic, need_reference_policy
@@ -79,3 +80,12 @@ def test_the_example_is_a_run_that_verl_and_the_trainer_accept():
 @pytest.mark.parametrize("method", METHODS)
 def test_the_page_names_every_loss(method):
     assert f"`{method.replace('_', '-')}`" in PAGE
+
+
+def test_the_pages_own_loop_takes_a_step(models):
+    block = next(block for block in re.findall(r"```python\n(.*?)```", PAGE, flags=re.S) if "set_loss_fn" in block)
+    worker, actor_config = tiny.training_worker(models()), tiny.actor("ace")
+    exec(block, {"worker": worker, "actor_config": actor_config})
+    found = tiny.tu.get(worker.train_batch(tiny.nested(tiny.batch())), "metrics")["loss"]
+    wanted, _ = tiny.train(tiny.training_worker(models()), tiny.nested(tiny.batch()), actor_config, Ace(1.0))
+    assert found == pytest.approx(wanted["loss"], abs=1e-6)

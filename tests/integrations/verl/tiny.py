@@ -8,7 +8,7 @@ from tensordict import TensorDict
 from verl import DataProto
 from verl.utils import tensordict_utils as tu
 from verl.utils.model import compute_position_id_with_mask
-from verl.workers.config import ActorConfig, FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig
+from verl.workers.config import ActorConfig, FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig, PolicyLossConfig
 from verl.workers.engine.base import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 from verl.workers.engine_workers import TrainingWorker, TrainingWorkerConfig
@@ -69,7 +69,11 @@ def training_worker(path, *, remove_padding=False, micro_batch=2, dtype="float32
 def actor(loss_mode="vanilla", **config):
     """verl's ActorConfig."""
     return ActorConfig(
-        strategy="fsdp2", rollout_n=1, ppo_micro_batch_size_per_gpu=2, policy_loss={"loss_mode": loss_mode}, **config
+        strategy="fsdp2",
+        rollout_n=1,
+        ppo_micro_batch_size_per_gpu=2,
+        policy_loss=PolicyLossConfig(loss_mode=loss_mode),
+        **config,
     )
 
 
