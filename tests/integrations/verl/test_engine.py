@@ -134,6 +134,12 @@ def test_outputs_are_no_views_which_would_endanger_fsdps_hooks(models):
     tiny.train(tiny.training_worker(models()), tiny.nested(tiny.batch()), tiny.actor("ace", entropy_coeff=0.1), Ace())
 
 
+@pytest.mark.parametrize("tie", [False, True], ids=["untied", "tied"])
+def test_the_check_at_the_start_leaves_every_weight_sharded(models, tie):
+    worker = tiny.training_worker(models(tie_word_embeddings=tie))
+    assert all(isinstance(parameter, DTensor) for parameter in worker.engine.module.parameters())
+
+
 def test_a_model_that_gets_no_temperature_gives_its_logits(models):
     worker, ids = tiny.training_worker(models()), torch.arange(1, 6)[None]
     model, *_ = tiny.plain_scores(models(), tiny.batch())
