@@ -79,10 +79,10 @@ def check_tensor(
 
 def _way_out(name: str, values: object) -> str:
     """Where the tensor is that was meant."""
+    if name == "lm_head_weight" and hasattr(values, "get_output_embeddings"):
+        return ": Head.from_model(it) is its head"
     if name == "lm_head_weight" and isinstance(values, torch.nn.Module):  # an adapter's own weight is the frozen base
         return ": Head.of(it) has its weight and its bias"
-    if name == "lm_head_weight" and hasattr(values, "logit_scale"):
-        return ": call policy_loss with it, or pass every field by itself"
     return ": pass its .logps" if name.endswith("logps") and hasattr(values, "logps") else ""
 
 
