@@ -65,7 +65,7 @@ class ACETrainer(PPOTrainerSync):
 
     def _compute_advantage(self, batch: Any, metrics: dict[str, Any]) -> Any:
         batch = super()._compute_advantage(batch, metrics)
-        if self.ace_in_loss:
+        if self.ace_in_loss or self.ace.alpha == 0:
             return batch
         data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=list(FIELDS))
         padded = data.to_padded_tensor()

@@ -170,7 +170,8 @@ def test_weighing_takes_advantages_per_token_and_touches_wrong_rollouts_only():
     assert metrics["actor/ace/weight/mean"] == pytest.approx(1 + math.log(2))
 
 
-def test_a_loss_that_weighs_leaves_the_advantages_alone(monkeypatch):
+@pytest.mark.parametrize("overrides", [(*SCORED, ACE_LOSS), ("+ace.alpha=0",)], ids=["weighing-loss", "alpha-0"])
+def test_advantages_are_left_alone_where_nothing_is_to_be_weighed(monkeypatch, overrides):
     monkeypatch.setattr(PPOTrainerSync, "_compute_advantage", lambda self, batch, metrics: batch)
     monkeypatch.delattr(ours, "tq")
-    assert make(*SCORED, ACE_LOSS)._compute_advantage("batch", {}) == "batch"
+    assert make(*overrides)._compute_advantage("batch", {}) == "batch"
