@@ -3,6 +3,7 @@
 import pytest
 import tiny
 import torch
+import transformers
 from torch.distributed.tensor import DTensor
 
 import rlvr_ops.integrations.verl.engine as ours
@@ -146,6 +147,31 @@ def test_a_model_that_gets_no_temperature_gives_its_logits(models):
     torch.testing.assert_close(worker.engine.module(input_ids=ids).logits, model(input_ids=ids).logits)
 
 
+VERLS_HEAD = {"use_fused_kernels": True, "fused_kernel_options": {"impl_backend": "torch"}}
+
+
+def test_verls_own_head_without_logits_fails_where_fsdp2_shards_the_lm_head_alone(models, monkeypatch):
+    monkeypatch.setenv("VERL_ENGINE_VENDOR", "")
+    monkeypatch.setattr(transformers.Qwen3ForCausalLM, "forward", transformers.Qwen3ForCausalLM.forward)  # it patches
+    worker = tiny.training_worker(models("qwen3", tie_word_embeddings=False), **VERLS_HEAD)
+    with pytest.raises(RuntimeError, match=r"mixed torch\.Tensor and DTensor"):
+        tiny.train(worker, tiny.nested(tiny.batch()), tiny.actor("ace"), Ace())
+
+
+def test_verls_own_head_without_logits_leaves_out_what_a_model_does_to_its_logits(models, monkeypatch):
+    monkeypatch.setenv("VERL_ENGINE_VENDOR", "")
+    monkeypatch.setattr(transformers.GraniteForCausalLM, "forward", transformers.GraniteForCausalLM.forward)
+    path, tensors = models("granite", logits_scaling=4.0, tie_word_embeddings=True), tiny.batch()
+    logps, _ = tiny.score(tiny.training_worker(path, **VERLS_HEAD), tiny.nested(tensors))
+    monkeypatch.undo()
+    mask = tensors["response_mask"].bool()
+    with torch.no_grad():
+        _, scaled, _ = tiny.plain_scores(path, tensors)
+        _, unscaled, _ = tiny.plain_scores(path, tensors, temperature=0.25)
+    torch.testing.assert_close(responses(logps, tensors)[mask], unscaled[mask], rtol=1e-4, atol=1e-4)
+    assert (responses(logps, tensors)[mask] - scaled[mask]).abs().max() > 0.1
+
+
 def test_verls_own_head_beside_ours_is_refused(models):
     with pytest.raises(ValueError, match=r"brings a head of its own.*use_fused_kernels=True: set it to False"):
         tiny.training_worker(models(), use_fused_kernels=True, fused_kernel_options={"impl_backend": "torch"})
@@ -165,8 +191,6 @@ def test_logits_that_are_made_in_an_unknown_way_are_refused(models, monkeypatch)
 
 
 def test_a_head_of_another_kind_is_refused(models):
-    import transformers
-
     model = transformers.AutoModelForCausalLM.from_pretrained(models())
     model.lm_head = torch.nn.Sequential(model.lm_head)
     with pytest.raises(TypeError, match=r"must be an nn\.Linear, got Sequential"):
