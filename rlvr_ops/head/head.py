@@ -142,7 +142,8 @@ class Head:
             raise ValueError(f"hidden_states must have H > 0, got {shape_of(hidden_states)}")
         if weight.ndim != 2 or weight.shape[1] != hidden_states.shape[-1]:
             wanted = f"(V, H) with H = {hidden_states.shape[-1]} like hidden_states"
-            raise ValueError(f"lm_head_weight must have shape {wanted}, got {shape_of(weight)}")
+            way = "" if weight.numel() else ": gather it first (ZeRO-3), and again before backward"
+            raise ValueError(f"lm_head_weight must have shape {wanted}, got {shape_of(weight)}{way}")
         if not weight.shape[0]:
             raise ValueError(f"lm_head_weight must have a row for each of V > 0 tokens, got {shape_of(weight)}")
         if bias is not None:

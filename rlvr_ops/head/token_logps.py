@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from rlvr_kernels.checks import check_no_tangent
+from rlvr_kernels.checks import check_no_transform
 from rlvr_kernels.pull_back import Needs
 from rlvr_kernels.score import score
 from rlvr_kernels.tile import default_workspace_bytes
@@ -70,7 +70,7 @@ def token_logps(
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what is wanted.
-        NotImplementedError: a forward-mode tangent.
+        NotImplementedError: a forward-mode tangent, or a transform of torch.func.
 
     >>> scores = token_logps(torch.zeros(1, 2, 4), torch.randn(8, 4), torch.tensor([[3, 1]]), with_entropy=True)
     >>> scores.logps.exp(), scores.entropy.exp()
@@ -78,10 +78,10 @@ def token_logps(
     """
     head = Head(lm_head_weight, lm_head_bias, logit_scale, softcap, temperature)
     plan = Plan(workspace_bytes=workspace_bytes, backend=backend)
-    head.check(hidden_states)
-    check_no_tangent(
+    check_no_transform(
         hidden_states=hidden_states, lm_head_weight=head.weight, lm_head_bias=head.bias, temperature=head.temperature
     )
+    head.check(hidden_states)
     check_ids(completion_ids, hidden_states)
     one = None
     if completion_ids.ndim == 1:

@@ -94,7 +94,7 @@ def ace_loss(
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what is wanted.
-        NotImplementedError: a forward-mode tangent.
+        NotImplementedError: a forward-mode tangent, or a transform of torch.func.
 
     >>> hidden = torch.randn(2, 3, 8, requires_grad=True)
     >>> weight, ids = torch.randn(16, 8), torch.tensor([[1, 5, 2], [7, 0, 3]])
