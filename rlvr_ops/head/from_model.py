@@ -43,7 +43,7 @@ def unwrapped(model: Any) -> Any:
         if any(getattr(config, "is_prompt_learning", False) for config in configs):
             raise TypeError(f"{type(model).__name__} adds to the prompt: only adapters inside the layers are supported")
         return unwrapped(model.get_base_model())
-    if isinstance(getattr(model, "module", None), nn.Module) and not hasattr(model, "config"):
+    if isinstance(getattr(model, "module", None), nn.Module) and not hasattr(type(model), "get_output_embeddings"):
         return unwrapped(model.module)
     return model
 
