@@ -1,0 +1,1 @@
+"""ACE and the losses of rlvr_ops at the extension points of trainers. Importing one needs no framework."""
