@@ -66,22 +66,20 @@ def ace_trainer(trainer: Any, chosen: Settings) -> type:
     """
 
     class ACEGRPOTrainer(trainer):
-        _ace_batch: Any = None
-        _ace_logps: Tensor
-        _ace_advantages: Tensor
+        _ace_batch: Any = None  # the copy whose loss is being computed
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
             check(self, chosen)
 
         def _compute_loss_and_metrics(self, model: Any, model_inputs: Any, grpo_batch: Any) -> tuple[Tensor, Any]:
-            self._ace_batch = copy.copy(grpo_batch)
-            loss, metrics = super()._compute_loss_and_metrics(model, model_inputs, self._ace_batch)
-            if chosen.surrogate is not None:
-                seen = replace(rollouts_of(grpo_batch), advantages=self._ace_advantages)
-                loss = loss + our_loss(self, chosen, grpo_batch, seen, self._ace_logps)
+            batch = self._ace_batch = copy.copy(grpo_batch)
+            loss, metrics = super()._compute_loss_and_metrics(model, model_inputs, batch)
             self._ace_batch = None
-            return loss, metrics
+            if chosen.surrogate is None:
+                return loss, metrics
+            logps, weighted = batch.scored
+            return loss + our_loss(self, chosen, batch, replace(rollouts_of(batch), advantages=weighted), logps), metrics
 
         def _get_per_token_logps_and_entropies(
             self, model: Any, model_inputs: Any, grpo_batch: Any, **kwargs: Any
@@ -93,7 +91,7 @@ def ace_trainer(trainer: Any, chosen: Settings) -> type:
                 for name, value in chosen.metrics(logps, rollouts).items():
                     self._metrics["train" if self.model.training else "eval"][name].append(float(value))
                 weighted = chosen.advantages(logps, rollouts)
-                self._ace_logps, self._ace_advantages = logps, weighted
+                grpo_batch.scored = logps, weighted
                 grpo_batch.advantages = weighted if chosen.surrogate is None else torch.zeros_like(weighted)
             return logps, entropies
 
