@@ -9,13 +9,16 @@ from unittest import mock
 
 import typing_extensions
 
-# Whether they are there is asked by transformers once, so before there are stand-ins.
-import peft  # noqa: F401  isort: skip
+# transformers and TRL ask once what is installed: before there are stand-ins.
+import swift.rlhf_trainers.grpo_trainer  # noqa: F401  isort: skip
 import transformers.integrations.deepspeed  # noqa: F401  isort: skip
 import transformers.integrations.flash_attention  # noqa: F401  isort: skip
-import transformers.trainer  # noqa: F401  isort: skip
 
-CUDA_ONLY = ("deepspeed", "flash_attn", "vllm")  # imported by OpenRLHF and by SkyRL's workers, and not called in these tests
+CUDA_ONLY = (
+    "deepspeed",
+    "flash_attn",
+    "vllm",
+)  # imported by OpenRLHF and by SkyRL's workers, and not called in these tests
 
 
 class StandIn(types.ModuleType):

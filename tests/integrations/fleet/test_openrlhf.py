@@ -96,9 +96,7 @@ def test_only_negative_advantages_move_and_padding_never_reaches_the_gradient(se
 def test_micro_batches_add_up_over_two_data_parallel_ranks(token_level, settings):
     batch, loss = make_batch(), PolicyLoss(token_level_loss=token_level)
     counts = {"dp_size": 2, "batch_num_tokens": batch.mask.sum().float(), "global_batch_size": torch.tensor(6.0)}
-    parts = [
-        step(batch, True, rows, copy.copy(loss), counts, **settings)[:2] for rows in (slice(0, 2), slice(2, 6))
-    ]
+    parts = [step(batch, True, rows, copy.copy(loss), counts, **settings)[:2] for rows in (slice(0, 2), slice(2, 6))]
     mean = (parts[0][0] + parts[1][0]) / 2, torch.cat([parts[0][1], parts[1][1]]) / 2  # DeepSpeed's mean over ranks
     assert_same(mean, step(batch, True, loss=loss, **settings)[:2])
 
