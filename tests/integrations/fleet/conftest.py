@@ -11,7 +11,7 @@ import typing_extensions
 
 # transformers and TRL ask once what is installed: before there are stand-ins.
 import swift.rlhf_trainers.grpo_trainer  # noqa: F401  isort: skip
-import transformers.integrations.deepspeed  # noqa: F401  isort: skip
+import transformers.integrations.deepspeed  # isort: skip
 import transformers.integrations.flash_attention  # noqa: F401  isort: skip
 
 CUDA_ONLY = (

@@ -155,7 +155,7 @@ def test_a_missing_reference_is_refused():
     ms_swift.check(trainer_of(beta=0.0), Settings(alpha=0.0))
     trainer = trainer_of(ms_swift.ace_trainer(GRPOTrainer, Settings()))
     batch = make_batch()
-    with pytest.raises(ValueError, match="ref_per_token_logps is missing.*--beta above 0"):
+    with pytest.raises(ValueError, match=r"ref_per_token_logps is missing.*--beta above 0"):
         trainer._compute_loss_and_metrics(None, {"logps": batch.logps}, batch_of(batch, ref=False))
 
 

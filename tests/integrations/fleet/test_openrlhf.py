@@ -108,19 +108,19 @@ def test_ace_is_among_the_metrics():
 
 
 def test_a_missing_reference_is_refused():
-    with pytest.raises(ValueError, match="base_action_log_probs is missing.*--algo.kl.use_loss"):
+    with pytest.raises(ValueError, match=r"base_action_log_probs is missing.*--algo\.kl\.use_loss"):
         step(make_batch(), True, ref=False)
     for kl in (SimpleNamespace(use_loss=False, init_coef=0.01), SimpleNamespace(use_loss=True, init_coef=0.0)):
         args = SimpleNamespace(algo=SimpleNamespace(kl=kl))
         trainer = SimpleNamespace(actor_loss_fn=PolicyLoss(), training_step=None, args=args)
-        with pytest.raises(ValueError, match="--algo.kl.init_coef above 0"):
+        with pytest.raises(ValueError, match=r"--algo\.kl\.init_coef above 0"):
             openrlhf.attach(trainer)
         openrlhf.attach(trainer, alpha=0.0)
 
 
 def test_a_correction_that_a_surrogate_would_ignore_is_refused():
     loss = PolicyLoss(is_correction_level="token")
-    with pytest.raises(ValueError, match="is_correction_level.*sampling_correction"):
+    with pytest.raises(ValueError, match=r"is_correction_level.*sampling_correction"):
         step(make_batch(), True, loss=loss, surrogate="cispo")
 
 

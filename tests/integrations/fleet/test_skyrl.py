@@ -183,7 +183,7 @@ def test_a_correction_that_a_surrogate_would_ignore_is_refused():
 
 def test_a_missing_reference_is_refused():
     batch = make_batch()
-    with pytest.raises(ValueError, match="base_action_log_probs is missing.*use_kl_loss=true"):
+    with pytest.raises(ValueError, match=r"base_action_log_probs is missing.*use_kl_loss=true"):
         loss_of(batch, Settings(), batch.advantages, ref=False)(batch.logps)
     data = training_batch(batch)
     data["base_action_log_probs"] = None
