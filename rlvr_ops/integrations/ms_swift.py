@@ -79,7 +79,9 @@ def ace_trainer(trainer: Any, chosen: Settings) -> type:
             if chosen.surrogate is None:
                 return loss, metrics
             logps, weighted = batch.scored
-            return loss + our_loss(self, chosen, batch, replace(rollouts_of(batch), advantages=weighted), logps), metrics
+            return loss + our_loss(
+                self, chosen, batch, replace(rollouts_of(batch), advantages=weighted), logps
+            ), metrics
 
         def _get_per_token_logps_and_entropies(
             self, model: Any, model_inputs: Any, grpo_batch: Any, **kwargs: Any

@@ -74,7 +74,8 @@ class ACELossFn:
             count = global_valid_toks if token_level else global_valid_seqs
             counted = replace(rollouts, advantages=weighted, num_items_in_batch=count)
             found = self.settings.loss(next_token_logprobs, counted, "dapo" if token_level else "grpo")
-            loss, metrics = loss + found.loss, metrics | {"loss": float(loss + found.loss)}
+            loss = loss + found.loss
+            metrics |= {"loss": loss.item()}
         return loss, metrics
 
     def _rollouts(self, data: Any) -> Rollouts:

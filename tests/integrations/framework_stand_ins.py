@@ -18,5 +18,7 @@ def stand_in(monkeypatch, **modules):
             if name not in sys.modules or depth == len(parts):
                 monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
             if depth > 1:
-                monkeypatch.setattr(sys.modules[name.rpartition(".")[0]], parts[depth - 1], sys.modules[name], raising=False)
+                monkeypatch.setattr(
+                    sys.modules[name.rpartition(".")[0]], parts[depth - 1], sys.modules[name], raising=False
+                )
         vars(sys.modules[name]).update(attributes)

@@ -63,9 +63,7 @@ def summed(batch, ref=True, weights=None, **settings):
     """The sum over sequences that prime-rl takes, of which it divides by the global count of tokens."""
 
     def loss_of(logps):
-        losses = [
-            ace_loss(inputs_of(batch, i, logps[i], ref, weights), **settings).loss for i in range(len(logps))
-        ]
+        losses = [ace_loss(inputs_of(batch, i, logps[i], ref, weights), **settings).loss for i in range(len(logps))]
         return sum(losses) / batch.mask.sum()
 
     return loss_of
