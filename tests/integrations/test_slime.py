@@ -203,12 +203,12 @@ def test_the_weight_is_logged_in_slimes_units():
 )
 def test_a_missing_reference_is_refused(call):
     for missing in (None, []):
-        with pytest.raises(ValueError, match="ref_log_probs is missing.*--use-kl-loss"):
+        with pytest.raises(ValueError, match=r"ref_log_probs is missing.*--use-kl-loss"):
             call(args_of(), data_of(make_batch(), ref_log_probs=missing))
 
 
 def test_log_probs_that_slime_skipped_are_refused_in_the_advantages():
-    with pytest.raises(ValueError, match="log_probs is missing.*--get-mismatch-metrics"):
+    with pytest.raises(ValueError, match=r"log_probs is missing.*--get-mismatch-metrics"):
         ace_advantages(args_of(), data_of(make_batch(), log_probs=None))
 
 
