@@ -58,13 +58,13 @@ def args_of(**others):
         "advantage_estimator": "grpo", "normalize_advantages": False, "use_rollout_logprobs": False, "use_tis": False,
         "use_opsm": False, "context_parallel_size": 1, "eps_clip": 0.2, "eps_clip_high": 0.2, "use_kl_loss": True,
         "kl_loss_coef": 0.0, "kl_loss_type": "k1", "eps_clip_c": None, "get_mismatch_metrics": False,
-        "entropy_coef": 0.0, "use_unbiased_kl": False, "custom_pg_loss_reducer_function_path": None,
+        "entropy_coef": 0.0, "use_unbiased_kl": False, "custom_pg_loss_reducer_function_path": None, "rollout_top_p": 1.0,
     }  # fmt: skip
     return SimpleNamespace(**given | others)
 
 
 def data_of(batch, rows=range(6), **others):
-    """slime's lists of one tensor for each sample, of its own length; a masked token at the end of the longest."""
+    """slime's lists of one tensor for each sample; what a batch pads is masked here, as tool output is."""
     names = {
         "log_probs": batch.old,
         "ref_log_probs": batch.ref,
