@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from framework_cases import SETTINGS, assert_same, make_batch, value_and_gradient
+from ray import cloudpickle
 from skyrl.backends.skyrl_train.training_batch import TrainingInputBatch
 from skyrl.backends.skyrl_train.utils.ppo_utils import (
     PolicyLossRegistry,
@@ -154,12 +155,8 @@ def test_with_the_current_policy_the_trainer_takes_a_worker_that_sees_the_refere
 
 
 def test_a_worker_survives_the_way_to_its_process():
-    import cloudpickle
-
-    class Worker:
-        policy_loss_fn = None
-
-    assert cloudpickle.loads(cloudpickle.dumps(ace_worker(Worker, Settings(alpha=0.5))))
+    worker = cloudpickle.loads(cloudpickle.dumps(ace_worker(PolicyWorkerBase, Settings(alpha=0.5))))
+    assert issubclass(worker, PolicyWorkerBase)
 
 
 @pytest.mark.parametrize(
