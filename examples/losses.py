@@ -33,10 +33,15 @@ LOSSES = {
     "cispo_two_sided": {"surrogate": "cispo_two_sided", "loss_type": "dapo"},
     "dispo": {"surrogate": "dispo", "loss_type": "dapo"},
     "dppo": {"surrogate": "dppo"},
+    "ipo": {"surrogate": "ipo"},
     "sapo": {"surrogate": "sapo"},
     "gmpo": {"surrogate": "gmpo"},
     "vespo": {"surrogate": "vespo", "loss_type": "dapo"},
     "reinforce": {"surrogate": "reinforce"},
+    "dro": {"surrogate": "reinforce", "beta": 0.1, "kl_estimator": "k2", "kl_against": "old"},
+    "clip_cov": {"surrogate": "clip_cov"},
+    "kl_cov": {"surrogate": "kl_cov"},
+    "fipo": {"surrogate": "fipo", "loss_type": "dapo"},
     "quadratic, one's own": {"surrogate": quadratic},
 }
 
@@ -80,7 +85,7 @@ if __name__ == "__main__":
         label, ace = ("", "ACE") if alpha else (name, "")
         print(f"{label:22}{ace:5}{loss:10.5f}{norm:12.5f}{clipped:9.0%}{passes:8d}")
     print(
-        "\nLosses with log-probabilities in them (cispo, dispo, vespo, reinforce) cannot be compared with others; gradients can."
-        "\nEqual on this batch: grpo and dual clip, cispo and dispo (no ratio is beyond their bounds); gspo's two forms (one"
-        "\nadvantage per rollout). passes: over the vocabulary, with a workspace of ten rows."
+        "\nLosses with log-probabilities in them (cispo, dispo, dppo, ipo, vespo, reinforce, dro) cannot be compared with others;"
+        "\ngradients can. Equal on this batch: grpo and dual clip, cispo and dispo, dppo and ipo (no ratio is beyond their bounds);"
+        "\ngspo's two forms (one advantage per rollout). passes: over the vocabulary, with a workspace of ten rows."
     )

@@ -8,8 +8,10 @@ from rlvr_ops.advantages import (
     ace_advantages,
     arm_advantages,
     easy_but_brittle,
+    gdpo_advantages,
     group_advantages,
     informative_groups,
+    otb_advantages,
     overlong_penalty,
     squared_gradient_norms,
 )
@@ -24,6 +26,7 @@ from rlvr_ops.calibration import (
     tokenised_brier_loss,
 )
 from rlvr_ops.evaluation import bootstrap_interval, paired_bootstrap_interval, pass_at_k
+from rlvr_ops.head.from_model import hidden_states_of
 from rlvr_ops.head.head import Head
 from rlvr_ops.head.plan import Plan
 from rlvr_ops.head.token_logps import TokenScores, token_logps
@@ -80,7 +83,22 @@ from rlvr_ops.rewards import (
     trust_grpo_reward,
 )
 from rlvr_ops.rollouts import Rollouts
-from rlvr_ops.surrogates import Cispo, CispoTwoSided, Clip, Dispo, Dppo, Gmpo, Reinforce, Sapo, Vespo
+from rlvr_ops.surrogates import (
+    Cispo,
+    CispoTwoSided,
+    Clip,
+    ClipCov,
+    Dispo,
+    Dppo,
+    Fipo,
+    Gmpo,
+    Ipo,
+    KLCov,
+    Real,
+    Reinforce,
+    Sapo,
+    Vespo,
+)
 
 __version__ = "0.1.0"
 
@@ -92,15 +110,20 @@ __all__ = [
     "Cispo",
     "CispoTwoSided",
     "Clip",
+    "ClipCov",
     "Dispo",
     "Dppo",
     "Entropy",
+    "Fipo",
     "Gmpo",
     "Head",
+    "Ipo",
+    "KLCov",
     "LossOutput",
     "Objective",
     "PPOCRewards",
     "Plan",
+    "Real",
     "Reinforce",
     "ReliabilityBins",
     "Rollouts",
@@ -132,6 +155,7 @@ __all__ = [
     "easy_but_brittle",
     "expected_calibration_error",
     "explain_backend",
+    "gdpo_advantages",
     "gmpo_loss",
     "gmpo_loss_from_logps",
     "group_advantages",
@@ -139,11 +163,13 @@ __all__ = [
     "grpo_loss_from_logps",
     "gspo_loss",
     "gspo_loss_from_logps",
+    "hidden_states_of",
     "informative_groups",
     "luspo_loss",
     "luspo_loss_from_logps",
     "mean_self_certainty",
     "mean_token_probability",
+    "otb_advantages",
     "overlong_penalty",
     "paired_bootstrap_interval",
     "pass_at_k",

@@ -24,9 +24,21 @@ R, IDS, Q = tensor([1.0, 0, 1, 0]), tensor([0, 0, 1, 1]), tensor([0.5, 0.25, 0.7
 CASES = [
     (advantages.group_advantages, {"rewards": R, "group_ids": IDS}),
     (advantages.group_advantages, {"rewards": R, "group_size": 2, "estimator": "opo", "lengths": tensor([1.0, 2, 3, 4])}),
+    (advantages.group_advantages, {"rewards": R, "group_size": 2, "estimator": "remax", "reward_baselines": Q}),
     (advantages.group_advantages, {"rewards": R, "group_size": 2, "estimator": "oblr", "squared_gradient_norms": Q}),
     (advantages.group_advantages, {"rewards": R, "group_size": 2, "estimator": "lens", "confidences": Q}),
     (advantages.group_advantages, {"rewards": R, "group_size": 2, "estimator": "paired", "pair_ids": 0 * IDS, "lambda_neg": Q}),
+    (
+        advantages.gdpo_advantages,
+        {"rewards": torch.stack([R, Q], 1), "group_ids": IDS, "reward_weights": [1.0, 0.5], "lengths": tensor([1.0, 2, 3, 4])},
+    ),
+    (
+        advantages.otb_advantages,
+        {
+            "rewards": R[:2], "per_token_logps": LOGPS, "sum_p_squared": -LOGPS, "completion_mask": MASK,
+            "group_ids": IDS[:2], "cu_seqlens": PACKED, "importance_sampling_ratio": -LOGPS,
+        },
+    ),
     (advantages.informative_groups, {"correct": R, "group_ids": IDS}),
     (advantages.easy_but_brittle, {"correct": R, "group_ids": IDS, "c": 1}),
     (advantages.overlong_penalty, {"lengths": tensor([1.0, 95, 98, 101]), "max_length": 100, "cache": 10}),

@@ -67,6 +67,15 @@ def test_squared_gradient_norms(count, place):
 
 
 @long
+def test_otb_advantages(count):
+    p = torch.stack([numbers(count, 0.1, 0.6), numbers(count, 0.2, 0.5).flip(0)])
+    logps, squares = p.log(), p.square()
+    spent = (1 - 2 * logps.double().exp() + squares.double()).cumsum(1)
+    got = rlvr_ops.otb_advantages(torch.tensor([1.0, 0.0]), logps, squares, group_size=2)
+    within(got, torch.stack([spent[1], -spent[0]]) / spent.sum(0))
+
+
+@long
 def test_arm_advantages(count):
     logps = numbers(count, -3.0, 0.0).expand(2, -1)
     got = rlvr_ops.arm_advantages(
@@ -100,14 +109,21 @@ def test_ppo_c_reward(count):
 
 
 @long
-@pytest.mark.parametrize("estimator", ["grpo", "dr_grpo", "rloo", "opo", "oblr", "reinforce_plus_plus"])
+@pytest.mark.parametrize(
+    "estimator", ["grpo", "dr_grpo", "rloo", "lite_ppo", "gpg", "opo", "oblr", "reinforce_plus_plus"]
+)
 def test_group_advantages(count, estimator):
     rewards, weights = numbers(count, 0.0, 20.0), numbers(count, 1.0, 9.0)
     given = {"opo": {"lengths": weights}, "oblr": {"squared_gradient_norms": weights}}.get(estimator, {})
     got = rlvr_ops.group_advantages(rewards, count, estimator, **given)
     r, w = rewards.double(), weights.double()
     expected = r - ((w * r).sum() / w.sum() if given else r.mean())
-    scale = {"grpo": r.std() + 1e-4, "reinforce_plus_plus": (r.var() + 1e-8).sqrt(), "rloo": (count - 1) / count}
+    scale = {
+        "grpo": r.std() + 1e-4,
+        "lite_ppo": r.std() + 1e-4,
+        "reinforce_plus_plus": (r.var() + 1e-8).sqrt(),
+        "rloo": (count - 1) / count,
+    }
     torch.testing.assert_close(got.double(), expected / scale.get(estimator, 1.0), rtol=1e-5, atol=1e-9)
 
 

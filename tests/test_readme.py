@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from rlvr_ops import ace_loss, token_logps
+from rlvr_ops import Head, ace_loss, hidden_states_of, token_logps
 
 ROOT = Path(__file__).parents[1]
 EXAMPLE = ROOT / "examples" / "losses_on_cpu.py"
@@ -70,30 +70,26 @@ def test_the_head_of_the_readme_is_the_module_that_it_is_made_of():
     assert names["out"].loss.item() == same.loss.item()
 
 
-class TinyModel(torch.nn.Module):
-    """As much of a transformers model as the README's loop touches: `model.model(...)` and `model.lm_head`."""
-
-    def __init__(self):
-        super().__init__()
-        self.embed = torch.nn.Embedding(50, 16)
-        self.lm_head = torch.nn.Linear(16, 50, bias=False)
-
-    def model(self, input_ids, attention_mask):
-        return SimpleNamespace(last_hidden_state=self.embed(input_ids) * attention_mask[..., None])
-
-
 def test_the_readme_loop_makes_right_rollouts_likelier_than_wrong_ones():
+    transformers = pytest.importorskip("transformers")
     step = run_block("def training_step")["training_step"]
     torch.manual_seed(0)
-    model = TinyModel()
+    sizes = {
+        "vocab_size": 50,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     input_ids, completion_mask = torch.randint(50, (4, 9)), torch.ones(4, 6)
     rewards = torch.tensor([1.0, 0.0, 1.0, 0.0])
 
     def logps():
         with torch.no_grad():
-            hidden = model.model(input_ids, torch.ones(4, 9)).last_hidden_state[:, -7:-1]
-            return token_logps(hidden, model.lm_head.weight, input_ids[:, -6:]).logps
+            hidden = hidden_states_of(model, input_ids, length=6)
+            return token_logps(hidden, Head.from_model(model), input_ids[:, -6:]).logps
 
     before = logps()
     for _ in range(3):

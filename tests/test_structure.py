@@ -3,6 +3,8 @@
 import re
 import statistics
 
+import pytest
+
 from tools import structure
 
 
@@ -18,8 +20,15 @@ def test_the_library_has_at_most_six_storeys():
     assert max(structure.storeys().values()) <= 6
 
 
-def test_files_are_short():
-    lines = structure.lengths()
+def test_integrations_stand_on_the_library_and_are_at_most_six_storeys_of_their_own():
+    assert max(structure.storeys(integrations=True).values()) <= 6
+    above = set(structure.sources(integrations=True))
+    assert [name for name, path in structure.sources().items() if structure.imports(path, above)] == []
+
+
+@pytest.mark.parametrize("integrations", [False, True])
+def test_files_are_short(integrations):
+    lines = structure.lengths(integrations=integrations)
     assert max(lines.values()) <= 330
     assert statistics.median(lines.values()) <= 130
 

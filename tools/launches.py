@@ -16,7 +16,7 @@ from rlvr_kernels.logits import LogitMap
 from rlvr_kernels.lse_fold import RowState, lse_fold
 from rlvr_kernels.objective import KL, Ace, TokenObjective
 from rlvr_kernels.scale import scale_
-from rlvr_kernels.surrogates import Cispo, Clip, Dppo, Gmpo, Sapo, Surrogate, Vespo
+from rlvr_kernels.surrogates import Cispo, Clip, Dppo, Gmpo, Ipo, Sapo, Surrogate, Vespo
 from rlvr_kernels.weigh import Rows, weigh
 
 N, H, V, B, TILE = 8192, 4096, 151936, 64, 32768
@@ -41,6 +41,7 @@ OBJECTIVES = {
     "SAPO": objective(Sapo()),
     "CISPO": objective(Cispo()),
     "DPPO by KL": objective(Dppo("kl")),
+    "IPO, KL against old": objective(Ipo(), kl=KL("k2", 0.002, against="old")),
 }
 
 

@@ -50,9 +50,10 @@ def calls_of(run: Callable[[], Any]) -> dict[tuple[str, str], int]:
     return found
 
 
-def sources() -> dict[str, Path]:
-    """The modules of `rlvr_ops` by dotted name."""
-    return {".".join(path.relative_to(ROOT.parent).with_suffix("").parts): path for path in sorted(ROOT.rglob("*.py"))}
+def sources(*, integrations: bool = False) -> dict[str, Path]:
+    """The modules of `rlvr_ops` by dotted name: the library, or what stands on it for each framework."""
+    paths = [path for path in sorted(ROOT.rglob("*.py")) if ("integrations" in path.parts) == integrations]
+    return {".".join(path.relative_to(ROOT.parent).with_suffix("").parts): path for path in paths}
 
 
 def imports(path: Path, known: set[str]) -> set[str]:
@@ -65,9 +66,9 @@ def imports(path: Path, known: set[str]) -> set[str]:
     return found
 
 
-def storeys() -> dict[str, int]:
-    """The import depth of each module of `rlvr_ops`: 1 imports none of the others."""
-    files = sources()
+def storeys(*, integrations: bool = False) -> dict[str, int]:
+    """The import depth of each module: 1 imports none of the others."""
+    files = sources(integrations=integrations)
     graph = {name: imports(path, set(files)) - {name} for name, path in files.items()}
     depth: dict[str, int] = {}
 
@@ -80,9 +81,10 @@ def storeys() -> dict[str, int]:
     return {name: of(name) for name in files if not name.endswith("__init__")}
 
 
-def lengths() -> dict[str, int]:
-    """Lines of every file of `rlvr_ops` but `__init__.py`."""
-    return {name: len(path.read_text().splitlines()) for name, path in sources().items() if path.stem != "__init__"}
+def lengths(*, integrations: bool = False) -> dict[str, int]:
+    """Lines of every file but `__init__.py`."""
+    files = sources(integrations=integrations).items()
+    return {name: len(path.read_text().splitlines()) for name, path in files if path.stem != "__init__"}
 
 
 def seconds_to_the_first_product(repeats: int = 300) -> float:

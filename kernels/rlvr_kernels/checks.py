@@ -79,10 +79,10 @@ def check_tensor(
 
 def _way_out(name: str, values: object) -> str:
     """Where the tensor is that was meant."""
+    if name == "lm_head_weight" and hasattr(values, "get_output_embeddings"):
+        return ": Head.from_model(it) is its head"
     if name == "lm_head_weight" and isinstance(values, torch.nn.Module):  # an adapter's own weight is the frozen base
         return ": Head.of(it) has its weight and its bias"
-    if name == "lm_head_weight" and hasattr(values, "logit_scale"):
-        return ": call policy_loss with it, or pass every field by itself"
     return ": pass its .logps" if name.endswith("logps") and hasattr(values, "logps") else ""
 
 
@@ -96,13 +96,16 @@ def _check_subclass(name: str, values: torch.Tensor) -> None:
     if hasattr(values, "full_tensor"):
         placements = getattr(values, "placements", ())
         kind = "replicated" if placements and all(p.is_replicate() for p in placements) else "sharded"
-        way = f"{name}.to_local()" if kind == "replicated" else f"{name}.full_tensor()"
-        hint = ", or call the loss where FSDP has unsharded the head" if name == "lm_head_weight" else ""
-        raise TypeError(f"{name} must be a whole tensor, got a {kind} DTensor: pass {way}{hint}")
+        way = f"pass {name}.to_local()" if kind == "replicated" else f"pass {name}.full_tensor()"
+        if name.startswith("lm_head"):
+            where = "call the loss in the forward of the module that FSDP gathers it for"
+            summed = ": full_tensor() does not add up the ranks' gradients by itself"
+            way = f"{where}{summed}" if values.requires_grad and kind == "sharded" else f"{way}, or {where}"
+        raise TypeError(f"{name} must be a whole tensor, got a {kind} DTensor: {way}")
 
 
-def check_no_tangent(**values: object) -> None:
-    """Raise if a tensor carries a forward-mode tangent (torch.func.jvp, jacfwd, dual numbers), which would become 0."""
+def check_no_transform(**values: object) -> None:
+    """Raise inside a transform of torch.func, and if a tensor carries a forward-mode tangent, which would become 0."""
     if torch.compiler.is_compiling():
         return
     for name, value in values.items():
@@ -110,6 +113,11 @@ def check_no_tangent(**values: object) -> None:
             raise NotImplementedError(
                 f"{name} has a forward-mode tangent: only reverse mode (backward, grad) is supported"
             )
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        raise NotImplementedError(
+            "the losses and token_logps do not run inside torch.func (grad, vjp, vmap, functionalize, ...): use backward or "
+            "torch.autograd.grad, and a loop for vmap"
+        )
 
 
 def check_finite(name: str, values: torch.Tensor | None, mask: torch.Tensor | None = None) -> None:

@@ -3,7 +3,8 @@
     A' = A (1 + alpha f(c)) where A < 0                      ACE (2602.21420): c, the confidence shift, is the rollout's
     loss = surrogate(x, A') + beta KL(logp, ref)             mean or sum of logp - ref, a constant to the gradient
 
-KL(policy || reference) is estimated from one token's log-probabilities. With d = ref - logp:
+KL(policy || reference) is estimated from one token's log-probabilities. With d = ref - logp, or old - logp if the penalty is
+against the policy that sampled:
 
     k1 = -d,   k2 = d^2 / 2,   k3 = exp(d) - d - 1      (Schulman's three), each differentiated as written.
 
@@ -28,6 +29,7 @@ from rlvr_kernels.checks import check_number, choose
 from rlvr_kernels.surrogates import Surrogate
 
 ESTIMATORS = ("k1", "k2", "k3")
+AGAINST = ("reference", "old")
 LARGEST_EXPONENT = 60.0  # of a ratio that is formed before it multiplies; float32 overflows at 88
 SHAPES = ("softplus", "relu")
 CONFIDENCES = ("current", "old")
@@ -70,25 +72,29 @@ class Ace:
 
 @dataclass(frozen=True)
 class KL:
-    """beta times an estimate of KL(policy || reference), aggregated like the loss.
+    """beta times an estimate of KL(policy || reference), or of KL(policy || old), aggregated like the loss.
 
     estimator: "k1", "k2" or "k3".
     beta: 0, the default, is no KL term.
     bias_correction: multiply by the token's ratio exp(logp - old). The gradient is then the reverse KL's, whoever sampled.
+    against: "reference", or "old", the policy that sampled; on policy that is the policy itself, held fixed.
     """
 
     estimator: str = "k3"
     beta: float = 0.0
     bias_correction: bool = False
+    against: str = "reference"
 
     def __post_init__(self) -> None:
         check_number("beta", self.beta, zero=True)
         choose("kl_estimator", self.estimator, ESTIMATORS)
         if not isinstance(self.bias_correction, bool):
             raise TypeError(f"use_bias_correction_kl must be a bool, got {self.bias_correction!r}")
+        if self.against not in AGAINST:
+            choose("kl_against", self.against, AGAINST)
 
     def penalty(self, logp: torch.Tensor, old: torch.Tensor, ref: torch.Tensor) -> torch.Tensor:
-        """The published formula (n,), to be differentiated by autograd; the reference uses it."""
+        """The published formula (n,) against `ref`, to be differentiated by autograd; the reference uses it."""
         log_ratio = logp - ref
         if self.estimator == "k1":
             estimate = log_ratio
@@ -105,7 +111,7 @@ class KL:
     def terms(
         self, logp: torch.Tensor, old: torch.Tensor | None, ref: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The estimate and its derivative by logp, both (n,); old=None means on policy. Twin of `divergence_kernel`."""
+        """The estimate against `ref` and its derivative by logp, both (n,); old=None: on policy. Twin of `divergence_kernel`."""
         gap = ref - logp
         if self.estimator == "k1":
             kl, slope = -gap, torch.ones_like(gap)
@@ -127,7 +133,8 @@ class KL:
 
     def kernel_arguments(self) -> dict[str, float | bool | str]:
         """The Triton kernels' arguments."""
-        return {"beta": float(self.beta), "KL": self.estimator, "CORRECTED": bool(self.bias_correction)}
+        flags = {"CORRECTED": bool(self.bias_correction), "TO_OLD": self.against == "old"}
+        return {"beta": float(self.beta), "KL": self.estimator, **flags}
 
 
 def times_ratio(log_ratio: torch.Tensor, values: torch.Tensor) -> torch.Tensor:

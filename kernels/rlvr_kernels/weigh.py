@@ -123,8 +123,9 @@ def _weigh_torch(logp: torch.Tensor, rows: Rows, objective: TokenObjective) -> W
     weighted = torch.where(advantages < 0, advantages * weight[rollout], advantages)
     terms, coef, outside = _token_terms(logp, old, weighted, advantages, rows, objective, tokens, rollout)
     losses, kl = terms.loss, torch.zeros_like(logp)
-    if ref is not None:
-        kl, by_kl = objective.kl.terms(logp, old, ref)
+    anchor = ref if objective.kl.against == "reference" else logp if old is None else old
+    if anchor is not None:
+        kl, by_kl = objective.kl.terms(logp, old, anchor)
         if objective.kl.beta > 0:
             losses, coef = losses + objective.kl.beta * kl, coef + objective.kl.beta * by_kl
     scale = rows.weights[rollout] if rows.mask is None else rows.row_weights()
@@ -196,7 +197,7 @@ def weigh_kernel(
     sums_ptr, positive_a, positive_b, negative_a, negative_b, beta, alpha, threshold,
     FORM: tl.constexpr, LEVEL: tl.constexpr, SPREADS: tl.constexpr, HAS_OLD: tl.constexpr, HAS_REF: tl.constexpr,
     HAS_MASK: tl.constexpr, DROPS: tl.constexpr, ACE: tl.constexpr, OLD_CONFIDENCE: tl.constexpr, MEAN: tl.constexpr,
-    SHAPE: tl.constexpr, KL: tl.constexpr, CORRECTED: tl.constexpr, BLOCK: tl.constexpr,
+    SHAPE: tl.constexpr, KL: tl.constexpr, CORRECTED: tl.constexpr, TO_OLD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program weighs one rollout: rows cu_seqlens[i] .. cu_seqlens[i + 1]."""
     rollout = tl.program_id(0).to(tl.int64)
@@ -262,11 +263,13 @@ def weigh_kernel(
         loss, slope, low, high = surrogate_kernel(x, logp, weighted, a, b, FORM)
         kl = tl.zeros_like(loss)
         direct = kl
-        if HAS_REF:
-            ref = tl.load(ref_ptr + rows, mask=active, other=0.0)
-            kl, by_logp = divergence_kernel(logp, old, ref, KL, CORRECTED and HAS_OLD)
+        if HAS_REF or TO_OLD:
+            anchor = old
+            if not TO_OLD:
+                anchor = tl.load(ref_ptr + rows, mask=active, other=0.0)
+            kl, by_logp = divergence_kernel(logp, old, anchor, KL, CORRECTED and HAS_OLD)
             if CORRECTED and not HAS_OLD:
-                by_logp = logp - ref
+                by_logp = logp - anchor
             loss += tl.where(beta > 0, beta * kl, 0.0)  # kl may be inf, and 0 * inf NaN
             direct = tl.where(beta > 0, beta * by_logp, 0.0)
         if LEVEL == "geometric":

@@ -21,6 +21,7 @@ def group_advantages(
     group_ids: Tensor | None = None,
     eps: float = 1e-4,
     lengths: Tensor | None = None,
+    reward_baselines: Tensor | None = None,
     squared_gradient_norms: Tensor | None = None,
     confidences: Tensor | None = None,
     pair_ids: Tensor | None = None,
@@ -38,6 +39,15 @@ def group_advantages(
                       verl's 1e-6; the choice matters where rewards hardly differ.
     - `dr_grpo`       r - mean (arXiv 2503.20783).
     - `rloo`          r minus the mean of the other rewards, G / (G - 1) (r - mean) (arXiv 2402.14740).
+    - `lite_ppo`      (r - mean) / (std + eps), with the mean of the group and the deviation of the batch (arXiv 2508.08221;
+                      TRL's scale_rewards="batch"), so pass the whole batch at once.
+    - `gpg`           (r - mean) B / M, with M of the batch's B rollouts in groups whose rewards differ (arXiv 2504.02546 and
+                      its code), so pass the whole batch at once. verl counts nonzero rewards in the place of M.
+    - `grpo_passk`    (r - second largest) / (std + eps) for the best rollout of a group and 0 for the others, or for all
+                      where several are best (arXiv 2503.19595, read in verl). Never negative.
+    - `maxrl` *       (r - p) / p, with p the pass rate (arXiv 2602.02710 and its code).
+    - `remax`         r - `reward_baselines` (B,), each the reward of the greedy completion of the rollout's prompt (arXiv
+                      2310.10505, read in verl).
     - `opo`           r - sum(T r) / sum(T), with T = `lengths` in tokens (arXiv 2505.23585).
     - `bnpo` *        (r - p) / Beta-pdf(p; a, b), with p the pass rate and a, b fitted to the batch's pass rates
                       (arXiv 2506.02864 and its code). It compares prompts, so pass the whole batch at once. With one
@@ -54,15 +64,17 @@ def group_advantages(
                       included.
     - `reinforce_plus_plus`  (r - mean) / sqrt(var + 1e-8) over the batch (arXiv 2501.03262), so pass the whole batch at
                       once. With `lengths` a rollout counts once a token, as in verl; without, once.
+    - `reinforce_plus_plus_baseline`  the same of r - mean, with the mean of the group (arXiv 2501.03262).
     - `lens` *        GRPO of the calibrated rewards r - (1 - r) / G p / (D - p), D = max(G / sum(r / p), 2 max p), with
                       p = `confidences` (B,): exp(mean logp) under the sampling policy. Groups without a correct rollout
                       are centred and multiplied by negative_group_weight, 0.25 by default (arXiv 2510.08696, section 5.1).
                       Its equation 14 sums plain probabilities, which underflow; p replaces them.
 
-    Where nothing differs the advantage is exactly 0, in every estimator but `psr`, `nsr` and `w_reinforce`: equal rewards
-    in a group (calibrated ones for `lens`; in a pair for `paired`; in the batch for `reinforce_plus_plus`), or a group of
-    one, which `rloo` refuses. Weights that are all 0 in a group count alike. An argument that the estimator does not use
-    is refused, except `eps`.
+    Where nothing differs the advantage is exactly 0, in every estimator but `psr`, `nsr`, `w_reinforce` and `remax`: equal
+    rewards in a group (calibrated ones for `lens`; in a pair for `paired`; in the batch for `reinforce_plus_plus`, and in
+    each of its groups for `reinforce_plus_plus_baseline` with `lengths`), or a group of one, which `rloo` and `grpo_passk`
+    refuse. Weights that are all 0 in a group count alike. An argument that the estimator does not use is refused, except
+    `eps`. Several rewards a rollout are for `gdpo_advantages`, and a baseline for each token is in `otb_advantages`.
 
     Computed in float64. The result is a constant to any gradient, in the dtype of floating `rewards`, else float32.
 
@@ -80,6 +92,7 @@ def group_advantages(
     chosen = inputs.look_up(estimator)
     given = {
         "lengths": lengths,
+        "reward_baselines": reward_baselines,
         "squared_gradient_norms": squared_gradient_norms,
         "confidences": confidences,
         "pair_ids": pair_ids,

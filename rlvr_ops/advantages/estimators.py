@@ -6,6 +6,7 @@ compares rollouts returns exactly 0 where none differ, whatever rounding does to
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -29,6 +30,34 @@ def rloo(r: Tensor, groups: Groups) -> Tensor:
     """r minus the mean of the group's others."""
     others = (groups.sum(r) - r) / (groups.size() - 1)
     return torch.where(groups.told_apart(r), r - others, 0.0)
+
+
+def lite_ppo(r: Tensor, groups: Groups, *, eps: float) -> Tensor:
+    """r - the group's mean, divided by the batch's std + eps."""
+    return torch.where(groups.told_apart(r), (r - groups.mean(r)) / (groups.batch().std(r) + eps), 0.0)
+
+
+def gpg(r: Tensor, groups: Groups) -> Tensor:
+    """r - mean, times the batch's rollouts over those in groups that are told apart."""
+    apart = groups.told_apart(r)
+    return dr_grpo(r, groups) * len(r) / apart.sum().clamp(min=1)
+
+
+def grpo_passk(r: Tensor, groups: Groups, *, eps: float) -> Tensor:
+    """(r - second largest) / (std + eps) for the best rollout, 0 for the others and where several are best."""
+    best = r == groups.max(r)
+    second = groups.max(r.masked_fill(best, -math.inf))
+    return torch.where(best & (groups.sum(best.long()) == 1), (r - second) / (groups.std(r) + eps), 0.0)
+
+
+def maxrl(r: Tensor, groups: Groups) -> Tensor:
+    """(r - p) / p, p the pass rate."""
+    return torch.where(groups.told_apart(r), r / groups.mean(r) - 1, 0.0)
+
+
+def remax(r: Tensor, groups: Groups, *, reward_baselines: Tensor) -> Tensor:
+    """r - the reward of the greedy completion."""
+    return r - reward_baselines
 
 
 def opo(r: Tensor, groups: Groups, *, lengths: Tensor) -> Tensor:
@@ -86,12 +115,25 @@ def paired(r: Tensor, groups: Groups, *, pairs: Groups, lambda_neg: float | Tens
 
 def reinforce_plus_plus(r: Tensor, groups: Groups, *, lengths: Tensor | None = None) -> Tensor:
     """(r - mean) / sqrt(variance + 1e-8) over the batch, a rollout counted once a token if lengths are given."""
-    batch = Groups(torch.zeros_like(groups.index), min(groups.count, 1))
-    weights = torch.ones_like(r) if lengths is None else torch.where(lengths.sum() == 0, 1.0, lengths)
-    total = weights.sum()
-    centred = r - batch.weighted_mean(r, weights)
-    variance = batch.weighted_mean(centred.square(), weights) * total / (total - 1).clamp(min=1)
+    batch = groups.batch()
+    centred, variance = centre(r, batch, lengths)
     return torch.where(batch.told_apart(r), centred * torch.rsqrt(variance + 1e-8), 0.0)
+
+
+def reinforce_plus_plus_baseline(r: Tensor, groups: Groups, *, lengths: Tensor | None = None) -> Tensor:
+    """`reinforce_plus_plus` of r - the group's mean."""
+    whitened = reinforce_plus_plus(dr_grpo(r, groups), groups, lengths=lengths)
+    if lengths is not None:
+        return whitened
+    return torch.where(groups.told_apart(r), whitened, 0.0)  # over rollouts the batch's mean is 0, but for rounding
+
+
+def centre(values: Tensor, batch: Groups, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Values less the batch's mean, and the sample variance, a rollout counted once a token if lengths are given."""
+    weights = torch.ones_like(values) if lengths is None else torch.where(lengths.sum() == 0, 1.0, lengths)
+    total = weights.sum()
+    centred = values - batch.weighted_mean(values, weights)
+    return centred, batch.weighted_mean(centred.square(), weights) * total / (total - 1).clamp(min=1)
 
 
 def lens(r: Tensor, groups: Groups, *, confidences: Tensor, negative_group_weight: float = 0.25, eps: float) -> Tensor:
@@ -123,6 +165,11 @@ ESTIMATORS: dict[str, Estimator] = {
     "grpo": Estimator(grpo, takes=("eps",)),
     "dr_grpo": Estimator(dr_grpo),
     "rloo": Estimator(rloo, smallest_group=2),
+    "lite_ppo": Estimator(lite_ppo, takes=("eps",)),
+    "gpg": Estimator(gpg),
+    "grpo_passk": Estimator(grpo_passk, takes=("eps",), smallest_group=2),
+    "maxrl": Estimator(maxrl, binary=True),
+    "remax": Estimator(remax, needs=("reward_baselines",)),
     "opo": Estimator(opo, needs=("lengths",)),
     "bnpo": Estimator(bnpo, binary=True),
     "psr": Estimator(psr, binary=True),
@@ -131,5 +178,6 @@ ESTIMATORS: dict[str, Estimator] = {
     "paired": Estimator(paired, needs=("pair_ids", "lambda_neg"), takes=("eps",), binary=True),
     "oblr": Estimator(oblr, needs=("squared_gradient_norms",)),
     "reinforce_plus_plus": Estimator(reinforce_plus_plus, takes=("lengths",)),
+    "reinforce_plus_plus_baseline": Estimator(reinforce_plus_plus_baseline, takes=("lengths",)),
     "lens": Estimator(lens, needs=("confidences",), takes=("negative_group_weight", "eps"), binary=True),
 }

@@ -7,7 +7,7 @@ from rlvr_kernels.checks import check_tensor
 from torch import Tensor
 
 from rlvr_ops.checks import check_all_tensors
-from rlvr_ops.rollouts import make_layout
+from rlvr_ops.rollouts import Layout, make_layout
 
 
 def squared_gradient_norms(
@@ -38,21 +38,27 @@ def squared_gradient_norms(
     tensor([12.5000])
     """
     check_tensor("per_token_logps", per_token_logps)
-    check_tensor("sum_p_squared", sum_p_squared, per_token_logps.device)
     check_all_tensors(completion_mask=completion_mask, cu_seqlens=cu_seqlens)
     layout = make_layout("per_token_logps", per_token_logps, completion_mask, cu_seqlens)
-    dtype = torch.promote_types(per_token_logps.dtype, torch.float32)
-    if tuple(sum_p_squared.shape) != layout.shape:
-        raise ValueError(
-            f"sum_p_squared must have shape {layout.shape} like per_token_logps, got {tuple(sum_p_squared.shape)}"
-        )
-    p = layout.zero_where_masked(per_token_logps.detach().flatten().to(dtype)).exp()
-    norms = (1 - 2 * p + sum_p_squared.detach().to(dtype)).clamp(min=0)  # numbers near 1 can round below 0
+    norms = squared_logit_gradients(
+        per_token_logps, sum_p_squared, layout, torch.promote_types(per_token_logps.dtype, torch.float32)
+    )
     if hidden_states is not None:
         check_tensor("hidden_states", hidden_states, per_token_logps.device)
         if hidden_states.ndim != per_token_logps.ndim + 1 or tuple(hidden_states.shape[:-1]) != layout.shape:
             raise ValueError(
                 f"hidden_states must have shape {layout.shape} like per_token_logps and H, got {tuple(hidden_states.shape)}"
             )
-        norms = norms * hidden_states.detach().to(dtype).square().sum(-1)
+        norms = norms * hidden_states.detach().to(norms.dtype).square().sum(-1)
     return layout.per_rollout(layout.zero_where_masked(norms.flatten()).flatten())
+
+
+def squared_logit_gradients(logps: Tensor, sum_p_squared: Tensor, layout: Layout, dtype: torch.dtype) -> Tensor:
+    """|e_y - p_t|^2 of every token, in the batch's shape; anything where masked. Raises if sum_p_squared has another shape."""
+    check_tensor("sum_p_squared", sum_p_squared, logps.device)
+    if tuple(sum_p_squared.shape) != layout.shape:
+        raise ValueError(
+            f"sum_p_squared must have shape {layout.shape} like per_token_logps, got {tuple(sum_p_squared.shape)}"
+        )
+    p = layout.zero_where_masked(logps.detach().flatten().to(dtype)).exp()
+    return (1 - 2 * p + sum_p_squared.detach().to(dtype)).clamp(min=0)  # numbers near 1 can round below 0

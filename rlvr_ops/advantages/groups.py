@@ -19,12 +19,17 @@ INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 class Groups:
     """The group of every rollout: `index` (B,), from 0 to count - 1. No group is empty where its maximum or minimum is asked for.
 
-    Methods ending in `each` return one value per group, (count,). The others return every rollout its group's, (B,).
-    Sums are taken in float64 (float32 on MPS) and rounded once, to the dtype of the values.
+    Methods ending in `each` return one value per group, (count,). The others return every rollout its group's, (B,). Sums,
+    extremes and weighted means also take (B, n), column by column. Sums are taken in float64 (float32 on MPS) and rounded
+    once, to the dtype of the values.
     """
 
     index: Tensor
     count: int
+
+    def batch(self) -> Groups:
+        """All rollouts as one group."""
+        return Groups(torch.zeros_like(self.index), min(self.count, 1))
 
     def sum_each(self, values: Tensor) -> Tensor:
         """The sum of each group's values."""
@@ -58,6 +63,10 @@ class Groups:
     def max(self, values: Tensor) -> Tensor:
         """The largest value in a rollout's group."""
         return self.max_each(values)[self.index]
+
+    def min(self, values: Tensor) -> Tensor:
+        """The smallest value in a rollout's group."""
+        return self.min_each(values)[self.index]
 
     def size(self) -> Tensor:
         """How many rollouts a rollout's group has, itself included."""

@@ -17,6 +17,12 @@ OTHER_NAMES = {
     "rf++": "reinforce_plus_plus",
     "reinforce_pp": "reinforce_plus_plus",
 }
+FUNCTIONS = {
+    "gdpo": "gdpo_advantages",
+    "optimal_token_baseline": "otb_advantages",
+    "tir_optimal_token_baseline": "otb_advantages",
+}
+"""What has a function of its own, under verl's names."""
 
 
 def look_up(name: str) -> Estimator:
@@ -26,6 +32,7 @@ def look_up(name: str) -> Estimator:
     given = str(name).lower()
     near = [OTHER_NAMES[given]] if given in OTHER_NAMES else difflib.get_close_matches(given, ESTIMATORS, 1, 0.7)
     hint = f". Did you mean {near[0]!r}?" if near else ""
+    hint = f": use {FUNCTIONS[given]}" if given in FUNCTIONS else hint
     raise ValueError(f"estimator must be one of {', '.join(ESTIMATORS)}, got {name!r}{hint}")
 
 
@@ -73,7 +80,7 @@ def check_finite(name: str, values: Tensor, group_size: int | None = None, group
         where += f" (group {worst // group_size})"
     elif group_ids is not None:
         where += f" (group {int(group_ids[worst])})"
-    hint = ": did its verifier fail, or could a confidence not be read?" if name == "rewards" else ""
+    hint = ": did its verifier fail, or could a confidence not be read?" if name.startswith("rewards") else ""
     raise ValueError(f"{name} must be finite, got {values[worst].item()} for {where}{hint}")
 
 
@@ -82,7 +89,7 @@ def prepare(name: str, value: Any, rewards: Tensor, dtype: torch.dtype) -> Any:
     if name == "pair_ids":
         return check_ids(name, value, "rewards", rewards)
     if not isinstance(value, Tensor):
-        if name in ("lengths", "squared_gradient_norms", "confidences"):
+        if name in ("lengths", "squared_gradient_norms", "confidences", "reward_baselines"):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
         if not isinstance(value, int | float) or not 0 <= value < math.inf:
             raise ValueError(f"{name} must be a number of at least 0, got {value!r}")
@@ -91,6 +98,8 @@ def prepare(name: str, value: Any, rewards: Tensor, dtype: torch.dtype) -> Any:
         raise TypeError(f"{name} must be a number, got a tensor")
     check_like(name, value, "rewards", rewards)
     check_finite(name, value)
+    if name == "reward_baselines":
+        return value.detach().to(dtype)
     outside = (value <= 0) | (value > 1) if name == "confidences" else value < 0
     if bool(outside.any()):
         worst = int(outside.nonzero()[0])

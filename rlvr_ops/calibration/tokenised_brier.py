@@ -14,7 +14,7 @@ from rlvr_ops.rewards.judged import check_correct
 
 def tokenised_brier_loss(
     hidden_states: Tensor,
-    lm_head_weight: Tensor,
+    lm_head_weight: Tensor | Head,
     confidence_token_ids: Tensor,
     correct: Tensor,
     *,
@@ -48,18 +48,18 @@ def tokenised_brier_loss(
     >>> tokenised_brier_loss(hidden, weight, torch.arange(101), torch.tensor([1]))  # uniform: the mean of (1 - k/100)^2
     tensor(0.3350)
     """
-    head = Head(lm_head_weight, lm_head_bias, logit_scale, softcap)
+    head = Head(lm_head_weight, lm_head_bias, logit_scale, softcap, temperature)
     head.check(hidden_states)
     dtype = head.compute_dtype(hidden_states)
     wide = accumulator_dtype(dtype)
-    rows, y, warmth = _marked_rows(hidden_states, correct, confidence_mask, temperature, wide)
-    ids = _check_tokens(confidence_token_ids, lm_head_weight)
-    z = (rows.to(dtype) @ lm_head_weight.index_select(0, ids).to(dtype).T).to(wide)
-    if lm_head_bias is not None:
-        z = z + lm_head_bias.index_select(0, ids).to(wide)
-    z = logit_scale * z
-    if softcap is not None:
-        z = softcap * torch.tanh(z / softcap)
+    rows, y, warmth = _marked_rows(hidden_states, correct, confidence_mask, head.temperature, wide)
+    ids = _check_tokens(confidence_token_ids, head.weight)
+    z = (rows.to(dtype) @ head.weight.index_select(0, ids).to(dtype).T).to(wide)
+    if head.bias is not None:
+        z = z + head.bias.index_select(0, ids).to(wide)
+    z = head.logit_scale * z
+    if head.softcap is not None:
+        z = head.softcap * torch.tanh(z / head.softcap)
     levels = torch.arange(z.shape[1], device=z.device, dtype=wide) / (z.shape[1] - 1)
     penalties = (y.to(wide)[:, None] - levels).square()
     total = ((z / warmth[:, None]).softmax(1) * penalties).sum()

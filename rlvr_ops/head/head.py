@@ -4,7 +4,8 @@ z = softcap * tanh(logit_scale * (h W^T + bias) / softcap) / temperature        
 """
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
 
 import torch
 from rlvr_kernels.checks import check_finite, check_logits, check_tensor, shape_of
@@ -19,7 +20,8 @@ class Head:
     """The lm_head's weight (V, H) and bias (V,), and the numbers between its output and the logits.
 
     temperature is the sampling temperature: a number, one per rollout (B,), or one per token. Numbers are constants: a
-    tensor that requires a gradient is refused.
+    tensor that requires a gradient is refused. In the place of the weight a `Head` stands for all that it has, so that
+    `ace_loss(hidden, head, ...)` needs no further keyword and `Head(head, temperature=0.7)` is the same at another temperature.
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what is wanted.
@@ -31,7 +33,16 @@ class Head:
     softcap: float | None = None
     temperature: float | Tensor = 1.0
 
+    if TYPE_CHECKING:  # what the dataclass makes, but that a Head may come in the place of its weight
+
+        def __init__(
+            self, weight: "Tensor | Head", bias: Tensor | None = None, logit_scale: float = 1.0, softcap: float | None = None,
+            temperature: float | Tensor = 1.0,
+        ) -> None: ...  # fmt: skip
+
     def __post_init__(self) -> None:
+        if isinstance(self.weight, Head):
+            self._take_over(self.weight)
         if not isinstance(self.weight, Tensor):
             check_tensor("lm_head_weight", self.weight)  # raises, with the way out
         check_logits(self.logit_scale, self.softcap)
@@ -65,6 +76,59 @@ class Head:
 
         return cls(*weight_and_bias(lm_head), logit_scale, softcap, temperature)
 
+    @classmethod
+    def from_model(cls, model: nn.Module, *, temperature: float | Tensor = 1.0) -> "Head":
+        """The head of a transformers causal LM: weight, bias, scale and softcap, with LoRA on the lm_head merged in.
+
+        The first time for each model the head's logits are compared with the model's own, on a few tokens and in eval
+        mode. docs/models.md lists what was compared. As with `of`, an adapter's weight is computed here: make a new head for
+        every backward.
+
+        Args:
+            model: also inside peft, torch.compile or DistributedDataParallel.
+            temperature: as in `Head`.
+
+        Raises:
+            TypeError: naming the model's class: an encoder-decoder, an output layer that is not linear, or logits that
+                are more than softcap * tanh(logit_scale * (h W^T + bias) / softcap).
+
+        >>> import transformers
+        >>> config = transformers.LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=32, num_attention_heads=4)
+        >>> model = transformers.LlamaForCausalLM(config)
+        >>> Head.from_model(model).weight is model.lm_head.weight
+        True
+        """
+        from rlvr_ops.head.from_model import compare_once, logit_numbers, output_layer, unwrapped
+
+        model = unwrapped(model)
+        lm_head = output_layer(model)
+        try:
+            head = cls.of(lm_head, **logit_numbers(model)._asdict())
+        except TypeError as reason:
+            raise TypeError(f"cannot vouch for {type(model).__name__}: {reason}") from None
+        compare_once(model, head)
+        return cls(head, temperature=temperature)
+
+    def logits(self, hidden_states: Tensor) -> Tensor:
+        """All logits (..., V), materialised, before the temperature: for comparisons, never for training."""
+        logits = self.logit_scale * nn.functional.linear(hidden_states.to(self.weight.dtype), self.weight, self.bias)
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+    def _take_over(self, head: "Head") -> None:
+        """Become `head`, at the temperature of whichever of the two has one."""
+        ours, theirs = [not isinstance(x.temperature, Tensor) and x.temperature == 1 for x in (self, head)]
+        beside = {
+            "lm_head_bias": self.bias is not None,
+            "logit_scale": self.logit_scale != 1,
+            "softcap": self.softcap is not None,
+            "temperature": not (ours or theirs),
+        }
+        for name in [name for name, given in beside.items() if given]:
+            raise ValueError(f"{name} is given beside a Head, which has its own")
+        for item in fields(self):
+            if ours or item.name != "temperature":
+                object.__setattr__(self, item.name, getattr(head, item.name))
+
     def check(self, hidden_states: Tensor) -> None:
         """Raise unless hidden states (..., H) fit the head."""
         check_tensor("hidden_states", hidden_states)
@@ -78,7 +142,8 @@ class Head:
             raise ValueError(f"hidden_states must have H > 0, got {shape_of(hidden_states)}")
         if weight.ndim != 2 or weight.shape[1] != hidden_states.shape[-1]:
             wanted = f"(V, H) with H = {hidden_states.shape[-1]} like hidden_states"
-            raise ValueError(f"lm_head_weight must have shape {wanted}, got {shape_of(weight)}")
+            way = "" if weight.numel() else ": gather it first (ZeRO-3), and again before backward"
+            raise ValueError(f"lm_head_weight must have shape {wanted}, got {shape_of(weight)}{way}")
         if not weight.shape[0]:
             raise ValueError(f"lm_head_weight must have a row for each of V > 0 tokens, got {shape_of(weight)}")
         if bias is not None:

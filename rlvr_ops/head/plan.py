@@ -33,6 +33,8 @@ class _Demands(Protocol):
     @property
     def function(self) -> Any: ...
     @property
+    def surrogate(self) -> Any: ...
+    @property
     def level(self) -> str: ...
     @property
     def sampling(self) -> Any: ...
@@ -209,11 +211,14 @@ class Planner:
         wanted = self.plan.schedule
         if wanted == "two_pass":
             return False
-        if self.objective.entropy.top_quantile < 1:
+        known = self.objective
+        if known.entropy.top_quantile < 1 or getattr(known.surrogate, "whole_batch", False):
             if wanted == "single_pass":
+                needs = "top_entropy_quantile < 1, which needs every token's entropy"
+                if known.entropy.top_quantile == 1:
+                    needs = f"surrogate {known.surrogate}, which needs every token's log-probability"
                 raise ValueError(
-                    "schedule='single_pass' does not go with top_entropy_quantile < 1, which needs every token's entropy before "
-                    "any gradient: use schedule='two_pass'"
+                    f"schedule='single_pass' does not go with {needs} before any gradient: use schedule='two_pass'"
                 )
             return False
         fits = self._fits()

@@ -25,6 +25,7 @@ def pull_back(
             "a batch of upstream gradients (is_grads_batched=True, jacobian(vectorize=True)) is not supported: call backward "
             "once for each"
         )
+    _check_gathered(lm_head_weight=weight, lm_head_bias=bias)
     with no_autocast(hidden):
         alive = coef != 0 if entropy_coef is None else (coef != 0) | (entropy_coef != 0)
         scored, dtype = call.scored, call.schedule.dtype
@@ -45,6 +46,16 @@ def pull_back(
         d_hidden = None if found.hidden is None else found.hidden.to(hidden.dtype)
         d_bias = None if found.bias is None or bias is None else found.bias.to(bias.dtype)
         return spread(d_hidden, index, hidden), or_empty(found.weight, hidden), or_empty(d_bias, hidden)
+
+
+def _check_gathered(**parameters: Tensor | None) -> None:
+    """Raise if what forward read was freed since: autograd keeps a parameter, not its numbers."""
+    for name, values in parameters.items():
+        if values is not None and not values.untyped_storage().nbytes():
+            raise RuntimeError(
+                f"{name} was freed between forward and backward: gather it again before backward, as FSDP and ZeRO-3 do for the "
+                "module whose forward calls the loss"
+            )
 
 
 @torch.library.custom_op("rlvr_ops::pull_back", mutates_args=())

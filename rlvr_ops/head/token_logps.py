@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from rlvr_kernels.checks import check_no_tangent
+from rlvr_kernels.checks import check_no_transform
 from rlvr_kernels.pull_back import Needs
 from rlvr_kernels.score import score
 from rlvr_kernels.tile import default_workspace_bytes
@@ -45,7 +45,7 @@ class ScoreCall:
 
 def token_logps(
     hidden_states: Tensor,
-    lm_head_weight: Tensor,
+    lm_head_weight: Tensor | Head,
     completion_ids: Tensor,
     *,
     completion_mask: Tensor | None = None,
@@ -70,7 +70,7 @@ def token_logps(
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what is wanted.
-        NotImplementedError: a forward-mode tangent.
+        NotImplementedError: a forward-mode tangent, or a transform of torch.func.
 
     >>> scores = token_logps(torch.zeros(1, 2, 4), torch.randn(8, 4), torch.tensor([[3, 1]]), with_entropy=True)
     >>> scores.logps.exp(), scores.entropy.exp()
@@ -78,10 +78,10 @@ def token_logps(
     """
     head = Head(lm_head_weight, lm_head_bias, logit_scale, softcap, temperature)
     plan = Plan(workspace_bytes=workspace_bytes, backend=backend)
-    head.check(hidden_states)
-    check_no_tangent(
-        hidden_states=hidden_states, lm_head_weight=lm_head_weight, lm_head_bias=lm_head_bias, temperature=temperature
+    check_no_transform(
+        hidden_states=hidden_states, lm_head_weight=head.weight, lm_head_bias=head.bias, temperature=head.temperature
     )
+    head.check(hidden_states)
     check_ids(completion_ids, hidden_states)
     one = None
     if completion_ids.ndim == 1:
@@ -89,7 +89,7 @@ def token_logps(
         one = torch.arange(2, device=place) * completion_ids.shape[0]
     layout = make_layout("completion_ids", completion_ids, completion_mask, one)
     if validate or (completion_ids.device.type == "cpu" and not torch.compiler.is_compiling()):
-        check_vocabulary(completion_ids, layout, lm_head_weight.shape[0])
+        check_vocabulary(completion_ids, layout, head.weight.shape[0])
     if validate:
         layout.check_finite("hidden_states", hidden_states)
         head.check_finite()
@@ -98,7 +98,7 @@ def token_logps(
         default_workspace_bytes(hidden_states.device, whole_rows=False) if workspace_bytes is None else workspace_bytes
     )
     on = torch.is_grad_enabled()
-    leaves = (hidden_states, lm_head_weight, lm_head_bias)
+    leaves = (hidden_states, head.weight, head.bias)
     needs = Needs(*[on and x is not None and x.requires_grad for x in leaves])
     schedule = Schedule(False, dtype, room, plan.backend, with_entropy)
     host = layout.host
@@ -106,8 +106,8 @@ def token_logps(
     call = Call(completion_ids.reshape(-1), layout.mask, head.logit_map(layout, dtype), schedule, needs, counts)
     job = ScoreCall(call, with_entropy, with_self_certainty, with_top1, with_sum_p_squared)
     hidden = hidden_states.reshape(-1, hidden_states.shape[-1])
-    logp, lse, entropy, mean, top1, squares = _run(hidden, lm_head_weight, lm_head_bias, job)
-    certainty = lse - mean - math.log(lm_head_weight.shape[0]) if with_self_certainty else None
+    logp, lse, entropy, mean, top1, squares = _run(hidden, head.weight, head.bias, job)
+    certainty = lse - mean - math.log(head.weight.shape[0]) if with_self_certainty else None
     return TokenScores(
         layout.zero_where_masked(logp),
         layout.zero_where_masked(entropy) if with_entropy else None,

@@ -1,1 +1,1 @@
-"""ACE and the losses of rlvr_ops at the extension points of trainers. Importing one needs no framework."""
+"""rlvr_ops inside the trainers that people run: one module for each framework, imported by name."""

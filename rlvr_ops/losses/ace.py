@@ -19,18 +19,18 @@ SurrogateLike = str | Surrogate | Callable[..., Tensor]
 
 
 def ace_loss(
-    hidden_states: Tensor, lm_head_weight: Tensor, completion_ids: Tensor, advantages: Tensor, *,
+    hidden_states: Tensor, lm_head_weight: Tensor | Head, completion_ids: Tensor, advantages: Tensor, *,
     ref_per_token_logps: Tensor | None = None, old_per_token_logps: Tensor | None = None,
     sampling_per_token_logps: Tensor | None = None, completion_mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None, surrogate: SurrogateLike = "ppo_clip",
     importance_sampling_level: str = "token", epsilon_low: float = 0.2, epsilon_high: float | None = None,
     delta: float | None = None, alpha: float = 1.0, confidence: str = "current", confidence_reduction: str = "mean",
     shape: str = "softplus", loss_type: str = "grpo", beta: float = 0.0, kl_estimator: str = "k3",
-    use_bias_correction_kl: bool = False, entropy_coef: float = 0.0, top_entropy_quantile: float = 1.0,
-    off_policy_mask_threshold: float | None = None, sampling_correction: str | None = None,
-    sampling_clip_max: float | None = 3.0, sampling_clip_min: float | None = None,
-    temperature: float | Tensor = 1.0, lm_head_bias: Tensor | None = None, softcap: float | None = None,
-    logit_scale: float = 1.0, num_items_in_batch: float | Tensor | None = None,
+    use_bias_correction_kl: bool = False, kl_against: str = "reference", entropy_coef: float = 0.0,
+    top_entropy_quantile: float = 1.0, off_policy_mask_threshold: float | None = None,
+    sampling_correction: str | None = None, sampling_clip_max: float | None = 3.0,
+    sampling_clip_min: float | None = None, temperature: float | Tensor = 1.0, lm_head_bias: Tensor | None = None,
+    softcap: float | None = None, logit_scale: float = 1.0, num_items_in_batch: float | Tensor | None = None,
     max_completion_length: int | None = None, score_inactive: bool = False, with_entropy: bool = False,
     schedule: str = "auto", workspace_bytes: int | None = None, backend: str = "auto", validate: bool = False,
 ) -> LossOutput:  # fmt: skip
@@ -52,7 +52,8 @@ def ace_loss(
 
     Args:
         hidden_states: (B, T, H), or packed (N, H) with `cu_seqlens`; the states after the final norm.
-        lm_head_weight: (V, H). For an adapter on the lm_head see `Head.of`.
+        lm_head_weight: (V, H), or a `Head`, which brings its bias, softcap, logit_scale and temperature: `Head.from_model` finds
+            a transformers model's, and `Head.of` that of a module with an adapter.
         completion_ids: (B, T) or (N,), int.
         advantages: one per rollout (B,), or one per token. Packed with N = B means one per rollout.
         ref_per_token_logps: log-probabilities in nats under the frozen reference, like completion_ids. None only with alpha=0.
@@ -73,7 +74,8 @@ def ace_loss(
         confidence_reduction: "mean" divides c by the rollout's tokens, "sum" does not (the abstract's form; not verified).
         shape: f is "softplus" or "relu".
         loss_type: how tokens are averaged: grpo, dapo, dr_grpo, bnpo, luspo, or verl's names; `Objective.aggregation` has each.
-        beta: weight of the KL term; kl_estimator k1, k2 or k3, differentiated as written.
+        beta: weight of the KL term; kl_estimator k1, k2 or k3, differentiated as written. kl_against: "reference", or "old", the
+            policy that sampled.
         use_bias_correction_kl: multiply the estimate by the token's rho; its gradient is then the reverse KL's,
             rho (logp - ref), whichever estimator gives the value (2512.02556).
         entropy_coef: weight of the entropy bonus, aggregated like the loss.
@@ -92,7 +94,7 @@ def ace_loss(
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what is wanted.
-        NotImplementedError: a forward-mode tangent.
+        NotImplementedError: a forward-mode tangent, or a transform of torch.func.
 
     >>> hidden = torch.randn(2, 3, 8, requires_grad=True)
     >>> weight, ids = torch.randn(16, 8), torch.tensor([[1, 5, 2], [7, 0, 3]])
@@ -103,7 +105,7 @@ def ace_loss(
     """
     objective = Objective(
         resolve(surrogate, epsilon_low, epsilon_high, delta),
-        ace=Ace(alpha, confidence, confidence_reduction, shape), kl=KL(kl_estimator, beta, use_bias_correction_kl),
+        ace=Ace(alpha, confidence, confidence_reduction, shape), kl=KL(kl_estimator, beta, use_bias_correction_kl, kl_against),
         importance_sampling_level=importance_sampling_level, off_policy_mask_threshold=off_policy_mask_threshold,
         entropy=Entropy(entropy_coef, top_entropy_quantile),
         sampling=correction(sampling_correction, sampling_clip_max, sampling_clip_min), aggregation=loss_type,
@@ -126,8 +128,8 @@ def ace_loss_from_logps(
     surrogate: SurrogateLike = "ppo_clip", importance_sampling_level: str = "token", epsilon_low: float = 0.2,
     epsilon_high: float | None = None, delta: float | None = None, alpha: float = 1.0, confidence: str = "current",
     confidence_reduction: str = "mean", shape: str = "softplus", loss_type: str = "grpo", beta: float = 0.0,
-    kl_estimator: str = "k3", use_bias_correction_kl: bool = False, entropy_coef: float = 0.0,
-    top_entropy_quantile: float = 1.0, off_policy_mask_threshold: float | None = None,
+    kl_estimator: str = "k3", use_bias_correction_kl: bool = False, kl_against: str = "reference",
+    entropy_coef: float = 0.0, top_entropy_quantile: float = 1.0, off_policy_mask_threshold: float | None = None,
     sampling_correction: str | None = None, sampling_clip_max: float | None = 3.0,
     sampling_clip_min: float | None = None, num_items_in_batch: float | Tensor | None = None,
     max_completion_length: int | None = None, backend: str = "auto", validate: bool = False,
@@ -135,7 +137,7 @@ def ace_loss_from_logps(
     """`ace_loss` from log-probabilities (B, T), or packed (N,) with `cu_seqlens`; see `policy_loss_from_logps`."""
     objective = Objective(
         resolve(surrogate, epsilon_low, epsilon_high, delta),
-        ace=Ace(alpha, confidence, confidence_reduction, shape), kl=KL(kl_estimator, beta, use_bias_correction_kl),
+        ace=Ace(alpha, confidence, confidence_reduction, shape), kl=KL(kl_estimator, beta, use_bias_correction_kl, kl_against),
         importance_sampling_level=importance_sampling_level, off_policy_mask_threshold=off_policy_mask_threshold,
         entropy=Entropy(entropy_coef, top_entropy_quantile),
         sampling=correction(sampling_correction, sampling_clip_max, sampling_clip_min), aggregation=loss_type,
@@ -197,8 +199,8 @@ class ACELoss(nn.Module):
         self, *, alpha: float = 1.0, confidence: str = "current", confidence_reduction: str = "mean", shape: str = "softplus",
         surrogate: SurrogateLike = "ppo_clip", importance_sampling_level: str = "token", epsilon_low: float = 0.2,
         epsilon_high: float | None = None, delta: float | None = None, loss_type: str = "grpo", beta: float = 0.0,
-        kl_estimator: str = "k3", use_bias_correction_kl: bool = False, entropy_coef: float = 0.0,
-        top_entropy_quantile: float = 1.0, off_policy_mask_threshold: float | None = None,
+        kl_estimator: str = "k3", use_bias_correction_kl: bool = False, kl_against: str = "reference",
+        entropy_coef: float = 0.0, top_entropy_quantile: float = 1.0, off_policy_mask_threshold: float | None = None,
         sampling_correction: str | None = None, sampling_clip_max: float | None = 3.0, sampling_clip_min: float | None = None,
         temperature: float = 1.0, softcap: float | None = None, logit_scale: float = 1.0,
         max_completion_length: int | None = None, schedule: str = "auto", workspace_bytes: int | None = None,
@@ -207,7 +209,7 @@ class ACELoss(nn.Module):
         super().__init__()
         self.objective = Objective(
             resolve(surrogate, epsilon_low, epsilon_high, delta), Ace(alpha, confidence, confidence_reduction, shape),
-            KL(kl_estimator, beta, use_bias_correction_kl), importance_sampling_level, off_policy_mask_threshold,
+            KL(kl_estimator, beta, use_bias_correction_kl, kl_against), importance_sampling_level, off_policy_mask_threshold,
             Entropy(entropy_coef, top_entropy_quantile), correction(sampling_correction, sampling_clip_max, sampling_clip_min),
             loss_type, max_completion_length,
         )  # fmt: skip
@@ -217,7 +219,7 @@ class ACELoss(nn.Module):
         self.plan = Plan(schedule, workspace_bytes, backend)
 
     def forward(
-        self, hidden_states: Tensor, lm_head_weight: Tensor, completion_ids: Tensor, advantages: Tensor, *,
+        self, hidden_states: Tensor, lm_head_weight: Tensor | Head, completion_ids: Tensor, advantages: Tensor, *,
         ref_per_token_logps: Tensor, old_per_token_logps: Tensor | None = None,
         sampling_per_token_logps: Tensor | None = None, completion_mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None, lm_head_bias: Tensor | None = None,

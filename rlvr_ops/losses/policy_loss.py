@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from rlvr_kernels.backend import capturing
-from rlvr_kernels.checks import check_no_tangent, check_types
+from rlvr_kernels.checks import check_no_transform, check_types
 from rlvr_kernels.pull_back import Needs
 from rlvr_kernels.scale import scale_
 from rlvr_kernels.score import score
@@ -49,7 +49,7 @@ def policy_loss(
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what is wanted.
-        NotImplementedError: a forward-mode tangent.
+        NotImplementedError: a forward-mode tangent, or a transform of torch.func.
 
     >>> from rlvr_ops import Ace, Clip
     >>> hidden, head = torch.randn(2, 3, 8, requires_grad=True), Head(torch.randn(16, 8))
@@ -62,12 +62,12 @@ def policy_loss(
     hint = ": policy_loss takes Head, Rollouts, Objective and Plan; flat keywords are those of ace_loss"
     given = {"head": (head, Head), "rollouts": (rollouts, Rollouts), "objective": (objective, Objective)}
     check_types(hint, **given, plan=(plan, Plan))
-    head.check(hidden_states)
-    check_no_tangent(
+    check_no_transform(
         hidden_states=hidden_states, lm_head_weight=head.weight, lm_head_bias=head.bias, temperature=head.temperature,
         advantages=rollouts.advantages, old_per_token_logps=rollouts.old_per_token_logps,
         ref_per_token_logps=rollouts.ref_per_token_logps, sampling_per_token_logps=rollouts.sampling_per_token_logps,
     )  # fmt: skip
+    head.check(hidden_states)
     check_ids(rollouts.completion_ids, hidden_states)  # type: ignore[arg-type]
     ids: Tensor = rollouts.completion_ids  # type: ignore[assignment]
     layout = make_layout("completion_ids", ids, rollouts.completion_mask, rollouts.cu_seqlens)
@@ -237,6 +237,10 @@ def _scaled(gradient: Tensor, upstream: Tensor, backend: str) -> Tensor:
     factor = upstream.reshape(1)  # a 0-d factor would be rounded to the gradient's dtype: 65536 is inf in float16
     if _may_overwrite(gradient, upstream):
         return scale_(gradient, factor, backend)
+    return _multiplied(gradient, factor)
+
+
+def _multiplied(gradient: Tensor, factor: Tensor) -> Tensor:
     return (gradient * factor).to(gradient.dtype)
 
 
@@ -288,7 +292,7 @@ def _backward_op(ctx: Any, gradients: list[Tensor | None]) -> Any:
     tensors, numbers, rest = values[: ctx.tensors], values[ctx.tensors], values[ctx.tensors + 1 :]
     found: Any = [None] * 3
     if d_loss is not None and ctx.single_pass:
-        found = wanted(tuple(_scaled(x, d_loss, "auto") for x in rest), ctx.needs_input_grad[:3])
+        found = wanted(tuple(_multiplied(x, d_loss.reshape(1)) for x in rest), ctx.needs_input_grad[:3])
     elif d_loss is not None:
         hidden, weight, bias, lse, coef, entropy, entropy_coef = rest
         by_entropy = entropy_coef * d_loss if entropy_coef.numel() else None

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from rlvr_kernels.checks import check_logps, check_no_tangent, check_tensor, check_types
+from rlvr_kernels.checks import check_logps, check_no_transform, check_tensor, check_types
 from rlvr_kernels.logits import accumulator_dtype
 from rlvr_kernels.weigh import SUMS, Rows
 from torch import Tensor
@@ -33,7 +33,7 @@ def policy_loss_from_logps(
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what is wanted.
-        NotImplementedError: a forward-mode tangent.
+        NotImplementedError: a forward-mode tangent, or a transform of torch.func.
 
     >>> from rlvr_ops import Clip
     >>> rollouts = Rollouts(None, torch.tensor([1.0, -1.0]))
@@ -43,7 +43,7 @@ def policy_loss_from_logps(
     check_tensor("per_token_logps", per_token_logps)
     hint = ": policy_loss_from_logps takes Rollouts and Objective; flat keywords are those of ace_loss_from_logps"
     check_types(hint, rollouts=(rollouts, Rollouts), objective=(objective, Objective))
-    check_no_tangent(
+    check_no_transform(
         per_token_logps=per_token_logps, per_token_entropies=per_token_entropies, advantages=rollouts.advantages,
         old_per_token_logps=rollouts.old_per_token_logps, ref_per_token_logps=rollouts.ref_per_token_logps,
         sampling_per_token_logps=rollouts.sampling_per_token_logps,

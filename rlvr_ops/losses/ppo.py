@@ -13,21 +13,21 @@ from rlvr_ops.rollouts import Rollouts
 
 
 def grpo_loss(
-    hidden_states: Tensor, lm_head_weight: Tensor, completion_ids: Tensor, advantages: Tensor, *,
+    hidden_states: Tensor, lm_head_weight: Tensor | Head, completion_ids: Tensor, advantages: Tensor, *,
     ref_per_token_logps: Tensor | None = None, old_per_token_logps: Tensor | None = None,
     sampling_per_token_logps: Tensor | None = None, completion_mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None, epsilon_low: float = 0.2, epsilon_high: float | None = None,
     delta: float | None = None, beta: float = 0.0, kl_estimator: str = "k3", use_bias_correction_kl: bool = False,
-    entropy_coef: float = 0.0, top_entropy_quantile: float = 1.0, off_policy_mask_threshold: float | None = None,
-    sampling_correction: str | None = None, sampling_clip_max: float | None = 3.0,
-    sampling_clip_min: float | None = None, temperature: float | Tensor = 1.0, lm_head_bias: Tensor | None = None,
-    softcap: float | None = None, logit_scale: float = 1.0, num_items_in_batch: float | Tensor | None = None,
-    score_inactive: bool = False, with_entropy: bool = False, schedule: str = "auto",
-    workspace_bytes: int | None = None, backend: str = "auto", validate: bool = False,
+    kl_against: str = "reference", entropy_coef: float = 0.0, top_entropy_quantile: float = 1.0,
+    off_policy_mask_threshold: float | None = None, sampling_correction: str | None = None,
+    sampling_clip_max: float | None = 3.0, sampling_clip_min: float | None = None, temperature: float | Tensor = 1.0,
+    lm_head_bias: Tensor | None = None, softcap: float | None = None, logit_scale: float = 1.0,
+    num_items_in_batch: float | Tensor | None = None, score_inactive: bool = False, with_entropy: bool = False,
+    schedule: str = "auto", workspace_bytes: int | None = None, backend: str = "auto", validate: bool = False,
 ) -> LossOutput:  # fmt: skip
     """GRPO: the mean over rollouts of each one's mean clipped surrogate, with an optional KL term (arXiv 2402.03300)."""
     objective = Objective(
-        Clip(epsilon_low, epsilon_high, delta), kl=KL(kl_estimator, beta, use_bias_correction_kl),
+        Clip(epsilon_low, epsilon_high, delta), kl=KL(kl_estimator, beta, use_bias_correction_kl, kl_against),
         off_policy_mask_threshold=off_policy_mask_threshold, entropy=Entropy(entropy_coef, top_entropy_quantile),
         sampling=correction(sampling_correction, sampling_clip_max, sampling_clip_min), aggregation="grpo",
     )  # fmt: skip
@@ -46,14 +46,15 @@ def grpo_loss_from_logps(
     sampling_per_token_logps: Tensor | None = None, completion_mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None, per_token_entropies: Tensor | None = None, epsilon_low: float = 0.2,
     epsilon_high: float | None = None, delta: float | None = None, beta: float = 0.0, kl_estimator: str = "k3",
-    use_bias_correction_kl: bool = False, entropy_coef: float = 0.0, top_entropy_quantile: float = 1.0,
-    off_policy_mask_threshold: float | None = None, sampling_correction: str | None = None,
-    sampling_clip_max: float | None = 3.0, sampling_clip_min: float | None = None,
-    num_items_in_batch: float | Tensor | None = None, backend: str = "auto", validate: bool = False,
+    use_bias_correction_kl: bool = False, kl_against: str = "reference", entropy_coef: float = 0.0,
+    top_entropy_quantile: float = 1.0, off_policy_mask_threshold: float | None = None,
+    sampling_correction: str | None = None, sampling_clip_max: float | None = 3.0,
+    sampling_clip_min: float | None = None, num_items_in_batch: float | Tensor | None = None, backend: str = "auto",
+    validate: bool = False,
 ) -> LossOutput:  # fmt: skip
     """`grpo_loss` from log-probabilities (B, T), or packed (N,) with `cu_seqlens`; see `policy_loss_from_logps`."""
     objective = Objective(
-        Clip(epsilon_low, epsilon_high, delta), kl=KL(kl_estimator, beta, use_bias_correction_kl),
+        Clip(epsilon_low, epsilon_high, delta), kl=KL(kl_estimator, beta, use_bias_correction_kl, kl_against),
         off_policy_mask_threshold=off_policy_mask_threshold, entropy=Entropy(entropy_coef, top_entropy_quantile),
         sampling=correction(sampling_correction, sampling_clip_max, sampling_clip_min), aggregation="grpo",
     )  # fmt: skip
@@ -67,21 +68,21 @@ def grpo_loss_from_logps(
 
 
 def dapo_loss(
-    hidden_states: Tensor, lm_head_weight: Tensor, completion_ids: Tensor, advantages: Tensor, *,
+    hidden_states: Tensor, lm_head_weight: Tensor | Head, completion_ids: Tensor, advantages: Tensor, *,
     ref_per_token_logps: Tensor | None = None, old_per_token_logps: Tensor | None = None,
     sampling_per_token_logps: Tensor | None = None, completion_mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None, epsilon_low: float = 0.2, epsilon_high: float | None = 0.28,
     delta: float | None = None, beta: float = 0.0, kl_estimator: str = "k3", use_bias_correction_kl: bool = False,
-    entropy_coef: float = 0.0, top_entropy_quantile: float = 1.0, off_policy_mask_threshold: float | None = None,
-    sampling_correction: str | None = None, sampling_clip_max: float | None = 3.0,
-    sampling_clip_min: float | None = None, temperature: float | Tensor = 1.0, lm_head_bias: Tensor | None = None,
-    softcap: float | None = None, logit_scale: float = 1.0, num_items_in_batch: float | Tensor | None = None,
-    score_inactive: bool = False, with_entropy: bool = False, schedule: str = "auto",
-    workspace_bytes: int | None = None, backend: str = "auto", validate: bool = False,
+    kl_against: str = "reference", entropy_coef: float = 0.0, top_entropy_quantile: float = 1.0,
+    off_policy_mask_threshold: float | None = None, sampling_correction: str | None = None,
+    sampling_clip_max: float | None = 3.0, sampling_clip_min: float | None = None, temperature: float | Tensor = 1.0,
+    lm_head_bias: Tensor | None = None, softcap: float | None = None, logit_scale: float = 1.0,
+    num_items_in_batch: float | Tensor | None = None, score_inactive: bool = False, with_entropy: bool = False,
+    schedule: str = "auto", workspace_bytes: int | None = None, backend: str = "auto", validate: bool = False,
 ) -> LossOutput:  # fmt: skip
     """DAPO: the token mean over the global batch, with clip-higher: epsilon_high=0.28 (arXiv 2503.14476)."""
     objective = Objective(
-        Clip(epsilon_low, epsilon_high, delta), kl=KL(kl_estimator, beta, use_bias_correction_kl),
+        Clip(epsilon_low, epsilon_high, delta), kl=KL(kl_estimator, beta, use_bias_correction_kl, kl_against),
         off_policy_mask_threshold=off_policy_mask_threshold, entropy=Entropy(entropy_coef, top_entropy_quantile),
         sampling=correction(sampling_correction, sampling_clip_max, sampling_clip_min), aggregation="dapo",
     )  # fmt: skip
@@ -100,14 +101,15 @@ def dapo_loss_from_logps(
     sampling_per_token_logps: Tensor | None = None, completion_mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None, per_token_entropies: Tensor | None = None, epsilon_low: float = 0.2,
     epsilon_high: float | None = 0.28, delta: float | None = None, beta: float = 0.0, kl_estimator: str = "k3",
-    use_bias_correction_kl: bool = False, entropy_coef: float = 0.0, top_entropy_quantile: float = 1.0,
-    off_policy_mask_threshold: float | None = None, sampling_correction: str | None = None,
-    sampling_clip_max: float | None = 3.0, sampling_clip_min: float | None = None,
-    num_items_in_batch: float | Tensor | None = None, backend: str = "auto", validate: bool = False,
+    use_bias_correction_kl: bool = False, kl_against: str = "reference", entropy_coef: float = 0.0,
+    top_entropy_quantile: float = 1.0, off_policy_mask_threshold: float | None = None,
+    sampling_correction: str | None = None, sampling_clip_max: float | None = 3.0,
+    sampling_clip_min: float | None = None, num_items_in_batch: float | Tensor | None = None, backend: str = "auto",
+    validate: bool = False,
 ) -> LossOutput:  # fmt: skip
     """`dapo_loss` from log-probabilities (B, T), or packed (N,) with `cu_seqlens`; see `policy_loss_from_logps`."""
     objective = Objective(
-        Clip(epsilon_low, epsilon_high, delta), kl=KL(kl_estimator, beta, use_bias_correction_kl),
+        Clip(epsilon_low, epsilon_high, delta), kl=KL(kl_estimator, beta, use_bias_correction_kl, kl_against),
         off_policy_mask_threshold=off_policy_mask_threshold, entropy=Entropy(entropy_coef, top_entropy_quantile),
         sampling=correction(sampling_correction, sampling_clip_max, sampling_clip_min), aggregation="dapo",
     )  # fmt: skip
@@ -121,21 +123,22 @@ def dapo_loss_from_logps(
 
 
 def dr_grpo_loss(
-    hidden_states: Tensor, lm_head_weight: Tensor, completion_ids: Tensor, advantages: Tensor, *,
+    hidden_states: Tensor, lm_head_weight: Tensor | Head, completion_ids: Tensor, advantages: Tensor, *,
     ref_per_token_logps: Tensor | None = None, old_per_token_logps: Tensor | None = None,
     sampling_per_token_logps: Tensor | None = None, completion_mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None, epsilon_low: float = 0.2, epsilon_high: float | None = None,
     delta: float | None = None, beta: float = 0.0, kl_estimator: str = "k3", use_bias_correction_kl: bool = False,
-    entropy_coef: float = 0.0, top_entropy_quantile: float = 1.0, off_policy_mask_threshold: float | None = None,
-    sampling_correction: str | None = None, sampling_clip_max: float | None = 3.0,
-    sampling_clip_min: float | None = None, temperature: float | Tensor = 1.0, lm_head_bias: Tensor | None = None,
-    softcap: float | None = None, logit_scale: float = 1.0, num_items_in_batch: float | Tensor | None = None,
-    max_completion_length: int | None = None, score_inactive: bool = False, with_entropy: bool = False,
-    schedule: str = "auto", workspace_bytes: int | None = None, backend: str = "auto", validate: bool = False,
+    kl_against: str = "reference", entropy_coef: float = 0.0, top_entropy_quantile: float = 1.0,
+    off_policy_mask_threshold: float | None = None, sampling_correction: str | None = None,
+    sampling_clip_max: float | None = 3.0, sampling_clip_min: float | None = None, temperature: float | Tensor = 1.0,
+    lm_head_bias: Tensor | None = None, softcap: float | None = None, logit_scale: float = 1.0,
+    num_items_in_batch: float | Tensor | None = None, max_completion_length: int | None = None,
+    score_inactive: bool = False, with_entropy: bool = False, schedule: str = "auto",
+    workspace_bytes: int | None = None, backend: str = "auto", validate: bool = False,
 ) -> LossOutput:  # fmt: skip
     """Dr. GRPO: the sum over tokens, divided by a constant length, which removes GRPO's length bias (arXiv 2503.20783)."""
     objective = Objective(
-        Clip(epsilon_low, epsilon_high, delta), kl=KL(kl_estimator, beta, use_bias_correction_kl),
+        Clip(epsilon_low, epsilon_high, delta), kl=KL(kl_estimator, beta, use_bias_correction_kl, kl_against),
         off_policy_mask_threshold=off_policy_mask_threshold, entropy=Entropy(entropy_coef, top_entropy_quantile),
         sampling=correction(sampling_correction, sampling_clip_max, sampling_clip_min), aggregation="dr_grpo",
         max_completion_length=max_completion_length,
@@ -155,15 +158,15 @@ def dr_grpo_loss_from_logps(
     sampling_per_token_logps: Tensor | None = None, completion_mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None, per_token_entropies: Tensor | None = None, epsilon_low: float = 0.2,
     epsilon_high: float | None = None, delta: float | None = None, beta: float = 0.0, kl_estimator: str = "k3",
-    use_bias_correction_kl: bool = False, entropy_coef: float = 0.0, top_entropy_quantile: float = 1.0,
-    off_policy_mask_threshold: float | None = None, sampling_correction: str | None = None,
-    sampling_clip_max: float | None = 3.0, sampling_clip_min: float | None = None,
-    num_items_in_batch: float | Tensor | None = None, max_completion_length: int | None = None,
-    backend: str = "auto", validate: bool = False,
+    use_bias_correction_kl: bool = False, kl_against: str = "reference", entropy_coef: float = 0.0,
+    top_entropy_quantile: float = 1.0, off_policy_mask_threshold: float | None = None,
+    sampling_correction: str | None = None, sampling_clip_max: float | None = 3.0,
+    sampling_clip_min: float | None = None, num_items_in_batch: float | Tensor | None = None,
+    max_completion_length: int | None = None, backend: str = "auto", validate: bool = False,
 ) -> LossOutput:  # fmt: skip
     """`dr_grpo_loss` from log-probabilities (B, T), or packed (N,) with `cu_seqlens`; see `policy_loss_from_logps`."""
     objective = Objective(
-        Clip(epsilon_low, epsilon_high, delta), kl=KL(kl_estimator, beta, use_bias_correction_kl),
+        Clip(epsilon_low, epsilon_high, delta), kl=KL(kl_estimator, beta, use_bias_correction_kl, kl_against),
         off_policy_mask_threshold=off_policy_mask_threshold, entropy=Entropy(entropy_coef, top_entropy_quantile),
         sampling=correction(sampling_correction, sampling_clip_max, sampling_clip_min), aggregation="dr_grpo",
         max_completion_length=max_completion_length,
@@ -178,24 +181,24 @@ def dr_grpo_loss_from_logps(
 
 
 def bnpo_loss(
-    hidden_states: Tensor, lm_head_weight: Tensor, completion_ids: Tensor, advantages: Tensor, *,
+    hidden_states: Tensor, lm_head_weight: Tensor | Head, completion_ids: Tensor, advantages: Tensor, *,
     ref_per_token_logps: Tensor | None = None, old_per_token_logps: Tensor | None = None,
     sampling_per_token_logps: Tensor | None = None, completion_mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None, epsilon_low: float = 0.2, epsilon_high: float | None = None,
     delta: float | None = None, beta: float = 0.0, kl_estimator: str = "k3", use_bias_correction_kl: bool = False,
-    entropy_coef: float = 0.0, top_entropy_quantile: float = 1.0, off_policy_mask_threshold: float | None = None,
-    sampling_correction: str | None = None, sampling_clip_max: float | None = 3.0,
-    sampling_clip_min: float | None = None, temperature: float | Tensor = 1.0, lm_head_bias: Tensor | None = None,
-    softcap: float | None = None, logit_scale: float = 1.0, score_inactive: bool = False,
-    with_entropy: bool = False, schedule: str = "auto", workspace_bytes: int | None = None, backend: str = "auto",
-    validate: bool = False,
+    kl_against: str = "reference", entropy_coef: float = 0.0, top_entropy_quantile: float = 1.0,
+    off_policy_mask_threshold: float | None = None, sampling_correction: str | None = None,
+    sampling_clip_max: float | None = 3.0, sampling_clip_min: float | None = None, temperature: float | Tensor = 1.0,
+    lm_head_bias: Tensor | None = None, softcap: float | None = None, logit_scale: float = 1.0,
+    score_inactive: bool = False, with_entropy: bool = False, schedule: str = "auto",
+    workspace_bytes: int | None = None, backend: str = "auto", validate: bool = False,
 ) -> LossOutput:  # fmt: skip
     """BNPO's aggregation: the token mean over the batch at hand (arXiv 2506.02864).
 
     `group_advantages(estimator='bnpo')` gives its advantages.
     """
     objective = Objective(
-        Clip(epsilon_low, epsilon_high, delta), kl=KL(kl_estimator, beta, use_bias_correction_kl),
+        Clip(epsilon_low, epsilon_high, delta), kl=KL(kl_estimator, beta, use_bias_correction_kl, kl_against),
         off_policy_mask_threshold=off_policy_mask_threshold, entropy=Entropy(entropy_coef, top_entropy_quantile),
         sampling=correction(sampling_correction, sampling_clip_max, sampling_clip_min), aggregation="bnpo",
     )  # fmt: skip
@@ -214,14 +217,14 @@ def bnpo_loss_from_logps(
     sampling_per_token_logps: Tensor | None = None, completion_mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None, per_token_entropies: Tensor | None = None, epsilon_low: float = 0.2,
     epsilon_high: float | None = None, delta: float | None = None, beta: float = 0.0, kl_estimator: str = "k3",
-    use_bias_correction_kl: bool = False, entropy_coef: float = 0.0, top_entropy_quantile: float = 1.0,
-    off_policy_mask_threshold: float | None = None, sampling_correction: str | None = None,
-    sampling_clip_max: float | None = 3.0, sampling_clip_min: float | None = None, backend: str = "auto",
-    validate: bool = False,
+    use_bias_correction_kl: bool = False, kl_against: str = "reference", entropy_coef: float = 0.0,
+    top_entropy_quantile: float = 1.0, off_policy_mask_threshold: float | None = None,
+    sampling_correction: str | None = None, sampling_clip_max: float | None = 3.0,
+    sampling_clip_min: float | None = None, backend: str = "auto", validate: bool = False,
 ) -> LossOutput:  # fmt: skip
     """`bnpo_loss` from log-probabilities (B, T), or packed (N,) with `cu_seqlens`; see `policy_loss_from_logps`."""
     objective = Objective(
-        Clip(epsilon_low, epsilon_high, delta), kl=KL(kl_estimator, beta, use_bias_correction_kl),
+        Clip(epsilon_low, epsilon_high, delta), kl=KL(kl_estimator, beta, use_bias_correction_kl, kl_against),
         off_policy_mask_threshold=off_policy_mask_threshold, entropy=Entropy(entropy_coef, top_entropy_quantile),
         sampling=correction(sampling_correction, sampling_clip_max, sampling_clip_min), aggregation="bnpo",
     )  # fmt: skip

@@ -13,14 +13,14 @@ from rlvr_ops.rollouts import Rollouts
 
 
 def gspo_loss(
-    hidden_states: Tensor, lm_head_weight: Tensor, completion_ids: Tensor, advantages: Tensor, *,
+    hidden_states: Tensor, lm_head_weight: Tensor | Head, completion_ids: Tensor, advantages: Tensor, *,
     ref_per_token_logps: Tensor | None = None, old_per_token_logps: Tensor | None = None,
     sampling_per_token_logps: Tensor | None = None, completion_mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None, importance_sampling_level: str = "sequence", epsilon_low: float = 3e-4,
     epsilon_high: float | None = 4e-4, alpha: float = 0.0, confidence: str = "current",
     confidence_reduction: str = "mean", shape: str = "softplus", loss_type: str = "grpo", beta: float = 0.0,
-    kl_estimator: str = "k3", use_bias_correction_kl: bool = False, entropy_coef: float = 0.0,
-    top_entropy_quantile: float = 1.0, off_policy_mask_threshold: float | None = None,
+    kl_estimator: str = "k3", use_bias_correction_kl: bool = False, kl_against: str = "reference",
+    entropy_coef: float = 0.0, top_entropy_quantile: float = 1.0, off_policy_mask_threshold: float | None = None,
     sampling_correction: str | None = None, sampling_clip_max: float | None = 3.0,
     sampling_clip_min: float | None = None, temperature: float | Tensor = 1.0, lm_head_bias: Tensor | None = None,
     softcap: float | None = None, logit_scale: float = 1.0, num_items_in_batch: float | Tensor | None = None,
@@ -33,7 +33,7 @@ def gspo_loss(
     """
     objective = Objective(
         Clip(epsilon_low, epsilon_high), ace=Ace(alpha, confidence, confidence_reduction, shape),
-        kl=KL(kl_estimator, beta, use_bias_correction_kl), importance_sampling_level=importance_sampling_level,
+        kl=KL(kl_estimator, beta, use_bias_correction_kl, kl_against), importance_sampling_level=importance_sampling_level,
         off_policy_mask_threshold=off_policy_mask_threshold, entropy=Entropy(entropy_coef, top_entropy_quantile),
         sampling=correction(sampling_correction, sampling_clip_max, sampling_clip_min), aggregation=loss_type,
         max_completion_length=max_completion_length,
@@ -55,15 +55,16 @@ def gspo_loss_from_logps(
     importance_sampling_level: str = "sequence", epsilon_low: float = 3e-4, epsilon_high: float | None = 4e-4,
     alpha: float = 0.0, confidence: str = "current", confidence_reduction: str = "mean", shape: str = "softplus",
     loss_type: str = "grpo", beta: float = 0.0, kl_estimator: str = "k3", use_bias_correction_kl: bool = False,
-    entropy_coef: float = 0.0, top_entropy_quantile: float = 1.0, off_policy_mask_threshold: float | None = None,
-    sampling_correction: str | None = None, sampling_clip_max: float | None = 3.0,
-    sampling_clip_min: float | None = None, num_items_in_batch: float | Tensor | None = None,
-    max_completion_length: int | None = None, backend: str = "auto", validate: bool = False,
+    kl_against: str = "reference", entropy_coef: float = 0.0, top_entropy_quantile: float = 1.0,
+    off_policy_mask_threshold: float | None = None, sampling_correction: str | None = None,
+    sampling_clip_max: float | None = 3.0, sampling_clip_min: float | None = None,
+    num_items_in_batch: float | Tensor | None = None, max_completion_length: int | None = None, backend: str = "auto",
+    validate: bool = False,
 ) -> LossOutput:  # fmt: skip
     """`gspo_loss` from log-probabilities (B, T), or packed (N,) with `cu_seqlens`; see `policy_loss_from_logps`."""
     objective = Objective(
         Clip(epsilon_low, epsilon_high), ace=Ace(alpha, confidence, confidence_reduction, shape),
-        kl=KL(kl_estimator, beta, use_bias_correction_kl), importance_sampling_level=importance_sampling_level,
+        kl=KL(kl_estimator, beta, use_bias_correction_kl, kl_against), importance_sampling_level=importance_sampling_level,
         off_policy_mask_threshold=off_policy_mask_threshold, entropy=Entropy(entropy_coef, top_entropy_quantile),
         sampling=correction(sampling_correction, sampling_clip_max, sampling_clip_min), aggregation=loss_type,
         max_completion_length=max_completion_length,
@@ -78,19 +79,19 @@ def gspo_loss_from_logps(
 
 
 def luspo_loss(
-    hidden_states: Tensor, lm_head_weight: Tensor, completion_ids: Tensor, advantages: Tensor, *,
+    hidden_states: Tensor, lm_head_weight: Tensor | Head, completion_ids: Tensor, advantages: Tensor, *,
     ref_per_token_logps: Tensor | None = None, old_per_token_logps: Tensor | None = None,
     sampling_per_token_logps: Tensor | None = None, completion_mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None, importance_sampling_level: str = "sequence", epsilon_low: float = 3e-4,
     epsilon_high: float | None = 4e-4, alpha: float = 0.0, confidence: str = "current",
     confidence_reduction: str = "mean", shape: str = "softplus", beta: float = 0.0, kl_estimator: str = "k3",
-    use_bias_correction_kl: bool = False, entropy_coef: float = 0.0, top_entropy_quantile: float = 1.0,
-    off_policy_mask_threshold: float | None = None, sampling_correction: str | None = None,
-    sampling_clip_max: float | None = 3.0, sampling_clip_min: float | None = None,
-    temperature: float | Tensor = 1.0, lm_head_bias: Tensor | None = None, softcap: float | None = None,
-    logit_scale: float = 1.0, num_items_in_batch: float | Tensor | None = None, score_inactive: bool = False,
-    with_entropy: bool = False, schedule: str = "auto", workspace_bytes: int | None = None, backend: str = "auto",
-    validate: bool = False,
+    use_bias_correction_kl: bool = False, kl_against: str = "reference", entropy_coef: float = 0.0,
+    top_entropy_quantile: float = 1.0, off_policy_mask_threshold: float | None = None,
+    sampling_correction: str | None = None, sampling_clip_max: float | None = 3.0,
+    sampling_clip_min: float | None = None, temperature: float | Tensor = 1.0, lm_head_bias: Tensor | None = None,
+    softcap: float | None = None, logit_scale: float = 1.0, num_items_in_batch: float | Tensor | None = None,
+    score_inactive: bool = False, with_entropy: bool = False, schedule: str = "auto",
+    workspace_bytes: int | None = None, backend: str = "auto", validate: bool = False,
 ) -> LossOutput:  # fmt: skip
     """LUSPO: GSPO with each rollout's term multiplied by its length (arXiv 2602.05261).
 
@@ -98,7 +99,7 @@ def luspo_loss(
     """
     objective = Objective(
         Clip(epsilon_low, epsilon_high), ace=Ace(alpha, confidence, confidence_reduction, shape),
-        kl=KL(kl_estimator, beta, use_bias_correction_kl), importance_sampling_level=importance_sampling_level,
+        kl=KL(kl_estimator, beta, use_bias_correction_kl, kl_against), importance_sampling_level=importance_sampling_level,
         off_policy_mask_threshold=off_policy_mask_threshold, entropy=Entropy(entropy_coef, top_entropy_quantile),
         sampling=correction(sampling_correction, sampling_clip_max, sampling_clip_min), aggregation="luspo",
     )  # fmt: skip
@@ -118,8 +119,8 @@ def luspo_loss_from_logps(
     cu_seqlens: Tensor | None = None, per_token_entropies: Tensor | None = None,
     importance_sampling_level: str = "sequence", epsilon_low: float = 3e-4, epsilon_high: float | None = 4e-4,
     alpha: float = 0.0, confidence: str = "current", confidence_reduction: str = "mean", shape: str = "softplus",
-    beta: float = 0.0, kl_estimator: str = "k3", use_bias_correction_kl: bool = False, entropy_coef: float = 0.0,
-    top_entropy_quantile: float = 1.0, off_policy_mask_threshold: float | None = None,
+    beta: float = 0.0, kl_estimator: str = "k3", use_bias_correction_kl: bool = False, kl_against: str = "reference",
+    entropy_coef: float = 0.0, top_entropy_quantile: float = 1.0, off_policy_mask_threshold: float | None = None,
     sampling_correction: str | None = None, sampling_clip_max: float | None = 3.0,
     sampling_clip_min: float | None = None, num_items_in_batch: float | Tensor | None = None, backend: str = "auto",
     validate: bool = False,
@@ -127,7 +128,7 @@ def luspo_loss_from_logps(
     """`luspo_loss` from log-probabilities (B, T), or packed (N,) with `cu_seqlens`; see `policy_loss_from_logps`."""
     objective = Objective(
         Clip(epsilon_low, epsilon_high), ace=Ace(alpha, confidence, confidence_reduction, shape),
-        kl=KL(kl_estimator, beta, use_bias_correction_kl), importance_sampling_level=importance_sampling_level,
+        kl=KL(kl_estimator, beta, use_bias_correction_kl, kl_against), importance_sampling_level=importance_sampling_level,
         off_policy_mask_threshold=off_policy_mask_threshold, entropy=Entropy(entropy_coef, top_entropy_quantile),
         sampling=correction(sampling_correction, sampling_clip_max, sampling_clip_min), aggregation="luspo",
     )  # fmt: skip
@@ -141,13 +142,13 @@ def luspo_loss_from_logps(
 
 
 def gmpo_loss(
-    hidden_states: Tensor, lm_head_weight: Tensor, completion_ids: Tensor, advantages: Tensor, *,
+    hidden_states: Tensor, lm_head_weight: Tensor | Head, completion_ids: Tensor, advantages: Tensor, *,
     ref_per_token_logps: Tensor | None = None, old_per_token_logps: Tensor | None = None,
     sampling_per_token_logps: Tensor | None = None, completion_mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None, alpha: float = 0.0, confidence: str = "current",
     confidence_reduction: str = "mean", shape: str = "softplus", loss_type: str = "grpo", beta: float = 0.0,
-    kl_estimator: str = "k3", use_bias_correction_kl: bool = False, entropy_coef: float = 0.0,
-    top_entropy_quantile: float = 1.0, off_policy_mask_threshold: float | None = None,
+    kl_estimator: str = "k3", use_bias_correction_kl: bool = False, kl_against: str = "reference",
+    entropy_coef: float = 0.0, top_entropy_quantile: float = 1.0, off_policy_mask_threshold: float | None = None,
     sampling_correction: str | None = None, sampling_clip_max: float | None = 3.0,
     sampling_clip_min: float | None = None, temperature: float | Tensor = 1.0, lm_head_bias: Tensor | None = None,
     softcap: float | None = None, logit_scale: float = 1.0, num_items_in_batch: float | Tensor | None = None,
@@ -157,7 +158,7 @@ def gmpo_loss(
     """GMPO: the geometric mean of the clipped ratios of a rollout's tokens (arXiv 2507.20673); see `Gmpo`."""
     objective = Objective(
         Gmpo(), ace=Ace(alpha, confidence, confidence_reduction, shape),
-        kl=KL(kl_estimator, beta, use_bias_correction_kl), off_policy_mask_threshold=off_policy_mask_threshold,
+        kl=KL(kl_estimator, beta, use_bias_correction_kl, kl_against), off_policy_mask_threshold=off_policy_mask_threshold,
         entropy=Entropy(entropy_coef, top_entropy_quantile),
         sampling=correction(sampling_correction, sampling_clip_max, sampling_clip_min), aggregation=loss_type,
         max_completion_length=max_completion_length,
@@ -178,15 +179,16 @@ def gmpo_loss_from_logps(
     cu_seqlens: Tensor | None = None, per_token_entropies: Tensor | None = None, alpha: float = 0.0,
     confidence: str = "current", confidence_reduction: str = "mean", shape: str = "softplus",
     loss_type: str = "grpo", beta: float = 0.0, kl_estimator: str = "k3", use_bias_correction_kl: bool = False,
-    entropy_coef: float = 0.0, top_entropy_quantile: float = 1.0, off_policy_mask_threshold: float | None = None,
-    sampling_correction: str | None = None, sampling_clip_max: float | None = 3.0,
-    sampling_clip_min: float | None = None, num_items_in_batch: float | Tensor | None = None,
-    max_completion_length: int | None = None, backend: str = "auto", validate: bool = False,
+    kl_against: str = "reference", entropy_coef: float = 0.0, top_entropy_quantile: float = 1.0,
+    off_policy_mask_threshold: float | None = None, sampling_correction: str | None = None,
+    sampling_clip_max: float | None = 3.0, sampling_clip_min: float | None = None,
+    num_items_in_batch: float | Tensor | None = None, max_completion_length: int | None = None, backend: str = "auto",
+    validate: bool = False,
 ) -> LossOutput:  # fmt: skip
     """`gmpo_loss` from log-probabilities (B, T), or packed (N,) with `cu_seqlens`; see `policy_loss_from_logps`."""
     objective = Objective(
         Gmpo(), ace=Ace(alpha, confidence, confidence_reduction, shape),
-        kl=KL(kl_estimator, beta, use_bias_correction_kl), off_policy_mask_threshold=off_policy_mask_threshold,
+        kl=KL(kl_estimator, beta, use_bias_correction_kl, kl_against), off_policy_mask_threshold=off_policy_mask_threshold,
         entropy=Entropy(entropy_coef, top_entropy_quantile),
         sampling=correction(sampling_correction, sampling_clip_max, sampling_clip_min), aggregation=loss_type,
         max_completion_length=max_completion_length,
@@ -201,13 +203,13 @@ def gmpo_loss_from_logps(
 
 
 def vespo_loss(
-    hidden_states: Tensor, lm_head_weight: Tensor, completion_ids: Tensor, advantages: Tensor, *,
+    hidden_states: Tensor, lm_head_weight: Tensor | Head, completion_ids: Tensor, advantages: Tensor, *,
     ref_per_token_logps: Tensor | None = None, old_per_token_logps: Tensor | None = None,
     sampling_per_token_logps: Tensor | None = None, completion_mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None, alpha: float = 0.0, confidence: str = "current",
     confidence_reduction: str = "mean", shape: str = "softplus", loss_type: str = "dapo", beta: float = 0.0,
-    kl_estimator: str = "k3", use_bias_correction_kl: bool = False, entropy_coef: float = 0.0,
-    top_entropy_quantile: float = 1.0, off_policy_mask_threshold: float | None = None,
+    kl_estimator: str = "k3", use_bias_correction_kl: bool = False, kl_against: str = "reference",
+    entropy_coef: float = 0.0, top_entropy_quantile: float = 1.0, off_policy_mask_threshold: float | None = None,
     sampling_correction: str | None = None, sampling_clip_max: float | None = 3.0,
     sampling_clip_min: float | None = None, temperature: float | Tensor = 1.0, lm_head_bias: Tensor | None = None,
     softcap: float | None = None, logit_scale: float = 1.0, num_items_in_batch: float | Tensor | None = None,
@@ -217,7 +219,7 @@ def vespo_loss(
     """VESPO: W^k exp(lambda (1 - W)) times the log-probability, W the product of the ratios (arXiv 2602.10693); see `Vespo`."""
     objective = Objective(
         Vespo(), ace=Ace(alpha, confidence, confidence_reduction, shape),
-        kl=KL(kl_estimator, beta, use_bias_correction_kl), off_policy_mask_threshold=off_policy_mask_threshold,
+        kl=KL(kl_estimator, beta, use_bias_correction_kl, kl_against), off_policy_mask_threshold=off_policy_mask_threshold,
         entropy=Entropy(entropy_coef, top_entropy_quantile),
         sampling=correction(sampling_correction, sampling_clip_max, sampling_clip_min), aggregation=loss_type,
         max_completion_length=max_completion_length,
@@ -238,15 +240,16 @@ def vespo_loss_from_logps(
     cu_seqlens: Tensor | None = None, per_token_entropies: Tensor | None = None, alpha: float = 0.0,
     confidence: str = "current", confidence_reduction: str = "mean", shape: str = "softplus",
     loss_type: str = "dapo", beta: float = 0.0, kl_estimator: str = "k3", use_bias_correction_kl: bool = False,
-    entropy_coef: float = 0.0, top_entropy_quantile: float = 1.0, off_policy_mask_threshold: float | None = None,
-    sampling_correction: str | None = None, sampling_clip_max: float | None = 3.0,
-    sampling_clip_min: float | None = None, num_items_in_batch: float | Tensor | None = None,
-    max_completion_length: int | None = None, backend: str = "auto", validate: bool = False,
+    kl_against: str = "reference", entropy_coef: float = 0.0, top_entropy_quantile: float = 1.0,
+    off_policy_mask_threshold: float | None = None, sampling_correction: str | None = None,
+    sampling_clip_max: float | None = 3.0, sampling_clip_min: float | None = None,
+    num_items_in_batch: float | Tensor | None = None, max_completion_length: int | None = None, backend: str = "auto",
+    validate: bool = False,
 ) -> LossOutput:  # fmt: skip
     """`vespo_loss` from log-probabilities (B, T), or packed (N,) with `cu_seqlens`; see `policy_loss_from_logps`."""
     objective = Objective(
         Vespo(), ace=Ace(alpha, confidence, confidence_reduction, shape),
-        kl=KL(kl_estimator, beta, use_bias_correction_kl), off_policy_mask_threshold=off_policy_mask_threshold,
+        kl=KL(kl_estimator, beta, use_bias_correction_kl, kl_against), off_policy_mask_threshold=off_policy_mask_threshold,
         entropy=Entropy(entropy_coef, top_entropy_quantile),
         sampling=correction(sampling_correction, sampling_clip_max, sampling_clip_min), aggregation=loss_type,
         max_completion_length=max_completion_length,

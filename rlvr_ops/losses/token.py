@@ -13,18 +13,19 @@ from rlvr_ops.rollouts import Rollouts
 
 
 def cispo_loss(
-    hidden_states: Tensor, lm_head_weight: Tensor, completion_ids: Tensor, advantages: Tensor, *,
+    hidden_states: Tensor, lm_head_weight: Tensor | Head, completion_ids: Tensor, advantages: Tensor, *,
     ref_per_token_logps: Tensor | None = None, old_per_token_logps: Tensor | None = None,
     sampling_per_token_logps: Tensor | None = None, completion_mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None, importance_sampling_level: str = "token", alpha: float = 0.0,
     confidence: str = "current", confidence_reduction: str = "mean", shape: str = "softplus",
     loss_type: str = "dapo", beta: float = 0.0, kl_estimator: str = "k3", use_bias_correction_kl: bool = False,
-    entropy_coef: float = 0.0, top_entropy_quantile: float = 1.0, off_policy_mask_threshold: float | None = None,
-    sampling_correction: str | None = None, sampling_clip_max: float | None = 3.0,
-    sampling_clip_min: float | None = None, temperature: float | Tensor = 1.0, lm_head_bias: Tensor | None = None,
-    softcap: float | None = None, logit_scale: float = 1.0, num_items_in_batch: float | Tensor | None = None,
-    max_completion_length: int | None = None, score_inactive: bool = False, with_entropy: bool = False,
-    schedule: str = "auto", workspace_bytes: int | None = None, backend: str = "auto", validate: bool = False,
+    kl_against: str = "reference", entropy_coef: float = 0.0, top_entropy_quantile: float = 1.0,
+    off_policy_mask_threshold: float | None = None, sampling_correction: str | None = None,
+    sampling_clip_max: float | None = 3.0, sampling_clip_min: float | None = None, temperature: float | Tensor = 1.0,
+    lm_head_bias: Tensor | None = None, softcap: float | None = None, logit_scale: float = 1.0,
+    num_items_in_batch: float | Tensor | None = None, max_completion_length: int | None = None,
+    score_inactive: bool = False, with_entropy: bool = False, schedule: str = "auto",
+    workspace_bytes: int | None = None, backend: str = "auto", validate: bool = False,
 ) -> LossOutput:  # fmt: skip
     """CISPO: a clipped, constant ratio times the log-probability, so no token loses its gradient (arXiv 2506.13585).
 
@@ -32,7 +33,7 @@ def cispo_loss(
     """
     objective = Objective(
         Cispo(), ace=Ace(alpha, confidence, confidence_reduction, shape),
-        kl=KL(kl_estimator, beta, use_bias_correction_kl), importance_sampling_level=importance_sampling_level,
+        kl=KL(kl_estimator, beta, use_bias_correction_kl, kl_against), importance_sampling_level=importance_sampling_level,
         off_policy_mask_threshold=off_policy_mask_threshold, entropy=Entropy(entropy_coef, top_entropy_quantile),
         sampling=correction(sampling_correction, sampling_clip_max, sampling_clip_min), aggregation=loss_type,
         max_completion_length=max_completion_length,
@@ -53,8 +54,8 @@ def cispo_loss_from_logps(
     cu_seqlens: Tensor | None = None, per_token_entropies: Tensor | None = None,
     importance_sampling_level: str = "token", alpha: float = 0.0, confidence: str = "current",
     confidence_reduction: str = "mean", shape: str = "softplus", loss_type: str = "dapo", beta: float = 0.0,
-    kl_estimator: str = "k3", use_bias_correction_kl: bool = False, entropy_coef: float = 0.0,
-    top_entropy_quantile: float = 1.0, off_policy_mask_threshold: float | None = None,
+    kl_estimator: str = "k3", use_bias_correction_kl: bool = False, kl_against: str = "reference",
+    entropy_coef: float = 0.0, top_entropy_quantile: float = 1.0, off_policy_mask_threshold: float | None = None,
     sampling_correction: str | None = None, sampling_clip_max: float | None = 3.0,
     sampling_clip_min: float | None = None, num_items_in_batch: float | Tensor | None = None,
     max_completion_length: int | None = None, backend: str = "auto", validate: bool = False,
@@ -62,7 +63,7 @@ def cispo_loss_from_logps(
     """`cispo_loss` from log-probabilities (B, T), or packed (N,) with `cu_seqlens`; see `policy_loss_from_logps`."""
     objective = Objective(
         Cispo(), ace=Ace(alpha, confidence, confidence_reduction, shape),
-        kl=KL(kl_estimator, beta, use_bias_correction_kl), importance_sampling_level=importance_sampling_level,
+        kl=KL(kl_estimator, beta, use_bias_correction_kl, kl_against), importance_sampling_level=importance_sampling_level,
         off_policy_mask_threshold=off_policy_mask_threshold, entropy=Entropy(entropy_coef, top_entropy_quantile),
         sampling=correction(sampling_correction, sampling_clip_max, sampling_clip_min), aggregation=loss_type,
         max_completion_length=max_completion_length,
@@ -77,23 +78,24 @@ def cispo_loss_from_logps(
 
 
 def dispo_loss(
-    hidden_states: Tensor, lm_head_weight: Tensor, completion_ids: Tensor, advantages: Tensor, *,
+    hidden_states: Tensor, lm_head_weight: Tensor | Head, completion_ids: Tensor, advantages: Tensor, *,
     ref_per_token_logps: Tensor | None = None, old_per_token_logps: Tensor | None = None,
     sampling_per_token_logps: Tensor | None = None, completion_mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None, importance_sampling_level: str = "token", alpha: float = 0.0,
     confidence: str = "current", confidence_reduction: str = "mean", shape: str = "softplus",
     loss_type: str = "dapo", beta: float = 0.0, kl_estimator: str = "k3", use_bias_correction_kl: bool = False,
-    entropy_coef: float = 0.0, top_entropy_quantile: float = 1.0, off_policy_mask_threshold: float | None = None,
-    sampling_correction: str | None = None, sampling_clip_max: float | None = 3.0,
-    sampling_clip_min: float | None = None, temperature: float | Tensor = 1.0, lm_head_bias: Tensor | None = None,
-    softcap: float | None = None, logit_scale: float = 1.0, num_items_in_batch: float | Tensor | None = None,
-    max_completion_length: int | None = None, score_inactive: bool = False, with_entropy: bool = False,
-    schedule: str = "auto", workspace_bytes: int | None = None, backend: str = "auto", validate: bool = False,
+    kl_against: str = "reference", entropy_coef: float = 0.0, top_entropy_quantile: float = 1.0,
+    off_policy_mask_threshold: float | None = None, sampling_correction: str | None = None,
+    sampling_clip_max: float | None = 3.0, sampling_clip_min: float | None = None, temperature: float | Tensor = 1.0,
+    lm_head_bias: Tensor | None = None, softcap: float | None = None, logit_scale: float = 1.0,
+    num_items_in_batch: float | Tensor | None = None, max_completion_length: int | None = None,
+    score_inactive: bool = False, with_entropy: bool = False, schedule: str = "auto",
+    workspace_bytes: int | None = None, backend: str = "auto", validate: bool = False,
 ) -> LossOutput:  # fmt: skip
     """DISPO: CISPO with separate bounds for right and wrong tokens (arXiv 2602.00983); see `Dispo`."""
     objective = Objective(
         Dispo(), ace=Ace(alpha, confidence, confidence_reduction, shape),
-        kl=KL(kl_estimator, beta, use_bias_correction_kl), importance_sampling_level=importance_sampling_level,
+        kl=KL(kl_estimator, beta, use_bias_correction_kl, kl_against), importance_sampling_level=importance_sampling_level,
         off_policy_mask_threshold=off_policy_mask_threshold, entropy=Entropy(entropy_coef, top_entropy_quantile),
         sampling=correction(sampling_correction, sampling_clip_max, sampling_clip_min), aggregation=loss_type,
         max_completion_length=max_completion_length,
@@ -114,8 +116,8 @@ def dispo_loss_from_logps(
     cu_seqlens: Tensor | None = None, per_token_entropies: Tensor | None = None,
     importance_sampling_level: str = "token", alpha: float = 0.0, confidence: str = "current",
     confidence_reduction: str = "mean", shape: str = "softplus", loss_type: str = "dapo", beta: float = 0.0,
-    kl_estimator: str = "k3", use_bias_correction_kl: bool = False, entropy_coef: float = 0.0,
-    top_entropy_quantile: float = 1.0, off_policy_mask_threshold: float | None = None,
+    kl_estimator: str = "k3", use_bias_correction_kl: bool = False, kl_against: str = "reference",
+    entropy_coef: float = 0.0, top_entropy_quantile: float = 1.0, off_policy_mask_threshold: float | None = None,
     sampling_correction: str | None = None, sampling_clip_max: float | None = 3.0,
     sampling_clip_min: float | None = None, num_items_in_batch: float | Tensor | None = None,
     max_completion_length: int | None = None, backend: str = "auto", validate: bool = False,
@@ -123,7 +125,7 @@ def dispo_loss_from_logps(
     """`dispo_loss` from log-probabilities (B, T), or packed (N,) with `cu_seqlens`; see `policy_loss_from_logps`."""
     objective = Objective(
         Dispo(), ace=Ace(alpha, confidence, confidence_reduction, shape),
-        kl=KL(kl_estimator, beta, use_bias_correction_kl), importance_sampling_level=importance_sampling_level,
+        kl=KL(kl_estimator, beta, use_bias_correction_kl, kl_against), importance_sampling_level=importance_sampling_level,
         off_policy_mask_threshold=off_policy_mask_threshold, entropy=Entropy(entropy_coef, top_entropy_quantile),
         sampling=correction(sampling_correction, sampling_clip_max, sampling_clip_min), aggregation=loss_type,
         max_completion_length=max_completion_length,
@@ -138,23 +140,24 @@ def dispo_loss_from_logps(
 
 
 def sapo_loss(
-    hidden_states: Tensor, lm_head_weight: Tensor, completion_ids: Tensor, advantages: Tensor, *,
+    hidden_states: Tensor, lm_head_weight: Tensor | Head, completion_ids: Tensor, advantages: Tensor, *,
     ref_per_token_logps: Tensor | None = None, old_per_token_logps: Tensor | None = None,
     sampling_per_token_logps: Tensor | None = None, completion_mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None, importance_sampling_level: str = "token", alpha: float = 0.0,
     confidence: str = "current", confidence_reduction: str = "mean", shape: str = "softplus",
     loss_type: str = "grpo", beta: float = 0.0, kl_estimator: str = "k3", use_bias_correction_kl: bool = False,
-    entropy_coef: float = 0.0, top_entropy_quantile: float = 1.0, off_policy_mask_threshold: float | None = None,
-    sampling_correction: str | None = None, sampling_clip_max: float | None = 3.0,
-    sampling_clip_min: float | None = None, temperature: float | Tensor = 1.0, lm_head_bias: Tensor | None = None,
-    softcap: float | None = None, logit_scale: float = 1.0, num_items_in_batch: float | Tensor | None = None,
-    max_completion_length: int | None = None, score_inactive: bool = False, with_entropy: bool = False,
-    schedule: str = "auto", workspace_bytes: int | None = None, backend: str = "auto", validate: bool = False,
+    kl_against: str = "reference", entropy_coef: float = 0.0, top_entropy_quantile: float = 1.0,
+    off_policy_mask_threshold: float | None = None, sampling_correction: str | None = None,
+    sampling_clip_max: float | None = 3.0, sampling_clip_min: float | None = None, temperature: float | Tensor = 1.0,
+    lm_head_bias: Tensor | None = None, softcap: float | None = None, logit_scale: float = 1.0,
+    num_items_in_batch: float | Tensor | None = None, max_completion_length: int | None = None,
+    score_inactive: bool = False, with_entropy: bool = False, schedule: str = "auto",
+    workspace_bytes: int | None = None, backend: str = "auto", validate: bool = False,
 ) -> LossOutput:  # fmt: skip
     """SAPO: a soft gate instead of the clip, sharper for wrong tokens (arXiv 2511.20347); see `Sapo`."""
     objective = Objective(
         Sapo(), ace=Ace(alpha, confidence, confidence_reduction, shape),
-        kl=KL(kl_estimator, beta, use_bias_correction_kl), importance_sampling_level=importance_sampling_level,
+        kl=KL(kl_estimator, beta, use_bias_correction_kl, kl_against), importance_sampling_level=importance_sampling_level,
         off_policy_mask_threshold=off_policy_mask_threshold, entropy=Entropy(entropy_coef, top_entropy_quantile),
         sampling=correction(sampling_correction, sampling_clip_max, sampling_clip_min), aggregation=loss_type,
         max_completion_length=max_completion_length,
@@ -175,8 +178,8 @@ def sapo_loss_from_logps(
     cu_seqlens: Tensor | None = None, per_token_entropies: Tensor | None = None,
     importance_sampling_level: str = "token", alpha: float = 0.0, confidence: str = "current",
     confidence_reduction: str = "mean", shape: str = "softplus", loss_type: str = "grpo", beta: float = 0.0,
-    kl_estimator: str = "k3", use_bias_correction_kl: bool = False, entropy_coef: float = 0.0,
-    top_entropy_quantile: float = 1.0, off_policy_mask_threshold: float | None = None,
+    kl_estimator: str = "k3", use_bias_correction_kl: bool = False, kl_against: str = "reference",
+    entropy_coef: float = 0.0, top_entropy_quantile: float = 1.0, off_policy_mask_threshold: float | None = None,
     sampling_correction: str | None = None, sampling_clip_max: float | None = 3.0,
     sampling_clip_min: float | None = None, num_items_in_batch: float | Tensor | None = None,
     max_completion_length: int | None = None, backend: str = "auto", validate: bool = False,
@@ -184,7 +187,7 @@ def sapo_loss_from_logps(
     """`sapo_loss` from log-probabilities (B, T), or packed (N,) with `cu_seqlens`; see `policy_loss_from_logps`."""
     objective = Objective(
         Sapo(), ace=Ace(alpha, confidence, confidence_reduction, shape),
-        kl=KL(kl_estimator, beta, use_bias_correction_kl), importance_sampling_level=importance_sampling_level,
+        kl=KL(kl_estimator, beta, use_bias_correction_kl, kl_against), importance_sampling_level=importance_sampling_level,
         off_policy_mask_threshold=off_policy_mask_threshold, entropy=Entropy(entropy_coef, top_entropy_quantile),
         sampling=correction(sampling_correction, sampling_clip_max, sampling_clip_min), aggregation=loss_type,
         max_completion_length=max_completion_length,
@@ -199,13 +202,13 @@ def sapo_loss_from_logps(
 
 
 def reinforce_loss(
-    hidden_states: Tensor, lm_head_weight: Tensor, completion_ids: Tensor, advantages: Tensor, *,
+    hidden_states: Tensor, lm_head_weight: Tensor | Head, completion_ids: Tensor, advantages: Tensor, *,
     ref_per_token_logps: Tensor | None = None, old_per_token_logps: Tensor | None = None,
     sampling_per_token_logps: Tensor | None = None, completion_mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None, alpha: float = 0.0, confidence: str = "current",
     confidence_reduction: str = "mean", shape: str = "softplus", loss_type: str = "grpo", beta: float = 0.0,
-    kl_estimator: str = "k3", use_bias_correction_kl: bool = False, entropy_coef: float = 0.0,
-    top_entropy_quantile: float = 1.0, off_policy_mask_threshold: float | None = None,
+    kl_estimator: str = "k3", use_bias_correction_kl: bool = False, kl_against: str = "reference",
+    entropy_coef: float = 0.0, top_entropy_quantile: float = 1.0, off_policy_mask_threshold: float | None = None,
     sampling_correction: str | None = None, sampling_clip_max: float | None = 3.0,
     sampling_clip_min: float | None = None, temperature: float | Tensor = 1.0, lm_head_bias: Tensor | None = None,
     softcap: float | None = None, logit_scale: float = 1.0, num_items_in_batch: float | Tensor | None = None,
@@ -215,7 +218,7 @@ def reinforce_loss(
     """REINFORCE: the log-probability times the advantage, without an importance ratio."""
     objective = Objective(
         Reinforce(), ace=Ace(alpha, confidence, confidence_reduction, shape),
-        kl=KL(kl_estimator, beta, use_bias_correction_kl), off_policy_mask_threshold=off_policy_mask_threshold,
+        kl=KL(kl_estimator, beta, use_bias_correction_kl, kl_against), off_policy_mask_threshold=off_policy_mask_threshold,
         entropy=Entropy(entropy_coef, top_entropy_quantile),
         sampling=correction(sampling_correction, sampling_clip_max, sampling_clip_min), aggregation=loss_type,
         max_completion_length=max_completion_length,
@@ -236,15 +239,16 @@ def reinforce_loss_from_logps(
     cu_seqlens: Tensor | None = None, per_token_entropies: Tensor | None = None, alpha: float = 0.0,
     confidence: str = "current", confidence_reduction: str = "mean", shape: str = "softplus",
     loss_type: str = "grpo", beta: float = 0.0, kl_estimator: str = "k3", use_bias_correction_kl: bool = False,
-    entropy_coef: float = 0.0, top_entropy_quantile: float = 1.0, off_policy_mask_threshold: float | None = None,
-    sampling_correction: str | None = None, sampling_clip_max: float | None = 3.0,
-    sampling_clip_min: float | None = None, num_items_in_batch: float | Tensor | None = None,
-    max_completion_length: int | None = None, backend: str = "auto", validate: bool = False,
+    kl_against: str = "reference", entropy_coef: float = 0.0, top_entropy_quantile: float = 1.0,
+    off_policy_mask_threshold: float | None = None, sampling_correction: str | None = None,
+    sampling_clip_max: float | None = 3.0, sampling_clip_min: float | None = None,
+    num_items_in_batch: float | Tensor | None = None, max_completion_length: int | None = None, backend: str = "auto",
+    validate: bool = False,
 ) -> LossOutput:  # fmt: skip
     """`reinforce_loss` from log-probabilities (B, T), or packed (N,) with `cu_seqlens`; see `policy_loss_from_logps`."""
     objective = Objective(
         Reinforce(), ace=Ace(alpha, confidence, confidence_reduction, shape),
-        kl=KL(kl_estimator, beta, use_bias_correction_kl), off_policy_mask_threshold=off_policy_mask_threshold,
+        kl=KL(kl_estimator, beta, use_bias_correction_kl, kl_against), off_policy_mask_threshold=off_policy_mask_threshold,
         entropy=Entropy(entropy_coef, top_entropy_quantile),
         sampling=correction(sampling_correction, sampling_clip_max, sampling_clip_min), aggregation=loss_type,
         max_completion_length=max_completion_length,

@@ -18,7 +18,8 @@ class SurrogateRows:
     """What a surrogate function sees of n tokens, rollout after rollout, without masked ones.
 
     The function is called on whole rollouts, but not always on all of them: a token's loss must depend on nothing outside of
-    its rollout. Only the log-probabilities are differentiated; everything here is a constant.
+    its rollout, unless the function has an attribute `whole_batch` that is true: it is then called once, on all of them, at the
+    cost of two passes. Only the log-probabilities are differentiated; everything here is a constant.
 
     advantages (n,): after ACE, the sampling correction and the masks, which set the advantage of what they drop to 0.
     old_per_token_logps (n,): on policy, the log-probabilities detached, so that a ratio is 1 and has a gradient.
@@ -35,12 +36,16 @@ class SurrogateRows:
 
     def rollout_sum(self, values: Tensor) -> Tensor:
         """The sum (n,) of values (n,) over each token's rollout, in float64. Differentiable."""
+        wide = values.to(sum_dtype(values.device))  # also in the gather, whose backward sums over the rollout
+        return self.sums(wide)[self.rollout].to(values.dtype)
+
+    def sums(self, values: Tensor) -> Tensor:
+        """The sum (rollouts,) of values (n,) by rollout, 0 for one without tokens. Differentiable."""
         if values.shape != self.rollout.shape:
             wanted = tuple(self.rollout.shape)
             raise ValueError(f"values must have one number per token, (n,) = {wanted}, got {tuple(values.shape)}")
         bounds = torch.searchsorted(self.rollout, torch.arange(self.rollouts + 1, device=self.rollout.device))
-        wide = values.to(sum_dtype(values.device))  # also in the gather, whose backward sums over the rollout
-        return rollout_sums(wide, bounds)[self.rollout].to(values.dtype)
+        return rollout_sums(values, bounds)
 
     def rollout_mean(self, values: Tensor) -> Tensor:
         """The mean (n,) of values (n,) over each token's rollout. Differentiable."""

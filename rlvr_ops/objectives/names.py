@@ -31,6 +31,10 @@ ELSEWHERE = {
     "dual_clip": "dual clip with the constant c is surrogate='ppo_clip' with delta=c",
     "geo_mean": _GMPO,
     "gpg": _REINFORCE,
+    "dro": "DRO is surrogate='reinforce' with kl_estimator='k2', kl_against='old' and its weight as beta",
+    "bypass_mode": "bypass mode is any surrogate with the sampling engine's log-probabilities as old_per_token_logps",
+    "fipo": "FIPO is surrogate='fipo' with loss_type='dapo'",
+    "real": "REAL is surrogate=Real(group_size=...) with loss_type='grpo'",
     "token-sum": "verl's token-sum is loss_type='dapo' with num_items_in_batch=1",
 }
 

@@ -102,7 +102,7 @@ class Objective(TokenObjective):
     @property
     def needs_reference(self) -> bool:
         """Whether the loss reads the reference's log-probabilities."""
-        return self.ace.alpha > 0 or self.kl.beta > 0
+        return self.ace.alpha > 0 or (self.kl.beta > 0 and self.kl.against == "reference")
 
     def is_token_local(self, has_old: bool) -> bool:
         """Whether each token's coefficient depends on its own log-probability alone."""
@@ -115,6 +115,11 @@ class Objective(TokenObjective):
                 raise ValueError(
                     f"importance_sampling_level={level!r} does not go with a surrogate function, which makes its own ratios: "
                     "see SurrogateRows.rollout_mean"
+                )
+            if getattr(surrogate, "signs_only", False) and (self.ace.alpha > 0 or self.sampling is not None):
+                raise ValueError(
+                    f"alpha > 0 and sampling_correction do not go with surrogate {surrogate}, which reads the advantages' signs "
+                    "alone: pass alpha=0.0 and no correction"
                 )
             return
         form = surrogate.form
@@ -149,11 +154,12 @@ class Objective(TokenObjective):
         for name, on in (
             ("confidence='old'", self.ace.confidence == "old"),
             ("use_bias_correction_kl", self.kl.bias_correction),
+            ("kl_against='old'", self.kl.against == "old"),
         ):
             if on:
                 raise ValueError(
                     f"{name} does not go with surrogate vespo and a sampling_correction, which changes the old_per_token_logps "
-                    "that both read"
+                    "that it reads"
                 )
 
     def rows(
@@ -192,7 +198,7 @@ class Objective(TokenObjective):
         old, sampling = rollouts.old_per_token_logps, rollouts.sampling_per_token_logps
         if self.needs_reference and rollouts.ref_per_token_logps is None:
             ace = "ACE compares the policy with it: pass it, or alpha=0"
-            reason = ace if self.ace.alpha > 0 else "the KL term needs it: pass it, or beta=0"
+            reason = ace if self.ace.alpha > 0 else "the KL term needs it: pass it, or beta=0, or kl_against='old'"
             raise ValueError(f"ref_per_token_logps is missing, and {reason}")
         if self.sampling is not None:
             for name, values in (("sampling_per_token_logps", sampling), ("old_per_token_logps", old)):
@@ -244,12 +250,13 @@ class Objective(TokenObjective):
         metrics = {"clip_ratio/low_mean": low, "clip_ratio/high_mean": high, "clip_ratio/region_mean": low + high}
         if self.off_policy_mask_threshold is not None:
             metrics["off_policy/frac_dropped"] = (wrong * (column["dropped"] > 0)).sum() / count
+        if has_reference or self.kl.against == "old":
+            metrics["kl"] = column["kl"].sum() / tokens
         if not has_reference:
             return metrics
         shift = self.ace.shift(column["shift"], column["tokens"])
         weight = self.ace.weight(shift)
         return metrics | {
-            "kl": column["kl"].sum() / tokens,
             "ace/shift/mean": (wrong * shift).sum() / count,
             "ace/weight/mean": (wrong * weight).sum() / count,
             "ace/weight/max": weight.masked_fill(wrong == 0, 0).amax() if weight.numel() else wrong.sum(),

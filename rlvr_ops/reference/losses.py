@@ -177,8 +177,9 @@ def reference_policy_loss_from_logps(
         adv = adv.where(chosen, 0.0)
 
     per_token, low, high = surrogate_losses(objective, logp, drifted, adv, base, active, rollouts)
-    if ref is not None:
-        kl = kl_term.penalty(logp, old, ref)
+    anchor = ref if kl_term.against == "reference" else old
+    if anchor is not None:
+        kl = kl_term.penalty(logp, old, anchor)
         per_token = per_token + kl_term.beta * kl if kl_term.beta > 0 else per_token
     if objective.entropy.coef > 0:
         assert per_token_entropies is not None
@@ -192,8 +193,9 @@ def reference_policy_loss_from_logps(
         "clip_ratio/high_mean": high.sum() / tokens,
         "clip_ratio/region_mean": (low | high).sum() / tokens,
     }
-    if ref is not None:
+    if anchor is not None:
         metrics["kl"] = kl.detach().where(active, 0.0).sum() / tokens
+    if ref is not None:
         metrics.update(ace_metrics(base, shifts, weights, rollouts))
     if per_token_entropies is not None:
         metrics["entropy"] = masked(per_token_entropies, active).sum() / tokens

@@ -2,7 +2,10 @@
 
 import torch
 
-CENTRED = ("grpo", "dr_grpo", "rloo", "opo", "oblr", "reinforce_plus_plus", "bnpo", "paired", "lens")
+CENTRED = (
+    "grpo", "dr_grpo", "rloo", "lite_ppo", "gpg", "opo", "oblr", "reinforce_plus_plus", "reinforce_plus_plus_baseline",
+    "bnpo", "maxrl", "paired", "lens",
+)  # fmt: skip
 
 
 def extras(estimator, count):
@@ -10,6 +13,7 @@ def extras(estimator, count):
     generator = torch.Generator().manual_seed(count)
     positive = 0.1 + 0.9 * torch.rand(count, dtype=torch.float64, generator=generator)
     return {
+        "remax": {"reward_baselines": torch.randint(2, (count,), generator=generator)},
         "opo": {"lengths": torch.randint(1, 9, (count,), generator=generator)},
         "oblr": {"squared_gradient_norms": positive},
         "paired": {"pair_ids": torch.zeros(count, dtype=torch.long), "lambda_neg": 0.5},

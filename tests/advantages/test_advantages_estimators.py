@@ -1,5 +1,6 @@
 """Every estimator against numbers worked out by hand."""
 
+import itertools
 import math
 
 import pytest
@@ -15,6 +16,57 @@ def check(got, expected):
 
 def rewards(*values):
     return torch.tensor(values, dtype=torch.float64)
+
+
+def test_lite_ppo_divides_by_the_deviation_of_the_batch():
+    # the batch 3 1 | 5 3: mean 3, sample variance (0 + 4 + 4 + 0) / 3 = 8/3; the groups' means are 2 and 4
+    deviation = math.sqrt(8 / 3) + 0.1
+    got = group_advantages(rewards(3, 1, 5, 3), 2, "lite_ppo", eps=0.1)
+    check(got, [1 / deviation, -1 / deviation, 1 / deviation, -1 / deviation])
+
+
+def test_gpg_makes_up_for_the_groups_without_a_gradient():
+    # 2 of 6 rollouts are in a group that differs: 6/2 (r - mean)
+    check(group_advantages(rewards(1, 1, 1, 0, 0, 0), 2, "gpg"), [0, 0, 1.5, -1.5, 0, 0])
+
+
+def test_gpg_is_dr_grpo_where_every_group_differs():
+    r = rewards(3, 1, 2, 5, 2, 0)
+    check(group_advantages(r, 3, "gpg"), group_advantages(r, 3, "dr_grpo").tolist())
+
+
+def test_grpo_passk_credits_the_best_rollout_with_its_lead():
+    # std of 4 1 0 3 is sqrt((4 + 1 + 4 + 1) / 3); the best leads by 4 - 3
+    lead = 1 / (math.sqrt(10 / 3) + 0.1)
+    check(group_advantages(rewards(4, 1, 0, 3), 4, "grpo_passk", eps=0.1), [lead, 0, 0, 0])
+
+
+def test_grpo_passk_gives_nothing_where_two_are_best():
+    check(group_advantages(rewards(4, 1, 4, 3), 4, "grpo_passk"), [0, 0, 0, 0])
+
+
+def test_maxrl_divides_by_the_pass_rate():
+    # p = 1/4: (1 - 1/4) / (1/4) = 3 and -1; all right and all wrong groups get 0
+    r = rewards(1, 0, 0, 0, 1, 1, 1, 1, 0, 0, 0, 0)
+    check(group_advantages(r, 4, "maxrl"), [3, -1, -1, -1] + [0] * 8)
+
+
+@pytest.mark.parametrize("p", [0.1, 1 / 3, 0.9])
+def test_maxrl_follows_the_first_terms_of_the_log_pass_rate(p):
+    # log p = -sum_k (1 - p)^k / k, with the derivative sum_k (1 - p)^(k - 1). Over all outcomes of G = 4 answers, right with
+    # probability p, the policy gradient is the first 3 terms of it: a fourth would need a gradient where all are wrong.
+    total = 0.0
+    for drawn in itertools.product((1.0, 0.0), repeat=4):
+        r = rewards(*drawn)
+        slope = r / p - (1 - r) / (1 - p)  # of each answer's log-probability by p
+        likelihood = (r * p + (1 - r) * (1 - p)).prod()
+        total += float(likelihood * (group_advantages(r, 4, "maxrl") * slope).mean())
+    assert total == pytest.approx(1 + (1 - p) + (1 - p) ** 2, rel=1e-12)
+
+
+def test_remax_compares_with_the_greedy_completion():
+    baselines = rewards(1, 1, 0.25, 0.25)
+    check(group_advantages(rewards(1, 0, 1, 0), 2, "remax", reward_baselines=baselines), [0, -1, 0.75, -0.25])
 
 
 def test_opo_weighs_the_baseline_by_length():
@@ -155,6 +207,24 @@ def test_reinforce_plus_plus_of_a_batch_without_a_token_counts_its_rollouts_alik
     r = rewards(3, 1, 1, 3)
     got = group_advantages(r, 2, "reinforce_plus_plus", lengths=torch.zeros(4, dtype=torch.long))
     check(got, group_advantages(r, 2, "reinforce_plus_plus").tolist())
+
+
+def test_reinforce_plus_plus_baseline_normalises_what_the_groups_mean_leaves():
+    # centred 1 -1 | 2 -2: sample variance 10/3, and 1e-8 under the root
+    deviation = math.sqrt(10 / 3 + 1e-8)
+    got = group_advantages(rewards(3, 1, 9, 5), 2, "reinforce_plus_plus_baseline")
+    check(got, [1 / deviation, -1 / deviation, 2 / deviation, -2 / deviation])
+
+
+def test_reinforce_plus_plus_baseline_counts_a_rollout_once_a_token():
+    # centred 1 -1 | 0 0 in 1 + 2 + 2 tokens: 1 -1 -1 0 0, mean -1/5, sample variance (36 + 16 + 16 + 1 + 1) / 25 / 4 = 7/10
+    got = group_advantages(rewards(3, 1, 2, 2), 2, "reinforce_plus_plus_baseline", lengths=torch.tensor([1, 2, 2, 0]))
+    check(got, [x / math.sqrt(0.7 + 1e-8) for x in (1.2, -0.8, 0.2, 0.2)])
+
+
+def test_reinforce_plus_plus_baseline_over_rollouts_leaves_groups_without_a_difference_alone():
+    got = group_advantages(rewards(0.7, 0.1, 0.3, 1, 1, 1), 3, "reinforce_plus_plus_baseline")
+    assert torch.equal(got[3:], torch.zeros(3, dtype=torch.float64))
 
 
 def test_lens_calibrates_wrong_answers_by_their_confidence():

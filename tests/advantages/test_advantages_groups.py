@@ -21,7 +21,9 @@ def test_group_ids_in_any_order_are_the_same_groups(estimator):
     torch.testing.assert_close(got, expected[order], rtol=1e-14, atol=1e-14)
 
 
-@pytest.mark.parametrize("estimator", ["grpo", "dr_grpo", "rloo", "opo", "oblr", "lens", "psr"])
+@pytest.mark.parametrize(
+    "estimator", ["grpo", "dr_grpo", "rloo", "grpo_passk", "maxrl", "remax", "opo", "oblr", "lens", "psr"]
+)
 def test_a_ragged_batch_is_its_groups_one_by_one(estimator):
     r = torch.tensor([1, 0, 0, 1, 1, 1, 0, 0, 0], dtype=torch.float64)
     ids = torch.tensor([2, 9, 9, 2, 7, 9, 7, 7, 7])
@@ -33,10 +35,10 @@ def test_a_ragged_batch_is_its_groups_one_by_one(estimator):
         torch.testing.assert_close(got[rows], alone, rtol=1e-14, atol=1e-14)
 
 
-@pytest.mark.parametrize("estimator", CENTRED)
+@pytest.mark.parametrize("estimator", [*CENTRED, "grpo_passk"])
 @pytest.mark.parametrize("reward", [0.0, 1.0, 0.1, 1e-30, -7.3])
 def test_equal_rewards_get_exactly_zero(estimator, reward):
-    if estimator in ("bnpo", "paired", "lens") and reward not in (0.0, 1.0):
+    if estimator in ("bnpo", "maxrl", "paired", "lens") and reward not in (0.0, 1.0):
         reward = 1.0
     inputs = extras(estimator, 14)
     if estimator == "lens":
@@ -45,7 +47,7 @@ def test_equal_rewards_get_exactly_zero(estimator, reward):
     assert torch.equal(got, torch.zeros(14))
 
 
-@pytest.mark.parametrize("estimator", [e for e in ESTIMATORS if e not in ("rloo", "psr", "nsr", "w_reinforce")])
+@pytest.mark.parametrize("estimator", [e for e in CENTRED if e != "rloo"])
 def test_one_rollout_alone_gets_zero(estimator):
     count = 2 if estimator == "paired" else 1  # the smallest pair is two groups of one
     got = group_advantages(torch.ones(count), 1, estimator, **extras(estimator, count))
@@ -99,6 +101,7 @@ def test_group_statistics_are_those_of_each_group():
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_advantages_are_finite_and_no_zero_is_negative_whatever_rewards_and_weights_are_zero(estimator):
     given = {
+        "remax": {"reward_baselines": torch.tensor([0.0, -0.0, 1.0, -1.0])},
         "opo": {"lengths": torch.tensor([0, 0, 1, 2])},
         "oblr": {"squared_gradient_norms": torch.tensor([-0.0, 0.0, 1e-30, 2.0])},
         "paired": {"pair_ids": torch.zeros(4, dtype=torch.long), "lambda_neg": 0.0},
@@ -146,15 +149,25 @@ def test_a_nan_reward_in_a_ragged_batch_names_rollout_and_group():
         group_advantages(r, group_ids=torch.tensor([30, 30, 31, 31]))
 
 
-def test_rloo_refuses_a_ragged_group_of_one():
-    with pytest.raises(ValueError, match=r"'rloo'.*every group needs 2 or more, group 8 has 1"):
-        group_advantages(torch.zeros(3), group_ids=torch.tensor([5, 8, 5]), estimator="rloo")
+@pytest.mark.parametrize("estimator", ["rloo", "grpo_passk"])
+def test_a_ragged_group_of_one_is_refused_where_others_are_needed(estimator):
+    with pytest.raises(ValueError, match=rf"'{estimator}'.*every group needs 2 or more, group 8 has 1"):
+        group_advantages(torch.zeros(3), group_ids=torch.tensor([5, 8, 5]), estimator=estimator)
+
+
+@pytest.mark.parametrize(
+    ("estimator", "function"), [("GDPO", "gdpo_advantages"), ("tir_optimal_token_baseline", "otb_advantages")]
+)
+def test_what_has_a_function_of_its_own_is_pointed_to(estimator, function):
+    with pytest.raises(ValueError, match=f"estimator must be one of .* got '{estimator}': use {function}"):
+        group_advantages(torch.zeros(4), 2, estimator)
 
 
 @pytest.mark.parametrize(
     ("estimator", "missing"),
     [
         ("opo", "lengths"),
+        ("remax", "reward_baselines"),
         ("oblr", "squared_gradient_norms"),
         ("lens", "confidences"),
         ("paired", "pair_ids"),
@@ -171,7 +184,8 @@ def test_what_an_estimator_needs_is_asked_for(estimator, missing):
 @pytest.mark.parametrize(
     ("given", "users"),
     [
-        ({"lengths": torch.ones(4)}, "opo or reinforce_plus_plus"),
+        ({"lengths": torch.ones(4)}, "opo or reinforce_plus_plus or reinforce_plus_plus_baseline"),
+        ({"reward_baselines": torch.ones(4)}, "remax"),
         ({"squared_gradient_norms": torch.ones(4)}, "oblr"),
         ({"confidences": torch.ones(4)}, "lens"),
         ({"pair_ids": torch.zeros(4, dtype=torch.long)}, "paired"),
@@ -186,7 +200,7 @@ def test_what_an_estimator_would_ignore_is_refused(given, users):
         group_advantages(torch.zeros(4), 2, **given)
 
 
-@pytest.mark.parametrize("estimator", ["bnpo", "psr", "nsr", "w_reinforce", "paired", "lens"])
+@pytest.mark.parametrize("estimator", ["maxrl", "bnpo", "psr", "nsr", "w_reinforce", "paired", "lens"])
 def test_shaped_rewards_are_refused_where_right_or_wrong_is_meant(estimator):
     r = torch.tensor([1.0, 0.0, -0.5, 0.0])
     with pytest.raises(ValueError, match=f"rewards must hold only 0 and 1: estimator '{estimator}' needs"):
@@ -199,6 +213,13 @@ def test_shaped_rewards_are_refused_where_right_or_wrong_is_meant(estimator):
         ("opo", {"lengths": torch.ones(3)}, ValueError, r"lengths must have shape \(B,\) = \(4,\) like rewards, got \(3,\)"),
         ("opo", {"lengths": torch.tensor([1, -2, 1, 1])}, ValueError, "lengths must not be negative, got -2 for rollout 1"),
         ("opo", {"lengths": [1, 1, 1, 1]}, TypeError, "lengths must be a torch.Tensor, got list"),
+        ("remax", {"reward_baselines": 0.5}, TypeError, "reward_baselines must be a torch.Tensor, got float"),
+        (
+            "remax",
+            {"reward_baselines": torch.tensor([1.0, float("nan"), 1.0, 1.0])},
+            ValueError,
+            "reward_baselines must be finite, got nan for rollout 1",
+        ),
         (
             "oblr",
             {"squared_gradient_norms": torch.tensor([1.0, 1.0, float("inf"), 1.0])},

@@ -1,13 +1,25 @@
 """What no estimator may depend on, over drawn groups. Rewards are small whole numbers, so that a shift is exact."""
 
+import pytest
 import torch
 from advantage_cases import CENTRED, extras, permuted
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlvr_ops.advantages import ESTIMATORS, easy_but_brittle, group_advantages, informative_groups
+from rlvr_ops.advantages import (
+    ESTIMATORS,
+    ace_advantages,
+    easy_but_brittle,
+    gdpo_advantages,
+    group_advantages,
+    informative_groups,
+    otb_advantages,
+)
 
-SHIFTABLE = ("grpo", "dr_grpo", "rloo", "opo", "oblr", "reinforce_plus_plus")
+SHIFTABLE = (
+    "grpo", "dr_grpo", "rloo", "lite_ppo", "gpg", "grpo_passk", "opo", "oblr", "reinforce_plus_plus",
+    "reinforce_plus_plus_baseline",
+)  # fmt: skip
 few = settings(max_examples=60, deadline=None, derandomize=True)
 ragged = st.lists(st.integers(2, 6), min_size=1, max_size=4)
 seeds = st.integers(0, 2**31 - 1)
@@ -77,7 +89,7 @@ def test_rloo_is_dr_grpo_times_g_over_g_minus_one(sizes, seed):
 
 
 @few
-@given(ragged, seeds, st.sampled_from(("grpo", "dr_grpo", "rloo", "bnpo", "lens")))
+@given(ragged, seeds, st.sampled_from(("grpo", "dr_grpo", "rloo", "lite_ppo", "gpg", "maxrl", "bnpo", "lens")))
 def test_what_is_centred_sums_to_zero_in_every_group(sizes, seed, estimator):
     r, ids, _ = drawn(sizes, seed)
     advantages = group_advantages(r, group_ids=ids, estimator=estimator, **extras(estimator, len(r)))
@@ -114,3 +126,34 @@ def test_easy_but_brittle_is_the_stated_interval_of_pass_rates(sizes, seed, c):
         g, solved = len(rows), int(rows.sum())
         expected.append(g - c <= solved <= g - 1)
     assert easy_but_brittle(correct, group_ids=ids, c=c).tolist() == expected
+
+
+# --- ACE on top of them ---------------------------------------------------------------------------------------------
+
+B, T = 8, 5
+MASK = torch.arange(T) < torch.tensor([5, 3, 1, 4, 2, 5, 5, 3])[:, None]
+CORRECT = torch.tensor([1.0, 0, 0, 0, 1, 1, 1, 0], dtype=torch.float64)
+
+
+def advantages_of(estimator):
+    """Advantages of two groups, by an estimator or a function of its own."""
+    p = torch.rand(B, T, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).softmax(-1)
+    if estimator == "otb":
+        return otb_advantages(CORRECT, p[..., 0].log(), p.square().sum(-1), MASK, group_size=4)
+    if estimator == "gdpo":
+        return gdpo_advantages(torch.stack([CORRECT, p[:, 0, 0]], 1), 4)
+    return group_advantages(CORRECT, 4, estimator, **extras(estimator, B))
+
+
+@pytest.mark.parametrize("estimator", [*ESTIMATORS, "gdpo", "otb"])
+def test_ace_multiplies_the_negative_advantages_of_every_estimator_and_leaves_the_others(estimator):
+    generator = torch.Generator().manual_seed(1)
+    old, ref = -torch.rand(2, B, T, dtype=torch.float64, generator=generator)
+    plain = advantages_of(estimator)
+    weighted = ace_advantages(plain, old, ref, MASK, alpha=2.0)
+    confidence = ((old - ref) * MASK).sum(1) / MASK.sum(1)
+    weight = 1 + 2 * torch.nn.functional.softplus(confidence)
+    weight = weight if plain.ndim == 1 else weight[:, None]
+    same(weighted, torch.where(plain < 0, plain * weight, plain))
+    assert torch.equal(weighted[plain >= 0], plain[plain >= 0])
+    assert bool((plain < 0).any()) == (estimator not in ("psr", "grpo_passk"))

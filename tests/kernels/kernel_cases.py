@@ -3,7 +3,7 @@
 import pytest
 import torch
 from rlvr_kernels.objective import KL, Ace, TokenObjective
-from rlvr_kernels.surrogates import Cispo, CispoTwoSided, Clip, Dispo, Dppo, Gmpo, Reinforce, Sapo, Vespo
+from rlvr_kernels.surrogates import Cispo, CispoTwoSided, Clip, Dispo, Dppo, Gmpo, Ipo, Reinforce, Sapo, Vespo
 
 ROWS, COLS = 5, 203
 HEADS = [{}, {"logit_scale": 0.5, "softcap": 4.0}]
@@ -57,6 +57,8 @@ OTHERS = [
     *(objective(surrogate, level) for surrogate in (Cispo(), CispoTwoSided(), Dispo()) for level in LEVELS[:2]),
     *(objective(surrogate, ace=Ace(1.0), kl=KL("k3", 0.05)) for surrogate in (Gmpo(), Vespo(), Reinforce())),
     *(objective(Dppo(divergence, 0.01), ace=Ace(1.0), kl=KL("k3", 0.05)) for divergence in ("tv", "kl")),
+    objective(Ipo(0.01), ace=Ace(1.0), kl=KL("k2", 0.05, against="old")),
+    *(objective(Clip(), kl=KL(name, 0.1, corrected, "old")) for name, corrected in (("k1", False), ("k3", True))),
     objective(Clip(), threshold=0.01, kl=KL("k1", 0.1, bias_correction=True)),
     objective(Gmpo(0.2, 0.1), threshold=0.01, kl=KL("k2", 0.1, bias_correction=True)),
 ]

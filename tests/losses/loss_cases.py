@@ -127,7 +127,7 @@ def make_objective(flat):
     """The objective that a loss's flat keywords mean; they lose its names."""
     clip = take(flat, "surrogate", "epsilon_low", "epsilon_high", "delta")
     ace = take(flat, "alpha", "confidence", "shape", reduction="confidence_reduction")
-    kl = take(flat, "beta", estimator="kl_estimator", bias_correction="use_bias_correction_kl")
+    kl = take(flat, "beta", estimator="kl_estimator", bias_correction="use_bias_correction_kl", against="kl_against")
     entropy = take(flat, coef="entropy_coef", top_quantile="top_entropy_quantile")
     sampling = take(flat, kind="sampling_correction", clip_max="sampling_clip_max", clip_min="sampling_clip_min")
     others = take(
@@ -253,6 +253,14 @@ SURROGATES = {
     },
     "dppo-tv-ace": {"old": True, "ref": True, "surrogate": surrogates.dppo("tv", 0.002), "alpha": 1.0, "confidence": "old"},
     "dppo-kl": {"old": True, "surrogate": surrogates.dppo("kl", 0.0005, ratio_max=1.1), "beta": 0.1, "ref": True},
+    "ipo-kl-against-old": {
+        "old": True, "ref": True, "surrogate": surrogates.ipo(0.002), "alpha": 1.0, "confidence": "old", "beta": 0.1,
+        "kl_estimator": "k2", "kl_against": "old",
+    },
+    "reinforce-kl-against-old": {
+        "old": True, "surrogate": "reinforce", "beta": 0.1, "use_bias_correction_kl": True, "kl_against": "old",
+    },
+    "kl-against-old-on-policy": {"beta": 0.1, "kl_estimator": "k1", "kl_against": "old"},
     "sapo-ace": {"old": True, "ref": True, "surrogate": "sapo", "alpha": 1.0},
     "sapo-sequence-kl": {
         "old": True, "ref": True, "surrogate": surrogates.sapo(2.0, 3.0), "importance_sampling_level": "sequence",

@@ -180,6 +180,23 @@ def test_a_function_that_looks_beyond_a_rollout_is_refused_where_chunks_would_ma
         run(policy_loss, batch, surrogate=beyond, schedule="single_pass", workspace_bytes=8 * 507 * 75)
 
 
+def test_a_function_of_the_whole_batch_that_says_so_is_called_once():
+    calls = []
+
+    def beyond(per_token_logps, rows):
+        calls.append(len(per_token_logps))
+        return -(rows.advantages - rows.advantages.mean()) * per_token_logps
+
+    batch = make_batch()
+    truth = run(policy_loss, batch, surrogate=beyond, schedule="two_pass")
+    beyond.whole_batch = True
+    out, grads = run(policy_loss, batch, surrogate=beyond, workspace_bytes=8 * 507 * 75)
+    assert calls == [int(batch.mask.sum())] * 2
+    assert out.loss.item() == pytest.approx(truth[0].loss.item(), rel=1e-12)
+    for a, b in zip(grads[:2], truth[1][:2], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-14)
+
+
 class Clip:
     """A callable that is false as a truth value."""
 

@@ -1,4 +1,4 @@
-"""DPPO by hand: a token is left out where its probability has moved too far from the sampler's, the way of its advantage."""
+"""DPPO and IPO by hand: a token is left out where its probability has moved too far from the sampler's."""
 
 import math
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from loss_cases import policy_loss_from_logps
 
-from rlvr_ops import Dppo
+from rlvr_ops import Dppo, Ipo
 
 
 def one_token(p, q, advantage, surrogate):
@@ -53,6 +53,32 @@ def test_the_defaults_are_the_papers_and_the_ratio_can_be_bounded():
     assert Dppo("tv").numbers == ((0.15, math.inf),) * 2
     assert Dppo("kl").numbers == ((0.05, math.inf),) * 2
     assert one_token(0.1, 0.001, 1.0, Dppo("tv", ratio_max=5.0))[1] == pytest.approx(-5.0)
+
+
+@pytest.mark.parametrize("advantage", [1.0, -2.0])
+@pytest.mark.parametrize(
+    ("p", "q", "clipped"), [(0.5, 0.405, (0, 0)), (0.52, 0.4, (0, 1)), (0.4, 0.52, (1, 0)), (0.1, 0.001, (0, 0))]
+)
+def test_ipo_leaves_a_token_out_whichever_way_it_moved(p, q, clipped, advantage):
+    loss, coef, sides = one_token(p, q, advantage, Ipo())
+    wanted = 0 if any(clipped) else -p / q * advantage
+    assert coef == pytest.approx(wanted, rel=1e-12)
+    assert loss == pytest.approx(wanted * math.log(p), rel=1e-12)
+    assert sides == clipped
+
+
+@pytest.mark.parametrize("surrogate", [Dppo("tv", 0.2), Ipo(0.1)])
+def test_with_a_squared_penalty_it_is_prime_rls_loss(surrogate):
+    """-M A rho + 0.001 (logp - old)^2, whose gradient is -M A rho + 0.002 (logp - old)."""
+    for p, q in ((0.45, 0.4), (0.9, 0.4)):
+        logp, old = (torch.tensor([[math.log(x)]], dtype=torch.float64) for x in (p, q))
+        logp.requires_grad_()
+        out = policy_loss_from_logps(
+            logp, torch.ones(1, dtype=torch.float64), old_per_token_logps=old, surrogate=surrogate, beta=0.002,
+            kl_estimator="k2", kl_against="old",
+        )  # fmt: skip
+        wanted = (-p / q if p - q < 0.1 else 0) + 0.002 * math.log(p / q)
+        assert torch.autograd.grad(out.loss, logp)[0].item() == pytest.approx(wanted, rel=1e-12)
 
 
 @pytest.mark.parametrize("divergence", ["tv", "kl"])

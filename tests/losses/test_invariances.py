@@ -56,6 +56,7 @@ base = st.fixed_dictionaries(
         "confidence_reduction": st.sampled_from(("mean", "sum")),
         "beta": st.just(0.1),
         "use_bias_correction_kl": st.just(True),
+        "kl_against": st.just("old"),
         "delta": st.just(1.5),
         "old": st.just(True),
         "with_entropy": st.just(True),

@@ -7,12 +7,16 @@ import pytest
 import torch
 from loss_cases import dense_batch
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import rlvr_ops
 from rlvr_ops import KL, Clip, Head, Objective, Plan, Rollouts
 
 HIDDEN, WEIGHT, IDS, ADVANTAGES, REF = dense_batch()
 LINEAR = nn.Linear(WEIGHT.shape[1], WEIGHT.shape[0], bias=False)
+MODEL = LlamaForCausalLM(
+    LlamaConfig(vocab_size=8, hidden_size=4, intermediate_size=4, num_attention_heads=1, num_hidden_layers=1)
+)
 
 
 @pytest.mark.parametrize(
@@ -28,8 +32,8 @@ LINEAR = nn.Linear(WEIGHT.shape[1], WEIGHT.shape[0], bias=False)
             r"lm_head_weight must be a torch.Tensor, got Linear: Head.of\(it\) has its weight and its bias",
         ),
         (
-            lambda: rlvr_ops.grpo_loss(HIDDEN, Head(WEIGHT), IDS, ADVANTAGES),
-            "lm_head_weight must be a torch.Tensor, got Head: call policy_loss with it, or pass every field",
+            lambda: rlvr_ops.grpo_loss(HIDDEN, MODEL, IDS, ADVANTAGES),
+            r"lm_head_weight must be a torch.Tensor, got LlamaForCausalLM: Head.from_model\(it\) is its head",
         ),
         (
             lambda: rlvr_ops.ace_loss(

@@ -17,7 +17,7 @@ from parity_cases import (
     plus,
 )
 
-from rlvr_ops import group_advantages, surrogates
+from rlvr_ops import gdpo_advantages, group_advantages, surrogates
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore:`gradient_checkpointing`:FutureWarning")]
 
@@ -239,10 +239,22 @@ def test_a_token_that_the_correction_masks_weighs_1e_8_in_vespos_product():
 REWARDS = torch.tensor([1.0, 0.0, 0.0, 0.3, -1.2, 0.3])  # two groups of 3
 
 
-@pytest.mark.parametrize(("scale_rewards", "estimator"), [("group", "grpo"), ("none", "dr_grpo")])
+@pytest.mark.parametrize(
+    ("scale_rewards", "estimator"), [("group", "grpo"), ("none", "dr_grpo"), ("batch", "lite_ppo")]
+)
 def test_group_advantages_are_trls(scale_rewards, estimator):
     theirs = trl_peer.generate_and_score(make_batch(), REWARDS, scale_rewards=scale_rewards)["advantages"]
     torch.testing.assert_close(group_advantages(REWARDS, 3, estimator), theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("weights", [[1.0, 1.0], [2.0, 0.5]], ids=["equal", "weighted"])
+def test_gdpo_is_trls_normalize_then_sum(weights):
+    brief = torch.tensor([0.0, 1.0, 1.0, -0.5, 0.25, 0.0])
+    rewards = torch.stack([REWARDS, brief], 1)
+    theirs = trl_peer.generate_and_score(
+        make_batch(), rewards, reward_weights=weights, multi_objective_aggregation="normalize_then_sum"
+    )["advantages"]
+    torch.testing.assert_close(gdpo_advantages(rewards, 3, reward_weights=weights), theirs, rtol=1e-5, atol=1e-6)
 
 
 def test_trl_leaves_a_missing_reward_out_of_its_group_and_we_refuse_it():

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from rlvr_ops import group_advantages, squared_gradient_norms
+from rlvr_ops import gdpo_advantages, group_advantages, otb_advantages, squared_gradient_norms
 
 pytestmark = pytest.mark.parity
 
@@ -84,6 +84,119 @@ def test_reinforce_plus_plus_over_rollouts_is_verls_where_all_have_one_token(rew
     config = core_algos.AlgoConfig(gamma=1.0)
     theirs, _ = core_algos.compute_reinforce_plus_plus_outcome_advantage(rewards[:, None], one, config=config)
     check(group_advantages(rewards, group_ids=IDS, estimator="reinforce_plus_plus"), per_rollout(theirs, one))
+
+
+@both
+def test_reinforce_plus_plus_baseline(rewards):
+    theirs, _ = core_algos.compute_reinforce_plus_plus_baseline_outcome_advantage(
+        at_the_last_token(rewards), MASK, AS_TEXT
+    )
+    estimator = "reinforce_plus_plus_baseline"
+    check(group_advantages(rewards, group_ids=IDS, estimator=estimator, lengths=LENGTHS), per_rollout(theirs))
+
+
+@both
+def test_remax(rewards):
+    greedy = torch.tensor([0.0, 1.0, 0.5])[torch.unique(IDS, return_inverse=True)[1]]
+    theirs, _ = core_algos.compute_remax_outcome_advantage(at_the_last_token(rewards), greedy, MASK)
+    ours = group_advantages(rewards, group_ids=IDS, estimator="remax", reward_baselines=greedy)
+    check(ours, per_rollout(theirs))
+
+
+@both
+def test_grpo_passk(rewards):
+    def theirs(**config):
+        return per_rollout(
+            core_algos.compute_grpo_passk_outcome_advantage(at_the_last_token(rewards), MASK, AS_TEXT, config=config)[0]
+        )
+
+    ours = group_advantages(rewards, group_ids=IDS, estimator="grpo_passk", eps=1e-6)
+    check(ours, theirs())
+    deviations = torch.stack([rewards[i == IDS].std() for i in IDS])
+    check(ours * (deviations + 1e-6), theirs(norm_adv_by_std_in_grpo=False))
+
+
+@both
+def test_verls_gpg_counts_nonzero_rewards_and_ours_the_rollouts_that_have_a_gradient(rewards):
+    for r in (rewards, 1 - rewards):
+        theirs, _ = core_algos.compute_gpg_outcome_advantage(at_the_last_token(r), MASK, AS_TEXT)
+        differ = sum(bool(r[i == IDS].unique().numel() > 1) for i in IDS)  # the paper's B - M
+        ours = group_advantages(r, group_ids=IDS, estimator="gpg")
+        check(ours * differ / int(r.count_nonzero()), per_rollout(theirs))
+
+
+@pytest.mark.parametrize("weights", [None, [2.0, 0.5]], ids=["equal", "weighted"])
+def test_gdpo_is_whitened_over_tokens(weights):
+    rewards = torch.stack([BINARY, SHAPED], 1)
+    config = core_algos.AlgoConfig(gdpo_reward_keys=["right", "brief"], gdpo_reward_weights=weights)
+    attention = torch.cat([torch.ones(B, 2), MASK], 1)
+    theirs, _ = core_algos.compute_gdpo_outcome_advantage(
+        at_the_last_token(SHAPED), MASK, AS_TEXT, config=config,
+        non_tensor_batch={"right": BINARY.numpy(), "brief": SHAPED.numpy()},
+        batch={"prompts": torch.ones(B, 2), "attention_mask": attention.long()},
+    )  # fmt: skip
+    ours = gdpo_advantages(rewards, group_ids=IDS, reward_weights=weights, lengths=LENGTHS, eps=1e-6)
+    check(ours, per_rollout(theirs))
+
+
+# --- a baseline for each token --------------------------------------------------------------------------------------
+
+HOLES = MASK * (torch.arange(T) % 3 != torch.arange(B)[:, None] % 3)  # what a tool wrote lies somewhere else in each
+BASELINES = {
+    "one turn": "compute_optimal_token_baseline_advantage",
+    "several turns": "compute_multi_turn_optimal_token_baseline_advantage",
+}
+
+
+def scores():
+    probabilities = torch.rand(B, T, 13, generator=torch.Generator().manual_seed(0)).softmax(-1)
+    return probabilities[..., 0].log(), probabilities.square().sum(-1)
+
+
+@both
+@pytest.mark.parametrize("function", BASELINES.values(), ids=list(BASELINES))
+@pytest.mark.parametrize("weighted", [False, True], ids=["", "ratio"])
+def test_optimal_token_baseline(rewards, function, weighted):
+    ratio = 2 * torch.rand(B, T, generator=torch.Generator().manual_seed(1)) if weighted else None
+    given = (at_the_last_token(rewards), MASK, AS_TEXT, *scores())
+    theirs, _ = getattr(core_algos, function)(*given, rollout_is_weights=ratio)
+    ours = otb_advantages(rewards, *scores(), MASK, group_ids=IDS, importance_sampling_ratio=ratio)
+    check(ours, theirs)
+    check(otb_advantages(given[0], *scores(), MASK, group_ids=IDS, importance_sampling_ratio=ratio), theirs)
+
+
+@both
+def test_what_a_tool_wrote_moves_no_baseline_here_and_in_verls_form_for_several_turns(rewards):
+    per_token = torch.randn(B, T, generator=torch.Generator().manual_seed(2)) + rewards[:, None]
+    given = (per_token, HOLES, AS_TEXT, *scores())
+    one, several = (getattr(core_algos, function)(*given)[0] for function in BASELINES.values())
+    ours = otb_advantages(per_token, *scores(), HOLES, group_ids=IDS)
+    check(ours, several)
+    assert (ours - one).abs().max() > 0.1
+
+
+def test_verl_can_give_a_tail_that_nobody_else_reaches_its_own_return_for_a_baseline():
+    given = (at_the_last_token(SHAPED), MASK, AS_TEXT, *scores())
+    theirs, _ = core_algos.compute_optimal_token_baseline_advantage(*given, handle_zero_tail=False)
+    others = torch.stack([MASK[i == IDS].sum(0) for i in IDS]) - 1
+    ours = otb_advantages(SHAPED, *scores(), MASK, group_ids=IDS)
+    assert int(((others == 0) * MASK).sum()) > 0
+    check(torch.where(others == 0, 0.0, ours), theirs)
+
+
+def test_verl_has_no_baseline_where_every_token_was_certain():
+    rewards, ones = torch.tensor([1.0, 0.0]), torch.ones(2, 1)
+    index = np.array(["one"] * 2, dtype=object)
+    theirs, _ = core_algos.compute_optimal_token_baseline_advantage(rewards[:, None], ones, index, ones * 0, ones)
+    assert theirs.flatten().tolist() == [1.0, 0.0]  # 0 / (0 + 1e-8)
+    assert otb_advantages(rewards, ones * 0, ones, group_size=2).flatten().tolist() == [0.5, -0.5]
+
+
+def test_every_estimator_of_verls_registry_is_compared_here_or_needs_a_critic():
+    names = {"grpo", "grpo_vectorized", "rloo", "rloo_vectorized", "opo", "remax", "gpg", "grpo_passk", "gdpo"}
+    names |= {"reinforce_plus_plus", "reinforce_plus_plus_baseline"}
+    names |= {"optimal_token_baseline", "tir_optimal_token_baseline"}
+    assert {estimator.value for estimator in core_algos.AdvantageEstimator} == names | {"gae"}
 
 
 @both

@@ -41,7 +41,9 @@ def trainer_class() -> type:
             self._pending_extra_logs, self._pending_metrics = {}, {}
             self._tokenizer = SimpleNamespace(pad_token_id=0)
             self.environment_factories = self.environments = self.tools = None
-            self.reward_weights, self.reward_funcs, self.reward_func_names = torch.ones(1), [None], ["verifier"]
+            weights = config.reward_weights or [1.0]
+            self.reward_weights, self.reward_funcs = torch.tensor(weights), [None] * len(weights)
+            self.reward_func_names = [f"verifier {i}" for i in range(len(weights))]
 
         def _get_per_token_logps_and_entropies(self, model, *args, **kwargs):
             return self.answers["reference" if model == "reference" else "policy"]
@@ -104,7 +106,7 @@ def generate_and_score(batch: Batch, rewards=None, **config) -> dict[str, torch.
         generated=(
             [[1]] * count, completions, ragged(batch.mask.long()), [""] * count, ragged(batch.sampling.float()), {}, None, None,
         ),
-        rewards=torch.zeros(count, 1) if rewards is None else rewards[:, None],
+        rewards=torch.zeros(count, 1) if rewards is None else rewards.view(count, -1),
         use_vllm=True, **config,
     )  # fmt: skip
     output = worker._generate_and_score_completions([{"prompt": "1 + 1 ="}] * count)

@@ -1,5 +1,6 @@
 """verl's `ppo_loss` with its own ActorConfig: registered policy loss, aggregation, entropy bonus and KL term in one call."""
 
+from dataclasses import fields
 from functools import cache
 from types import ModuleType
 
@@ -17,23 +18,22 @@ def losses() -> ModuleType:
     return losses
 
 
-def ppo_loss(
-    batch: Batch, loss_mode: str = "vanilla", *, weights=None, counts=None, dro_beta=None, **config
-) -> Outcome:
+def ppo_loss(batch: Batch, loss_mode: str = "vanilla", *, weights=None, counts=None, **config) -> Outcome:
     """`verl.workers.utils.losses.ppo_loss` of the batch, and its gradients.
 
     `weights` are the rollout correction's; `counts` is verl's global batch info (dp_size, batch_num_tokens,
-    global_batch_size); the rest are fields of ActorConfig.
+    global_batch_size); the rest are fields of ActorConfig or of its PolicyLossConfig.
     """
     module = losses()
     from tensordict import TensorDict
     from verl.workers.config import ActorConfig, PolicyLossConfig
 
+    policy = {field.name: config.pop(field.name) for field in fields(PolicyLossConfig) if field.name in config}
     actor = ActorConfig(
         strategy="fsdp",
         rollout_n=1,
         use_dynamic_bsz=True,
-        policy_loss=PolicyLossConfig(loss_mode=loss_mode, dro_beta=dro_beta),
+        policy_loss=PolicyLossConfig(loss_mode=loss_mode, **policy),
         **config,
     )
     counts = {"dp_size": 1, "batch_num_tokens": None, "global_batch_size": None} | (counts or {})

@@ -283,7 +283,7 @@ def test_settings_that_do_not_go_together_are_refused(overrides, message):
 
 def test_a_surrogate_of_ones_own_is_found_by_its_path(tmp_path, monkeypatch):
     (tmp_path / "my_losses.py").write_text(
-        "def loss(logps, rows, power=1):\n    return -rows.advantages * logps * power\n"
+        "def loss(logps, rows, power=1):\n    return -rows.advantages * logps * power\nloss.whole_batch = True\n"
     )
     logps, rows = torch.tensor([-1.0]), SimpleNamespace(advantages=torch.tensor([2.0]))
     monkeypatch.chdir(tmp_path)
@@ -291,6 +291,7 @@ def test_a_surrogate_of_ones_own_is_found_by_its_path(tmp_path, monkeypatch):
     for where in ("my_losses:loss", "my_losses.py:loss", f"{tmp_path}/my_losses.py:loss"):
         algorithm = load(None, [f"algorithm.surrogate={where}", "algorithm.surrogate_parameters={power: 3}"]).algorithm
         assert algorithm.policy()["surrogate"](logps, rows).tolist() == [6.0]
+        assert algorithm.policy()["surrogate"].whole_batch
 
 
 def test_a_published_surrogate_takes_its_numbers():

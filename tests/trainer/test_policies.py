@@ -4,10 +4,11 @@ import pytest
 import torch
 import transformers
 from rlvr_trainer import tiny
-from rlvr_trainer.head import last_hidden_state
 from rlvr_trainer.parsing import ConfigError
 from rlvr_trainer.policies import load_policy
 from rlvr_trainer.prompts import PromptFormat
+
+from rlvr_ops import hidden_states_of
 
 
 def weights(policy):
@@ -50,8 +51,8 @@ def test_left_padding_changes_no_hidden_state(untrained):
     ids = torch.randint(4, 90, (1, 6))
     padded = torch.cat([torch.zeros(1, 3, dtype=torch.long), ids], 1)
     mask = torch.cat([torch.zeros(1, 3, dtype=torch.long), torch.ones_like(ids)], 1)
-    alone = last_hidden_state(untrained.model, ids, torch.ones_like(ids))
-    torch.testing.assert_close(last_hidden_state(untrained.model, padded, mask)[:, 3:], alone, rtol=1e-4, atol=1e-5)
+    alone = hidden_states_of(untrained.model, ids, torch.ones_like(ids))
+    torch.testing.assert_close(hidden_states_of(untrained.model, padded, mask)[:, 3:], alone, rtol=1e-4, atol=1e-5)
 
 
 def test_mixed_precision_samples_from_a_bf16_copy_that_follows_the_weights(small, digits):

@@ -1,13 +1,19 @@
 """Rollouts: where a completion ends, which groups are left out, and what is logged about it."""
 
+import typing
+
 import pytest
 import torch
+from rlvr_trainer.algorithm import BINARY, BY_LENGTH, AlgorithmConfig
 from rlvr_trainer.console import completion_rows
 from rlvr_trainer.judging.verdict import PARTLY, Verdict
 from rlvr_trainer.parsing import ConfigError
 from rlvr_trainer.policies import load_policy
 from rlvr_trainer.rollouts import _lay_out, collect, sample
 from rlvr_trainer.tasks import Problem
+
+import rlvr_ops
+from rlvr_ops.advantages.estimators import ESTIMATORS
 
 
 def laid_out(policy, completions):
@@ -105,6 +111,16 @@ def test_overlong_completions_lose_reward_under_dapo(untrained, small, digits):
     correct = torch.tensor([float(text[:1].isdigit()) for text in batch.rollouts.texts])
     assert torch.equal(batch.rewards, correct - 0.5 * (lengths - 3).clamp(min=0))
     assert (lengths == 5).any()
+
+
+@pytest.mark.parametrize("estimator", typing.get_args(typing.get_type_hints(AlgorithmConfig)["advantages"]))
+def test_every_estimator_of_the_settings_is_the_librarys(untrained, small, digits, estimator):
+    batch, _ = collect(untrained, digits(), 0, small(f"algorithm.advantages={estimator}"))
+    lengths = batch.rollouts.lengths() if estimator in BY_LENGTH else None
+    expected = rlvr_ops.group_advantages(batch.rewards, 4, estimator, lengths=lengths)
+    assert torch.equal(batch.advantages, expected)
+    assert ESTIMATORS[estimator].binary == (estimator in BINARY)
+    assert ("lengths" in ESTIMATORS[estimator].needs + ESTIMATORS[estimator].takes) == (estimator in BY_LENGTH)
 
 
 def test_truncated_completions_can_be_masked_and_still_count_in_their_groups_mean(untrained, small, digits):

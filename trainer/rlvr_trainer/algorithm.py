@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields, make_dataclass
 from typing import Any, Literal
 
 import torch
-from rlvr_kernels.objective import CONFIDENCES, ESTIMATORS, IMPORTANCE_SAMPLING_LEVELS, REDUCTIONS, SHAPES
+from rlvr_kernels.objective import AGAINST, CONFIDENCES, ESTIMATORS, IMPORTANCE_SAMPLING_LEVELS, REDUCTIONS, SHAPES
 
 import rlvr_ops
 from rlvr_ops import Head, Objective, Plan, Rollouts
@@ -24,6 +24,7 @@ CHOICES = {
     "confidence_reduction": REDUCTIONS,
     "shape": SHAPES,
     "kl_estimator": ESTIMATORS,
+    "kl_against": AGAINST,
 }
 """The names that a key takes, for messages that say which was meant. `bnpo` is none: a batch is one update here, and its tokens
 are what dapo divides by."""
@@ -64,8 +65,9 @@ class AlgorithmConfig(LossSettings):
 
     surrogate_parameters: dict[str, Any] = field(default_factory=dict)
     advantages: Literal[
-        "grpo", "dr_grpo", "rloo", "opo", "bnpo", "psr", "nsr", "w_reinforce", "reinforce_plus_plus"
-    ] = "grpo"
+        "grpo", "dr_grpo", "rloo", "lite_ppo", "gpg", "grpo_passk", "maxrl", "opo", "bnpo", "psr", "nsr", "w_reinforce",
+        "reinforce_plus_plus", "reinforce_plus_plus_baseline",
+    ] = "grpo"  # fmt: skip
     dynamic_sampling: bool = False  # drop groups of accuracy 0 or 1 and sample others in their place
     max_resamples: int = 3  # how many further rounds of prompts that may cost
     overlong_fraction: float = 0.0  # the last share of max_new_tokens in which length is punished; 0 = never
@@ -135,8 +137,10 @@ FIXED: dict[str, dict[str, Any]] = {
 PRESETS: dict[str, dict[str, Any]] = {name: {**_own_defaults(name), **fixed} for name, fixed in FIXED.items()}
 PRESETS |= {f"ace-{name}": {**preset, "alpha": 1.0} for name, preset in PRESETS.items()}
 _CLIP = ("epsilon_low", "epsilon_high", "delta")
-BINARY = ("bnpo", "psr", "nsr", "w_reinforce")
+BINARY = ("maxrl", "bnpo", "psr", "nsr", "w_reinforce")
 """The estimators of advantages that need rewards of 0 and 1."""
+BY_LENGTH = ("opo", "reinforce_plus_plus", "reinforce_plus_plus_baseline")
+"""Those that are given the lengths in tokens."""
 
 
 def preset_under(algorithm: dict[str, Any]) -> dict[str, Any]:

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlvr_ops import Head, hidden_states_of
 from rlvr_trainer import tiny
 from rlvr_trainer.config import Config
-from rlvr_trainer.head import Head, completion_hidden_states
 from rlvr_trainer.parsing import ConfigError, nearest
 from rlvr_trainer.prompts import PromptFormat
 from rlvr_trainer.tasks import Prompt, Task
@@ -47,12 +47,12 @@ class Policy:
 
     def hidden_states(self, input_ids: Tensor, attention_mask: Tensor, length: int) -> Tensor:
         """(B, length, H), aligned so that row t predicts column t of the completion."""
-        return completion_hidden_states(self.model, input_ids, attention_mask, length)
+        return hidden_states_of(self.model, input_ids, attention_mask, length)
 
     def frozen(self) -> "Policy":
         """A copy that never changes: the reference."""
         model = copy.deepcopy(self.model).requires_grad_(False)
-        return replace(self, model=model, head=Head.of(model), sampler=model)
+        return replace(self, model=model, head=Head.from_model(model), sampler=model)
 
     @torch.no_grad()
     def refresh_sampler(self) -> None:
@@ -81,8 +81,8 @@ def load_policy(config: Config, task: Task, made: Path | None = None) -> Policy:
 
     Raises:
         ConfigError: neither a known name nor a folder or name that transformers can load, a chat template that cannot
-            use the settings, or special tokens outside the embedding.
-        UnsupportedArchitectureError: a model whose logits cannot be rebuilt from its hidden states.
+            use the settings, special tokens outside the embedding, or a model whose logits cannot be rebuilt from its
+            hidden states.
     """
     name, prompts = config.policy.name, PromptFormat.of(config.policy)
     if name == "tiny" and made is None:
@@ -101,7 +101,7 @@ def load_policy(config: Config, task: Task, made: Path | None = None) -> Policy:
     return Policy(
         model,
         tokenizer,
-        Head.of(model),
+        _head(model),
         mixed,
         eos_ids,
         sampler,
@@ -109,6 +109,13 @@ def load_policy(config: Config, task: Task, made: Path | None = None) -> Policy:
         dtype=getattr(model, "stored_dtype", torch.float32),
         generation_defaults=generation_defaults,
     )
+
+
+def _head(model: Any) -> Head:
+    try:
+        return Head.from_model(model)
+    except TypeError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _tiny(config: Config, task: Task) -> tuple[Any, Any]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import rlvr_ops
 from rlvr_ops.advantages import informative_groups, overlong_penalty
+from rlvr_trainer.algorithm import BY_LENGTH
 from rlvr_trainer.config import Config
 from rlvr_trainer.judging.verdict import Verdict, counts
 from rlvr_trainer.parsing import ConfigError
@@ -213,7 +214,7 @@ def _judged(rollouts: Rollouts, score: Tensor, config: Config, metrics: dict[str
     if config.rollout.mask_truncated:
         rollouts = replace(rollouts, completion_mask=rollouts.completion_mask * rollouts.ended[:, None])
     estimator = config.algorithm.advantages
-    read = lengths if estimator in ("opo", "reinforce_plus_plus") else None
+    read = lengths if estimator in BY_LENGTH else None
     advantages = rlvr_ops.group_advantages(rewards, size, estimator, lengths=read)
     device = rollouts.input_ids.device
     return Batch(rollouts, rewards, advantages.to(device), metrics)

@@ -18,11 +18,11 @@ def scores_of(policy: Policy, rollouts: Rollouts, temperature: float) -> Tensor:
     """Log-probabilities (B, T) of the completions at a temperature, 0 where masked."""
     with policy.autocast():
         return rlvr_ops.token_logps(
-            hidden_states=hidden_states_of(policy, rollouts),
-            completion_ids=rollouts.completion_ids,
+            hidden_states_of(policy, rollouts),
+            policy.head,
+            rollouts.completion_ids,
             completion_mask=rollouts.completion_mask,
             temperature=temperature,
-            **policy.head.arguments(),
         ).logps
 
 

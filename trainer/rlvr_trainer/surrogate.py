@@ -6,7 +6,7 @@ import inspect
 import os
 import sys
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cache, partial, update_wrapper
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -35,10 +35,10 @@ def load_surrogate(name: str, parameters: dict[str, Any]) -> str | Surrogate | C
         raise ValueError(
             f"surrogate={name} must take (per_token_logps, rows, **surrogate_parameters): {error}"
         ) from error
-    return partial(function, **parameters) if parameters else function
+    return update_wrapper(partial(function, **parameters), function) if parameters else function  # keeps `whole_batch`
 
 
-def _published(name: str, parameters: dict[str, Any]) -> Surrogate:
+def _published(name: str, parameters: dict[str, Any]) -> Surrogate | Callable[..., Any]:
     record = SURROGATES[name]
     try:
         return record(**parameters)

@@ -8,7 +8,7 @@ PyTorch twin: the same loss, with its slope written out. The Triton branch stand
     sapo     -A (4 / a) sigmoid(a (r - 1))         x
     gmpo     -A r                                  x
     weight   -A sg[clip(r, a, b)] logp             logp        CISPO, DISPO, REINFORCE
-    dppo     -A sg[M min(r, b)] logp               logp        M = 0 outside of a trust region of a
+    dppo     -A sg[M min(r, b)] logp               logp        M = 0 outside of a trust region of a; IPO
     vespo    -A sg[r^a exp(b (1 - r))] logp        logp
 
 x is the log ratio of the token or of its rollout. (a, b) is one pair of numbers for A > 0 and another for the rest.
@@ -17,7 +17,7 @@ x is the log ratio of the token or of its rollout. (a, b) is one pair of numbers
 from rlvr_kernels._triton import jit, tl
 from rlvr_kernels.surrogates.base import Bounds, Surrogate, SurrogateTerms
 from rlvr_kernels.surrogates.clip import Clip, clip_kernel
-from rlvr_kernels.surrogates.dppo import Dppo, dppo_kernel
+from rlvr_kernels.surrogates.dppo import Dppo, Ipo, dppo_kernel
 from rlvr_kernels.surrogates.gmpo import Gmpo, gmpo_kernel
 from rlvr_kernels.surrogates.sapo import Sapo, sapo_kernel
 from rlvr_kernels.surrogates.vespo import Vespo, vespo_kernel
@@ -31,6 +31,7 @@ __all__ = [
     "Dispo",
     "Dppo",
     "Gmpo",
+    "Ipo",
     "Reinforce",
     "Sapo",
     "Surrogate",
@@ -49,9 +50,11 @@ def surrogate_kernel(x, logp, advantage, a, b, FORM: tl.constexpr):
     elif FORM == "weight":
         return weight_kernel(x, logp, advantage, a, b)
     elif FORM == "dppo_tv":
-        return dppo_kernel(x, logp, advantage, a, b, False)
+        return dppo_kernel(x, logp, advantage, a, b, False, False)
     elif FORM == "dppo_kl":
-        return dppo_kernel(x, logp, advantage, a, b, True)
+        return dppo_kernel(x, logp, advantage, a, b, True, False)
+    elif FORM == "ipo_tv":
+        return dppo_kernel(x, logp, advantage, a, b, False, True)
     elif FORM == "sapo":
         return sapo_kernel(x, logp, advantage, a, b)
     elif FORM == "gmpo":

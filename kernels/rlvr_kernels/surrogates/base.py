@@ -37,6 +37,11 @@ class Surrogate:
         """Loss and slope (n,), finite wherever the advantage is 0."""
         raise NotImplementedError(f"{type(self).__name__} must define terms")
 
+    def of_tokens(self, logp: torch.Tensor, old: torch.Tensor, advantage: torch.Tensor) -> torch.Tensor:
+        """Each token's loss (n,) at its own ratio. Its gradient is the slope of `terms`: finite where a clipped ratio is not."""
+        terms = self.terms(logp.detach() - old, logp.detach(), advantage)
+        return terms.loss + torch.where(terms.slope == 0, 0, terms.slope * (logp - logp.detach()))
+
     def by_sign(self, advantage: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(a, b), each (n,), chosen by the sign of each advantage."""
         right, scalar = advantage > 0, advantage.new_tensor  # torch.where of two floats would round them to float32

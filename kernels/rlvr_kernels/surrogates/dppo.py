@@ -1,7 +1,7 @@
-"""DPPO: -A sg[M min(r, ratio_max)] logp, a trust region on the token's probability and not on its ratio (arXiv 2602.04879).
+"""DPPO and IPO: -A sg[M min(r, ratio_max)] logp, a trust region on the token's probability and not on its ratio.
 
-M is 0 where the token has moved away from the sampler, in the direction of its advantage, by more than a threshold. With p the
-policy's probability of the token and q the sampler's, the distance is
+M is 0 where the token has moved away from the sampler by more than a threshold: in the direction of its advantage (DPPO, arXiv
+2602.04879), or in either (IPO). With p the policy's probability of the token and q the sampler's, the distance is
 
     tv    |q - p|
     kl    q log(q / p) + (1 - q) log((1 - q) / (1 - p))
@@ -24,42 +24,17 @@ THRESHOLDS = {"tv": 0.15, "kl": 0.05}
 SMALLEST = 1e-8  # added to 1 - p, as verl does, so that a certain token has a logarithm
 
 
-@dataclass(frozen=True)
-class Dppo(Surrogate):
-    """-A sg[M min(rho, ratio_max)] logp; M = 0 where (A > 0 and rho > 1, or A < 0 and rho < 1) and the distance > threshold.
+class TrustRegion(Surrogate):
+    """-A sg[M min(rho, ratio_max)] logp."""
 
-    divergence: "tv" or "kl". threshold: None means 0.15 for tv and 0.05 for kl, those of the paper's stability study.
-    ratio_max: None, no bound, is the paper's method; its scaling runs use 5, verl's default is 3.
-
-    rho and the distance are taken against `old_per_token_logps`. Give the sampling engine's log-probabilities there: the paper
-    found that a recomputed old policy makes training collapse. Formula and thresholds are from the paper's text, and agree with
-    verl 0.9.1 (dppo_tv, dppo_kl). The top-K form needs more than a token's own log-probabilities and is not here.
-    """
-
-    divergence: str = "tv"
-    threshold: float | None = None
-    ratio_max: float | None = None
+    divergence: str
+    symmetric: ClassVar[bool] = False  # whether M also leaves out a token that moved against its advantage
     by_logp: ClassVar[bool] = True
-    token_only: ClassVar[str] = "whose trust region is each token's own (dppo)"
-
-    def __post_init__(self) -> None:
-        choose("divergence", self.divergence, THRESHOLDS)
-        if self.threshold is not None:
-            check_number("threshold", self.threshold)
-        if self.ratio_max is not None:
-            check_number("ratio_max", self.ratio_max)
 
     @property
     def form(self) -> str:  # type: ignore[override]
         """The Triton branch."""
-        return f"dppo_{self.divergence}"
-
-    @property
-    def numbers(self) -> tuple[Bounds, Bounds]:
-        """The threshold and the ratio's bound, the same for either sign."""
-        threshold = THRESHOLDS[self.divergence] if self.threshold is None else self.threshold
-        numbers = threshold, math.inf if self.ratio_max is None else self.ratio_max
-        return numbers, numbers
+        return f"{'ipo' if self.symmetric else 'dppo'}_{self.divergence}"
 
     def distance(self, x: torch.Tensor, logp: torch.Tensor) -> torch.Tensor:
         """How far the policy's probability (n,) of each token is from the sampler's, log q = logp - x."""
@@ -72,10 +47,11 @@ class Dppo(Surrogate):
     def outside(
         self, x: torch.Tensor, logp: torch.Tensor, advantage: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The tokens that M leaves out: wrong ones that became too unlikely, right ones that became too likely."""
+        """The tokens that M leaves out: those that became too unlikely, and those that became too likely."""
         (threshold, _), _ = self.numbers
         far = self.distance(x, logp) > threshold
-        return far & (advantage < 0) & (x < 0), far & (advantage > 0) & (x > 0)
+        below, above = far & (x < 0), far & (x > 0)
+        return (below, above) if self.symmetric else (below & (advantage < 0), above & (advantage > 0))
 
     def loss(self, x: torch.Tensor, logp: torch.Tensor, advantage: torch.Tensor) -> torch.Tensor:
         """The masked, bounded ratio, a constant, times the advantage and the log-probability."""
@@ -91,8 +67,63 @@ class Dppo(Surrogate):
         return slope_by_logp(slope, logp, below, above)
 
 
+@dataclass(frozen=True)
+class Dppo(TrustRegion):
+    """-A sg[M min(rho, ratio_max)] logp; M = 0 where (A > 0 and rho > 1, or A < 0 and rho < 1) and the distance > threshold.
+
+    divergence: "tv" or "kl". threshold: None means 0.15 for tv and 0.05 for kl, those of the paper's stability study.
+    ratio_max: None, no bound, is the paper's method; its scaling runs use 5, verl's default is 3.
+
+    rho and the distance are taken against `old_per_token_logps`. Give the sampling engine's log-probabilities there: the paper
+    found that a recomputed old policy makes training collapse. Formula and thresholds are from the paper's text, and agree with
+    verl 0.9.1 (dppo_tv, dppo_kl). The top-K form needs more than a token's own log-probabilities and is not here.
+    """
+
+    divergence: str = "tv"
+    threshold: float | None = None
+    ratio_max: float | None = None
+    token_only: ClassVar[str] = "whose trust region is each token's own (dppo)"
+
+    def __post_init__(self) -> None:
+        choose("divergence", self.divergence, THRESHOLDS)
+        if self.threshold is not None:
+            check_number("threshold", self.threshold)
+        if self.ratio_max is not None:
+            check_number("ratio_max", self.ratio_max)
+
+    @property
+    def numbers(self) -> tuple[Bounds, Bounds]:
+        """The threshold and the ratio's bound, the same for either sign."""
+        threshold = THRESHOLDS[self.divergence] if self.threshold is None else self.threshold
+        numbers = threshold, math.inf if self.ratio_max is None else self.ratio_max
+        return numbers, numbers
+
+
+@dataclass(frozen=True)
+class Ipo(TrustRegion):
+    """-A sg[M rho] logp; M = 0 where |q - p| > threshold, whichever way the token moved: prime-rl's `ipo` loss.
+
+    rho and the distance are taken against `old_per_token_logps`: give the sampling engine's log-probabilities there. prime-rl
+    adds 0.001 (logp - old)^2, which is beta=0.002 with kl_estimator="k2" and kl_against="old". Formula and numbers are from its
+    code; no paper is named there.
+    """
+
+    threshold: float = 0.1
+    divergence: ClassVar[str] = "tv"  # type: ignore[misc]
+    symmetric: ClassVar[bool] = True
+    token_only: ClassVar[str] = "whose trust region is each token's own (ipo)"
+
+    def __post_init__(self) -> None:
+        check_number("threshold", self.threshold)
+
+    @property
+    def numbers(self) -> tuple[Bounds, Bounds]:
+        """The threshold and no bound on the ratio, the same for either sign."""
+        return ((self.threshold, math.inf),) * 2
+
+
 @jit
-def dppo_kernel(x, logp, advantage, threshold, ratio_max, KL: tl.constexpr):
+def dppo_kernel(x, logp, advantage, threshold, ratio_max, KL: tl.constexpr, SYMMETRIC: tl.constexpr):
     """(loss, slope by logp, below, above) of a block of tokens."""
     old = logp - x
     if KL:
@@ -100,7 +131,10 @@ def dppo_kernel(x, logp, advantage, threshold, ratio_max, KL: tl.constexpr):
         distance = -tl.exp(old) * x - expm1(old) * others
     else:
         distance = tl.abs(tl.exp(old) - tl.exp(logp))
-    below = (distance > threshold) & (advantage < 0) & (x < 0)
-    above = (distance > threshold) & (advantage > 0) & (x > 0)
+    below = (distance > threshold) & (x < 0)
+    above = (distance > threshold) & (x > 0)
+    if not SYMMETRIC:
+        below = below & (advantage < 0)
+        above = above & (advantage > 0)
     slope = tl.where(below | above, 0.0, -advantage * tl.minimum(tl.exp(x), ratio_max))
     return tl.where(slope == 0, 0.0, slope * logp), slope, below, above

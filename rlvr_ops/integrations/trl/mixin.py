@@ -1,0 +1,96 @@
+"""ACE for a trainer of TRL: a reference even at beta = 0, and advantages re-weighted once log-probabilities are there."""
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+
+from rlvr_ops.integrations.trl.config import ace_of
+from rlvr_ops.integrations.trl.fused_head import check_head, use_fused_head
+from rlvr_ops.integrations.trl.fused_loss import fused_loss, objective_of
+from rlvr_ops.integrations.trl.metrics import log_ace
+from rlvr_ops.integrations.trl.refusals import check_arguments, check_trainer
+from rlvr_ops.integrations.trl.reweighting import Reweighted
+
+
+class ACEMixin:
+    """ACE for a subclass of TRL's `GRPOTrainer`. Name it before the trainer, and give the trainer's config `ACEArguments`.
+
+    A wrong completion's advantage is multiplied by 1 + alpha f(c), c the confidence shift from the reference to the policy.
+    The reference is the one of beta > 0, also at beta = 0: the initial model, the model without its adapters, or the copy
+    that TRL makes of a trained adapter. Everything else stays the trainer's: generation, rewards, losses, denominators,
+    metrics. `ace/*` metrics are added.
+
+    A subclass is taken if its `_compute_loss` asks `_get_per_token_logps_and_entropies` before it reads the advantages.
+
+    >>> from trl.experimental.gmpo import GMPOTrainer
+    >>> class ACEGMPOTrainer(ACEMixin, GMPOTrainer):
+    ...     pass
+
+    Raises:
+        TypeError: the trainer has no reference (AsyncGRPOTrainer), or was rewritten (Unsloth); a subclass reads its
+            advantages too early, or has a loss of its own and fused_loss=True.
+        ValueError: a model without a name to load the reference from.
+    """
+
+    def __init__(
+        self, model: Any, reward_funcs: Any = None, args: Any = None, *arguments: Any, **keywords: Any
+    ) -> None:
+        check_trainer(type(self), ACEMixin)
+        self._ace = ace_of(args)
+        self._fused = bool(getattr(args, "fused_loss", False))
+        check_arguments(type(self), model, args, self._ace, self._fused)
+        self._reweighted: Reweighted | None = None
+        beta = args.beta
+        args.beta = self._scoring_beta(beta)
+        try:
+            super().__init__(model, reward_funcs, args, *arguments, **keywords)  # type: ignore[call-arg]
+        finally:
+            args.beta = beta
+        self.beta = beta
+        self._objective = objective_of(self) if self._fused else None
+        if self._fused:
+            check_head(self.model, fp32=args.cast_lm_head_to_fp32)  # type: ignore[attr-defined]
+            for scored in (self.model, self.ref_model):  # type: ignore[attr-defined]
+                use_fused_head(scored, self.temperature, fp32=args.cast_lm_head_to_fp32)  # type: ignore[attr-defined]
+
+    def _scoring_beta(self, beta: float) -> float:
+        """A beta at which TRL loads and scores a reference if ACE wants one."""
+        return beta or float(self._ace.alpha > 0)
+
+    @contextmanager
+    def _reference_scored(self) -> Iterator[None]:
+        beta, self.beta = self.beta, self._scoring_beta(self.beta)
+        try:
+            yield
+        finally:
+            self.beta = beta
+
+    def _generate_and_score_completions(self, inputs: Any) -> Any:
+        with self._reference_scored():
+            return super()._generate_and_score_completions(inputs)  # type: ignore[misc]
+
+    def _get_per_token_logps_and_entropies(self, model: Any, *arguments: Any, **keywords: Any) -> Any:
+        if self._fused:
+            model = functools.partial(model, with_entropy=keywords.get("compute_entropy", False))
+        found = super()._get_per_token_logps_and_entropies(model, *arguments, **keywords)  # type: ignore[misc]
+        if self._reweighted is not None:
+            self._reweighted.weigh(found[0])
+        return found
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        if self._objective is not None:
+            return fused_loss(self, model, inputs, self._objective)
+        if self._ace.alpha == 0:
+            return super()._compute_loss(model, inputs)  # type: ignore[misc]
+        self._reweighted = batch = Reweighted(inputs, self._ace, type(self).__name__)
+        try:
+            loss: Tensor = super()._compute_loss(model, batch)  # type: ignore[misc]
+        finally:
+            self._reweighted = None
+        if batch.logps is None:
+            raise TypeError(f"{type(self).__name__} computes no log-probabilities in its loss: ACE needs them")
+        log_ace(self, self._ace, inputs, batch.logps)
+        return loss
