@@ -1,8 +1,11 @@
-"""ms-swift: ACE and our surrogates in its GRPOTrainer.
+"""ms-swift: ACE and our surrogates in its GRPOTrainer. In a file of yours, ace.py:
 
-    ace.py:  from rlvr_ops.integrations.ms_swift import register
-             register(alpha=1.0)                           # surrogate="cispo" replaces ms-swift's loss by ours
-    swift rlhf --rlhf_type grpo --beta 1e-8 --external_plugins ace.py ...
+    from rlvr_ops.integrations.ms_swift import register
+    register(alpha=1.0)                                    # surrogate="cispo" replaces ms-swift's loss by ours
+
+and on the command line
+
+    swift rlhf --rlhf_type grpo --external_plugins ace.py --beta 1e-8 ...
 
 ms-swift scores a reference only with `--beta` above 0; 1e-8 adds no KL term to speak of.
 

@@ -1,12 +1,13 @@
-"""OpenRLHF: ACE and our surrogates in its policy actor. A script of yours stands in for `python -m openrlhf.cli.train_ppo_ray`:
+"""OpenRLHF: ACE and our surrogates in its policy actor. A script of yours, train_ace.py, stands in for its command:
 
     import runpy
     from rlvr_ops.integrations.openrlhf import install
     install(alpha=1.0)                                     # surrogate="cispo" replaces OpenRLHF's PolicyLoss by ours
     runpy.run_module("openrlhf.cli.train_ppo_ray", run_name="__main__")
 
-with `--algo.kl.use_loss --algo.kl.init_coef 1e-8`: OpenRLHF loads a reference only if that is above 0, and hands its
-log-probabilities to training only with use_loss.
+    python train_ace.py --algo.kl.use_loss --algo.kl.init_coef 1e-8 ...
+
+OpenRLHF loads a reference only with init_coef above 0, and hands its log-probabilities to training only with use_loss.
 
 Read in the package openrlhf 0.11.2.
 """

@@ -3,13 +3,15 @@
     [trainer.loss]
     type = "custom"
     import_path = "rlvr_ops.integrations.prime_rl.ace_loss"
-    kwargs = {alpha = 1.0, default = {kl_tau = 1e-3}}      # surrogate = "cispo" replaces prime-rl's DPPO by ours
+    kwargs = {alpha = 1.0}                                 # surrogate = "cispo" replaces prime-rl's loss by ours
 
-prime-rl scores a reference for its distillation algorithms only, and no setting adds one to `grpo`: start the orchestrator
-through `score_reference`.
+prime-rl scores a reference for its distillation algorithms only, and no setting adds one to `grpo`. So start its processes one by
+one, and this in the place of `orchestrator`:
 
-    python -c 'from rlvr_ops.integrations.prime_rl import score_reference; score_reference("Qwen/Qwen3-4B", "http://ref:8000/v1")
-    from prime_rl.entrypoints.orchestrator import main; main()' @ orchestrator.toml
+    from prime_rl.entrypoints.orchestrator import main
+    from rlvr_ops.integrations.prime_rl import score_reference
+    score_reference("Qwen/Qwen3-4B", "http://localhost:8001/v1")
+    main()
 
 Read at commit 559b447 (version 0.8.0).
 """
@@ -23,7 +25,7 @@ import torch
 from rlvr_ops.integrations.settings import Settings
 from rlvr_ops.rollouts import Rollouts
 
-HOW = "start the orchestrator through rlvr_ops.integrations.prime_rl.score_reference"
+HOW = "call rlvr_ops.integrations.prime_rl.score_reference in the orchestrator's process"
 
 
 def ace_loss(inputs: Any, *, default: Mapping[str, Any] | None = None, **settings: Any) -> Any:

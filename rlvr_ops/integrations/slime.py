@@ -1,9 +1,12 @@
-"""slime: ACE in its advantages (the policy that sampled) or in its loss (the policy in training), and our surrogates there.
+"""slime: ACE in its loss (the policy in training) or in its advantages (the one that sampled), and our surrogates in the loss.
 
-    ace.yaml:  ace_alpha: 1.0                              # ace_shape, ace_surrogate, ...: the names of `Settings`
-    --custom-config-path ace.yaml --use-kl-loss --kl-loss-coef 0 --ref-load /path/to/reference
-    --loss-type custom_loss --custom-loss-function-path rlvr_ops.integrations.slime.ace_loss            # or, instead,
-    --custom-advantage-function-path rlvr_ops.integrations.slime.ace_advantages --get-mismatch-metrics
+    echo "ace_alpha: 1.0" > ace.yaml                       # ace_surrogate: cispo replaces slime's loss by ours
+    ... --custom-config-path ace.yaml --use-kl-loss --kl-loss-coef 0 --ref-load /path/to/reference
+        --loss-type custom_loss --custom-loss-function-path rlvr_ops.integrations.slime.ace_loss
+
+or, with the policy that sampled, in the place of the last line
+
+        --custom-advantage-function-path rlvr_ops.integrations.slime.ace_advantages --get-mismatch-metrics
 
 `--use-kl-loss` makes slime score the reference, also with coefficient 0. With one update for each rollout slime skips the old
 policy's log-probabilities; `--get-mismatch-metrics` or `--use-rollout-logprobs` gives the advantages some.

@@ -1,7 +1,9 @@
 """rlvr_ops.integrations.settings: what a user sets, checked before training starts; and that adapters need no framework."""
 
+import importlib
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -117,3 +119,16 @@ def test_a_surrogate_takes_its_numbers_and_corrections(settings):
 def test_a_bad_setting_is_refused_by_name(settings, message):
     with pytest.raises(ValueError, match=message):
         Settings(**settings)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_page_shows_the_lines_of_the_docstring(name):
+    page = (Path(__file__).parents[2] / "docs" / "frameworks.md").read_text().splitlines()
+    shown = {line.strip() for line in page}
+    lines = [
+        line
+        for line in importlib.import_module(f"rlvr_ops.integrations.{name}").__doc__.splitlines()
+        if line[:4] == "    "
+    ]
+    assert lines
+    assert [line for line in lines if line.strip() not in shown] == []
