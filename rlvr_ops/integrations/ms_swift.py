@@ -1,7 +1,7 @@
 """ms-swift: ACE and our surrogates in its GRPOTrainer. In a file of yours, ace.py:
 
     from rlvr_ops.integrations.ms_swift import register
-    register(alpha=1.0)                                    # surrogate="cispo" replaces ms-swift's loss by ours
+    register(alpha=1.0)  # surrogate="cispo" replaces ms-swift's loss by ours
 
 and on the command line
 

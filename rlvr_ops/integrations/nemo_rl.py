@@ -3,8 +3,8 @@
 In a copy of examples/run_grpo.py, after `setup` has returned its `loss_fn`:
 
     from rlvr_ops.integrations.nemo_rl import ACELossFn
-    loss_fn = ACELossFn(loss_fn, alpha=1.0)                # surrogate="cispo" replaces the clipped loss by ours
-    loss_fn.loss_fn.reference_policy_kl_penalty = 0        # optional: the reference without a KL term
+    loss_fn = ACELossFn(loss_fn, alpha=1.0)  # surrogate="cispo" replaces the clipped loss by ours
+    loss_fn.loss_fn.reference_policy_kl_penalty = 0  # optional: the reference without a KL term
 
 with `loss_fn.reference_policy_kl_penalty: 0.01` in the configuration: NeMo-RL loads a reference only if that is above 0.
 

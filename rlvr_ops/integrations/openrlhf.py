@@ -2,7 +2,7 @@
 
     import runpy
     from rlvr_ops.integrations.openrlhf import install
-    install(alpha=1.0)                                     # surrogate="cispo" replaces OpenRLHF's PolicyLoss by ours
+    install(alpha=1.0)  # surrogate="cispo" replaces OpenRLHF's PolicyLoss by ours
     runpy.run_module("openrlhf.cli.train_ppo_ray", run_name="__main__")
 
     python train_ace.py --algo.kl.use_loss --algo.kl.init_coef 1e-8 ...

@@ -3,7 +3,7 @@
     [trainer.loss]
     type = "custom"
     import_path = "rlvr_ops.integrations.prime_rl.ace_loss"
-    kwargs = {alpha = 1.0}                                 # surrogate = "cispo" replaces prime-rl's loss by ours
+    kwargs = {alpha = 1.0}  # surrogate = "cispo" replaces prime-rl's loss by ours
 
 prime-rl scores a reference for its distillation algorithms only, and no setting adds one to `grpo`. So start its processes one by
 one, and this in the place of `orchestrator`:
@@ -39,12 +39,13 @@ def ace_loss(inputs: Any, *, default: Mapping[str, Any] | None = None, **setting
     Returns LossOutputs, with `ace/*` among the metrics.
 
     Raises:
-        ValueError: ref_logprobs is missing and alpha > 0.
+        ValueError: ref_logprobs is missing and alpha > 0; a surrogate that compares sequences.
     """
     from prime_rl.configs.trainer import DefaultLossConfig
     from prime_rl.trainer.rl.loss import LossOutputs, default_loss_fn
 
     chosen = Settings(**settings)
+    chosen.refuse_whole_batches("prime-rl hands over one sequence at a time")
     logps = inputs.trainer_logprobs
     rollouts = Rollouts(
         None, inputs.advantages, inputs.ref_logprobs, inputs.inference_logprobs, inputs.inference_logprobs,

@@ -128,6 +128,11 @@ class Settings:
         if not bool(ref.any()) and bool(logps.sum() < LEAST_LIKELY):
             raise ValueError(f"{name} holds only zeros, what is there when no reference was scored, and {wanted}")
 
+    def refuse_whole_batches(self, because: str) -> None:
+        """Raise ValueError if the surrogate compares a batch's tokens with one another, where `because` keeps it from that."""
+        if getattr(self.objective("dapo").surrogate, "whole_batch", False):
+            raise ValueError(f"surrogate={self.surrogate!r} compares the tokens of a whole batch, and {because}")
+
     def _whose(self, per_token_logps: Tensor, rollouts: Rollouts) -> Tensor:
         """The log-probabilities of the policy whose confidence counts."""
         old = rollouts.old_per_token_logps

@@ -35,6 +35,7 @@ def ace_trainer(trainer: Any, **settings: Any) -> type:
         TypeError, ValueError: at once for a bad setting; when models are built for a configuration that does not go.
     """
     chosen = Settings(**settings)
+    chosen.refuse_whole_batches("SkyRL's advantages carry its denominators")
     in_worker = chosen.confidence == "current" or chosen.surrogate is not None
 
     class ACETrainer(trainer):

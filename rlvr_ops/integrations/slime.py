@@ -1,6 +1,6 @@
 """slime: ACE in its loss (the policy in training) or in its advantages (the one that sampled), and our surrogates in the loss.
 
-    echo "ace_alpha: 1.0" > ace.yaml                       # ace_surrogate: cispo replaces slime's loss by ours
+    echo "ace_alpha: 1.0" > ace.yaml  # ace_surrogate: cispo replaces slime's loss by ours
     ... --custom-config-path ace.yaml --use-kl-loss --kl-loss-coef 0 --ref-load /path/to/reference
         --loss-type custom_loss --custom-loss-function-path rlvr_ops.integrations.slime.ace_loss
 
@@ -79,6 +79,7 @@ def ace_loss(
     )
 
     settings = Settings(**_given(args))
+    settings.refuse_whole_batches("its advantages carry the denominators that slime's reducer has for each sample")
     ours = settings.surrogate is not None
     _refuse_normalised(args)
     for name in ("use_tis", "use_opsm", "custom_pg_loss_reducer_function_path") if ours else ():

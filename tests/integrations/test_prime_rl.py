@@ -11,7 +11,9 @@ from framework_stand_ins import installed, stand_in
 
 from rlvr_ops import ace_loss_from_logps
 from rlvr_ops.integrations.prime_rl import ace_loss, score_reference
-from rlvr_ops.surrogates import SURROGATES
+from rlvr_ops.surrogates import FUNCTIONS, SURROGATES
+
+LINEAR = [name for name in SURROGATES if not getattr(FUNCTIONS.get(name), "whole_batch", False)]
 
 
 @dataclass
@@ -98,7 +100,7 @@ def test_ace_in_prime_rls_own_loss_has_the_gradient_of_ours(settings):
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
-@pytest.mark.parametrize("surrogate", SURROGATES)
+@pytest.mark.parametrize("surrogate", LINEAR)
 def test_each_surrogate_is_summed_so_that_prime_rls_count_makes_it_the_mean_over_tokens(surrogate, settings):
     batch = make_batch()
     found = value_and_gradient(summed(batch, surrogate=surrogate, **NO_KL, **settings), batch.logps)
@@ -189,3 +191,9 @@ def test_grpo_scores_the_reference_as_opd_does(monkeypatch):
     asyncio.run(scorer.setup())
     pool, episode = asyncio.run(scorer.score_episode("episode"))
     assert (pool.name, pool.base_url, episode) == ("model", "http://ref:8000/v1", "episode")
+
+
+@pytest.mark.parametrize("surrogate", sorted(set(SURROGATES) - set(LINEAR)))
+def test_a_surrogate_that_compares_sequences_is_refused(surrogate):
+    with pytest.raises(ValueError, match=r"whole batch.*one sequence at a time"):
+        ace_loss(inputs_of(make_batch(), 0, make_batch().logps[0]), surrogate=surrogate)
