@@ -1,8 +1,6 @@
-import math
 import re
 import runpy
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -96,16 +94,6 @@ def test_the_readme_loop_makes_right_rollouts_likelier_than_wrong_ones():
         step(model, optimizer, input_ids, torch.ones(4, 9), completion_mask, rewards, 4, before, before)
     gain = (logps() - before).sum(1)
     assert gain[rewards == 1].min() > gain[rewards == 0].max()
-
-
-def test_the_function_for_verl_takes_advantages_per_token_and_touches_wrong_rollouts_only():
-    advantages = torch.tensor([[0.5, 0.5, 0.0], [-0.5, -0.5, -0.5]])
-    logps = torch.full((2, 3), -2.0)
-    mask = torch.tensor([[1, 1, 0], [1, 1, 1]])
-    batch = {"advantages": advantages, "old_log_probs": logps, "ref_log_prob": logps, "response_mask": mask}
-    weighted = run_block("def with_ace")["with_ace"](SimpleNamespace(batch=batch)).batch["advantages"]
-    assert weighted[0].tolist() == [0.5, 0.5, 0.0]
-    torch.testing.assert_close(weighted[1], torch.full((3,), -0.5 * (1 + math.log(2))))
 
 
 @pytest.mark.parametrize("page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda p: p.name)

@@ -1,5 +1,6 @@
 """verl's `ppo_loss` with its own ActorConfig: registered policy loss, aggregation, entropy bonus and KL term in one call."""
 
+import os
 from dataclasses import fields
 from functools import cache
 from types import ModuleType
@@ -7,6 +8,8 @@ from types import ModuleType
 import pytest
 import torch
 from parity_cases import Batch, Outcome, differentiate
+
+os.environ["VERL_USE_EXTERNAL_PLUGINS"] = "none"  # the peer is verl alone, without the losses that we register in it
 
 
 @cache

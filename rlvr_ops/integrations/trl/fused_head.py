@@ -1,4 +1,4 @@
-"""The library's head in the place of TRL's: in the model's forward, so that the hooks of DDP, FSDP and ZeRO-3 run."""
+"""The library's head in the place of TRL's: in the forward of the lm_head, so that the hooks of DDP, FSDP and ZeRO-3 run."""
 
 import functools
 import types
@@ -9,12 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.utils import ModelOutput
-from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 from rlvr_ops import Head, Objective, Plan, Rollouts, policy_loss, token_logps
-from rlvr_ops.head.adapters import weight_and_bias
 from rlvr_ops.head.from_model import compare_once, logit_numbers, output_layer, unwrapped
-from rlvr_ops.head.sharded import whole
+from rlvr_ops.head.in_forward import install, with_head
 
 
 @dataclass(frozen=True)
@@ -44,17 +42,20 @@ class FusedOutput(ModelOutput):
 def use_fused_head(model: Any, temperature: float, *, fp32: bool = False) -> None:
     """Let `model(..., labels=, fused_lm_head=True)` score its labels by `token_logps`, or with `policy_call=` compute a loss.
 
-    Any other call is the forward that the model had. The head is looked up at each call: FSDP and peft replace it.
+    Any other call is the forward that the model had.
 
     Args:
         model: a transformers model, also inside peft. None does nothing.
         temperature: what logits are divided by.
         fp32: whether the head computes in float32 outside of autocast (`cast_lm_head_to_fp32`).
+
+    Raises:
+        TypeError: an adapter on the lm_head, or an output layer that is no nn.Linear.
     """
     if model is None:
         return
     model = unwrapped(model)
-    numbers = logit_numbers(model)
+    install(model)
     original = model.forward
 
     @functools.wraps(type(model).forward)  # generate looks for its arguments in the signature
@@ -64,24 +65,20 @@ def use_fused_head(model: Any, temperature: float, *, fp32: bool = False) -> Non
         call, labels = kwargs.pop("policy_call", None), kwargs.pop("labels")
         with_entropy = kwargs.pop("with_entropy", True)
         states = self.base_model(*args, **kwargs, use_cache=False)
-        hidden, aux_loss = states.last_hidden_state, _aux_loss(self, states, kwargs)
+
+        def computation(hidden: Tensor, head: Head) -> dict[str, Any]:
+            hidden, head = (hidden.float() if fp32 else hidden), Head(head, temperature=temperature)
+            with _precision(hidden, fp32):
+                return _scores(hidden, head, labels, with_entropy) if call is None else _loss(hidden, head, call)
+
         lm_head: Any = output_layer(self)
-        gathering = maybe_gather_lm_head_ctx(lm_head.weight, lm_head.bias)
-        with gathering, _precision(hidden, fp32):
-            weight, bias = _weight_and_bias(lm_head, fp32)
-            if not isinstance(gathering, nullcontext):  # ZeRO-3 frees them on leaving, and backward reads them
-                weight, bias = weight.clone(), None if bias is None else bias.clone()
-            hidden, labels = hidden.to(weight.device), labels.to(weight.device)
-            head = Head(weight, bias, *numbers, temperature)
-            hidden = hidden.float() if fp32 else hidden
-            output = _scores(hidden, head, labels, with_entropy) if call is None else _loss(hidden, head, call)
-        output["aux_loss"] = aux_loss
-        return FusedOutput(**output)
+        output = with_head(self, states.last_hidden_state.to(lm_head.weight.device), computation)
+        return FusedOutput(**output, aux_loss=_aux_loss(self, states, kwargs))
 
     model.forward = types.MethodType(forward, model)
 
 
-def check_head(model: Any, *, fp32: bool = False) -> None:
+def check_head(model: Any) -> None:
     """Raise unless a model's logits are those of a linear head with scale and softcap, on a few tokens.
 
     Not asked of a model whose head is not there yet, as when ZeRO-3 or FSDP load it in parts.
@@ -92,14 +89,7 @@ def check_head(model: Any, *, fp32: bool = False) -> None:
     model = unwrapped(model)
     lm_head: Any = output_layer(model)
     if lm_head.weight.numel() and not lm_head.weight.is_meta:
-        weight, bias = _weight_and_bias(lm_head, fp32)
-        compare_once(model, Head(weight, bias, *logit_numbers(model)))
-
-
-def _weight_and_bias(lm_head: Any, fp32: bool) -> tuple[Tensor, Tensor | None]:
-    if fp32 or hasattr(lm_head.weight, "full_tensor"):  # TRL has replaced its forward; FSDP2 has sharded it
-        return whole(lm_head.weight), None if lm_head.bias is None else whole(lm_head.bias)
-    return weight_and_bias(lm_head)
+        compare_once(model, Head(lm_head.weight, lm_head.bias, **logit_numbers(model)._asdict()))
 
 
 def _precision(hidden: Tensor, fp32: bool) -> Any:
@@ -107,10 +97,11 @@ def _precision(hidden: Tensor, fp32: bool) -> Any:
 
 
 def _scores(hidden: Tensor, head: Head, labels: Tensor, with_entropy: bool) -> dict[str, Any]:
-    labels = labels[:, 1:]
+    labels = labels[:, 1:].to(hidden.device)
     mask = labels != -100
     scores = token_logps(hidden[:, :-1], head, labels.clamp(min=0), completion_mask=mask, with_entropy=with_entropy)
-    return {"log_probs": scores.logps, "entropy": scores.entropy}
+    entropy = None if scores.entropy is None else scores.entropy.clone()
+    return {"log_probs": scores.logps.clone(), "entropy": entropy}
 
 
 def _loss(hidden: Tensor, head: Head, call: PolicyCall) -> dict[str, Any]:

@@ -52,7 +52,7 @@ class ACEMixin:
         self.beta = beta
         self._objective = objective_of(self) if self._fused else None
         if self._fused:
-            check_head(self.model, fp32=args.cast_lm_head_to_fp32)  # type: ignore[attr-defined]
+            check_head(self.model)  # type: ignore[attr-defined]
             for scored in (self.model, self.ref_model):  # type: ignore[attr-defined]
                 use_fused_head(scored, self.temperature, fp32=args.cast_lm_head_to_fp32)  # type: ignore[attr-defined]
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rlvr_ops import Plan
-from rlvr_ops.integrations.trl import fused_head, fused_loss
+from rlvr_ops.integrations.trl import fused_loss
 from rlvr_ops.integrations.trl.fused_loss import objective_of
 
 LOSS_TYPES = ["grpo", "dapo", "dr_grpo", "bnpo", "cispo", "sapo", "luspo", "vespo"]
@@ -142,29 +142,30 @@ def test_a_rollout_without_an_advantage_costs_no_product(make_trainer, tools, mo
     assert outputs[0].log_probs.isnan().any(1).tolist() == [True, True, False, True]
 
 
-class Gathered:
-    """As DeepSpeed's ZeRO-3: outside, the parameter has no elements, until its gradient is accumulated."""
+def partition(lm_head):
+    """As DeepSpeed's ZeRO-3: the weight has no elements but in the module's forward, and from its output's backward on."""
+    whole = lm_head.weight.data
 
-    def __init__(self, parameter):
-        self.parameter, self.whole = parameter, parameter.data
-        self.accumulator = parameter.expand_as(parameter).grad_fn.next_functions[0][0]
-        self.accumulator.register_prehook(self.__enter__)
-        parameter.data = torch.empty(0)
+    def gather(*_):
+        lm_head.weight.data = whole
 
-    def __enter__(self, *_):
-        self.parameter.data = self.whole
+    def free(_module, _inputs, output):
+        lm_head.weight.data = torch.empty(0)
+        for value in output.values():
+            if value is not None and value.requires_grad:
+                value.register_hook(gather)
 
-    def __exit__(self, *_):
-        self.parameter.data = torch.empty(0)
+    lm_head.register_forward_pre_hook(gather)
+    lm_head.register_forward_hook(free)
+    lm_head.weight.data = torch.empty(0)
 
 
 @pytest.mark.parametrize("schedule", ["single_pass", "two_pass"])
-def test_a_head_that_zero_3_partitions_is_gathered_and_kept_for_backward(schedule, make_trainer, tools, monkeypatch):
+def test_a_head_that_zero_3_partitions_is_gathered(schedule, make_trainer, tools, monkeypatch):
     a_batch, loss_and_gradients = tools
     trainer = make_trainer(fused_loss=True)
     batch = a_batch(trainer)
     expected = loss_and_gradients(trainer, dict(batch))
     monkeypatch.setattr(fused_loss, "PLAN", Plan(schedule, with_entropy=True))
-    gathering = Gathered(trainer.model.lm_head.weight)
-    monkeypatch.setattr(fused_head, "maybe_gather_lm_head_ctx", lambda *_: gathering)
+    partition(trainer.model.lm_head)
     same(loss_and_gradients(trainer, dict(batch)), expected)

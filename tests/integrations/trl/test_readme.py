@@ -1,8 +1,11 @@
 """The README's lines and the page's, as they stand there."""
 
+import doctest
+import importlib
 import re
 from pathlib import Path
 
+import pytest
 from datasets import Dataset
 from transformers import AutoTokenizer
 
@@ -32,6 +35,12 @@ def test_the_readmes_lines_train(folders, tmp_path, monkeypatch):
     assert AutoTokenizer.from_pretrained(names["model"]).pad_token == "<pad>"
     exec(lines, names)
     assert "ace/weight/mean" in names["trainer"].state.log_history[0]
+
+
+@pytest.mark.parametrize("module", ["trl", "trl.config", "trl.mixin", "trl.trainer"])
+def test_the_examples_in_the_docstrings_run(module):
+    module = importlib.import_module(f"rlvr_ops.integrations.{module}")
+    assert doctest.testmod(module).failed == 0
 
 
 def test_the_pages_subclass_is_one():
