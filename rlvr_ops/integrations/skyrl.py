@@ -2,6 +2,8 @@
 
 In an entry point of yours, whose experiment is a BasePPOExp:
 
+    from rlvr_ops.integrations.skyrl import ace_trainer
+
     class ACEExp(BasePPOExp):
         def get_trainer(self, **parts):
             return ace_trainer(RayPPOTrainer, alpha=1.0)(**parts)  # surrogate="cispo" replaces SkyRL's loss by ours
