@@ -12,7 +12,7 @@ READY := .venv/.ready
 
 .PHONY: test demo bench docs lint types test-cpu test-parity test-interpret test-compile test-gpu test-trl test-verl test-fleet setup clean
 
-test: lint types test-cpu test-parity test-interpret test-compile test-gpu test-trl test-fleet
+test: lint types test-cpu test-parity test-interpret test-compile test-gpu test-trl test-verl test-fleet
 
 demo: $(READY)
 	$(BIN)/rlvr-ops demo --model $(MODEL) --seed $(SEED) --out runs/demo-$(MODEL)-$(SEED)
