@@ -163,26 +163,26 @@ def _compare(model: Any, head: Any) -> None:
     ids = torch.arange(1, 9, device=head.weight.device)[None] % head.weight.shape[0]
     theirs = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
     hidden = hidden_states_of(model, ids)
+    exact = hidden.dtype in (torch.float32, torch.float64)
     if hidden.shape[-1] != head.weight.shape[1]:
         raise TypeError(f"cannot vouch for {name}: its lm_head does not take the hidden states of its body")
     ours = head.logits(hidden)
     if ours.shape != theirs.shape:
         found = f"shape {tuple(ours.shape)} against its {tuple(theirs.shape)}"
     else:
-        found = _difference(ours, theirs)
+        found = _difference(ours, theirs, 1e-5 if exact else 1e-2)
     if found:
         raise TypeError(
             f"cannot vouch for {name}: logits rebuilt from its hidden states, lm_head, bias, softcap {head.softcap} and logit "
             f"scale {head.logit_scale} are not the model's own: {found}"
         )
     padded, mask = nn.functional.pad(ids, (3, 0), value=1), nn.functional.pad(torch.ones_like(ids), (3, 0))
-    found = _difference(hidden_states_of(model, padded, mask)[:, 3:], hidden)
+    found = _difference(hidden_states_of(model, padded, mask)[:, 3:], hidden, 1e-4 if exact else 3e-2)
     if found:
         raise TypeError(f"cannot vouch for {name}: padding on the left changes its hidden states: {found}")
 
 
-def _difference(ours: Tensor, theirs: Tensor) -> str:
+def _difference(ours: Tensor, theirs: Tensor, tolerance: float) -> str:
     """Say how far two tensors lie apart, or nothing if that is rounding."""
-    tolerance = 1e-4 if theirs.dtype in (torch.float32, torch.float64) else 3e-2
     error = float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-6))
     return "" if error <= tolerance else f"they differ by {error:.1e} of the largest"

@@ -1,5 +1,7 @@
 """Hidden states and head of real architectures: the model's own logits, aligned with the completion, or a refusal."""
 
+import copy
+
 import pytest
 import torch
 import transformers
@@ -7,6 +9,7 @@ from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch import nn
 
 from rlvr_ops import Head, ace_loss, hidden_states_of, token_logps
+from rlvr_ops.head.from_model import unwrapped
 
 SIZES = {
     "vocab_size": 53,
@@ -182,6 +185,36 @@ def test_wrappers_are_looked_into():
     for wrapped in (nn.DataParallel(model), torch.compile(model)):
         assert Head.from_model(wrapped).weight is model.lm_head.weight
         torch.testing.assert_close(hidden_states_of(wrapped, ids), expected)
+
+
+class Forwarding(nn.Module):
+    """As DeepSpeed's engine and FSDP: a module around a module, that has all of its attributes."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.module, name)
+
+
+def test_a_wrapper_that_forwards_attributes_is_looked_into():
+    model = build(*MODELS["llama"])
+    assert Forwarding(model).config is model.config
+    assert unwrapped(Forwarding(model)) is model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_scale_of_three_percent_is_seen_in_every_dtype(dtype, monkeypatch):
+    model = build(*MODELS["llama"]).to(dtype)
+    Head.from_model(copy.deepcopy(model))
+    own = model.forward
+    monkeypatch.setattr(model, "forward", lambda **k: _changed(own(**k), lambda z: 1.03 * z))
+    with pytest.raises(TypeError, match="not the model's own"):
+        Head.from_model(model)
 
 
 def test_the_models_own_positions_count_with_further_inputs():

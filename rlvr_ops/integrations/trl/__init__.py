@@ -2,7 +2,9 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-LEAST = (1, 16)
+from packaging.version import Version
+
+LEAST = "1.16"
 
 
 def _check_version() -> None:
@@ -10,8 +12,8 @@ def _check_version() -> None:
         found = version("trl")
     except PackageNotFoundError:
         raise ImportError('rlvr_ops.integrations.trl needs TRL: pip install "trl>=1.16"') from None
-    if tuple(int(part) for part in found.split(".")[:2]) < LEAST:
-        raise ImportError(f"rlvr_ops.integrations.trl needs TRL >= 1.16, found {found}: pip install -U trl")
+    if Version(found) < Version(LEAST):
+        raise ImportError(f"rlvr_ops.integrations.trl needs TRL >= {LEAST}, found {found}: pip install -U trl")
 
 
 _check_version()

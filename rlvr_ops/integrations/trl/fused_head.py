@@ -86,7 +86,10 @@ def check_head(model: Any) -> None:
     Raises:
         TypeError: naming the model.
     """
-    model = unwrapped(model)
+    try:
+        model = unwrapped(model)
+    except TypeError as error:
+        raise TypeError(f"fused_loss=True does not go with this model: {error}") from None
     lm_head: Any = output_layer(model)
     if lm_head.weight.numel() and not lm_head.weight.is_meta:
         compare_once(model, Head(lm_head.weight, lm_head.bias, **logit_numbers(model)._asdict()))

@@ -1,7 +1,6 @@
 """TRL's GRPO loss as an `Objective`, computed from hidden states in the model's forward."""
 
 import inspect
-import logging
 from typing import Any
 
 import torch
@@ -19,52 +18,51 @@ AGGREGATIONS = {"cispo": "dapo", "vespo": "dapo", "sapo": "grpo"}
 PLAN = Plan(with_entropy=True)
 INPUTS = tuple(inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters)
 """What a model may take beside tokens, such as pixels, by TRL's names."""
-logger = logging.getLogger(__name__)
 
 
 def objective_of(trainer: Any) -> Objective | None:
-    """The objective that a trainer's settings describe.
+    """The objective that a trainer's settings describe now: callbacks may change them.
 
     None if its loss is made of more than an objective is: TRL then computes it, from our head's log-probabilities and
     entropies. docs/trl.md lists these settings.
     """
-    args, sampling = trainer.args, _sampling(trainer)
+    sampling, loss_type = _sampling(trainer), trainer.loss_type
     if _is_more_than_an_objective(trainer, sampling):
-        logger.info("fused_loss: TRL computes this loss, from the log-probabilities and entropies of rlvr_ops' head")
         return None
     return Objective(
         _surrogate(trainer),
         ace=trainer._ace,
-        kl=KL("k3", args.beta, _corrects_kl(args)),
-        importance_sampling_level="token" if args.loss_type == "vespo" else args.importance_sampling_level,
-        off_policy_mask_threshold=args.off_policy_mask_threshold,
+        kl=KL("k3", trainer.beta, _corrects_kl(trainer)),
+        importance_sampling_level="token" if loss_type == "vespo" else trainer.importance_sampling_level,
+        off_policy_mask_threshold=trainer.off_policy_mask_threshold,
         sampling=sampling,
-        aggregation=AGGREGATIONS.get(args.loss_type, args.loss_type),
-        max_completion_length=args.max_completion_length,
+        aggregation=AGGREGATIONS.get(loss_type, loss_type),
+        max_completion_length=trainer.max_completion_length,
     )
 
 
 def _is_more_than_an_objective(trainer: Any, sampling: SamplingCorrection | None) -> bool:
     """Whether the loss has an entropy term normalised in TRL's way, or ratios that an objective does not combine."""
-    args = trainer.args
-    if trainer._entropy_bonus_enabled or args.top_entropy_quantile < 1:
-        return True
-    if args.loss_type == "vespo":
-        return sampling is not None and (_corrects_kl(args) or trainer._ace.confidence == "old")
-    return _corrects_kl(args) and args.importance_sampling_level == "sequence"
+    corrected_vespo = trainer.loss_type == "vespo" and sampling is not None
+    return (
+        trainer._entropy_bonus_enabled
+        or trainer.top_entropy_quantile < 1
+        or (_corrects_kl(trainer) and trainer.importance_sampling_level == "sequence")
+        or (corrected_vespo and (_corrects_kl(trainer) or trainer._ace.confidence == "old"))
+    )
 
 
-def _corrects_kl(args: Any) -> bool:
-    return bool(args.beta and args.use_bias_correction_kl)
+def _corrects_kl(trainer: Any) -> bool:
+    return bool(trainer.beta and trainer.args.use_bias_correction_kl)
 
 
 def _surrogate(trainer: Any) -> Surrogate:
-    args = trainer.args
-    if args.loss_type == "cispo":
+    args, loss_type = trainer.args, trainer.loss_type
+    if loss_type == "cispo":
         return Cispo(trainer.epsilon_high)
-    if args.loss_type == "sapo":
+    if loss_type == "sapo":
         return Sapo(args.sapo_temperature_pos, args.sapo_temperature_neg)
-    if args.loss_type == "vespo":
+    if loss_type == "vespo":
         return Vespo(args.vespo_k_pos, args.vespo_lambda_pos, args.vespo_k_neg, args.vespo_lambda_neg)
     return Clip(trainer.epsilon_low, trainer.epsilon_high, args.delta)
 

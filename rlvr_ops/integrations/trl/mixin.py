@@ -11,7 +11,7 @@ from rlvr_ops.integrations.trl.config import ace_of
 from rlvr_ops.integrations.trl.fused_head import check_head, use_fused_head
 from rlvr_ops.integrations.trl.fused_loss import fused_loss, objective_of
 from rlvr_ops.integrations.trl.metrics import log_ace
-from rlvr_ops.integrations.trl.refusals import check_arguments, check_trainer
+from rlvr_ops.integrations.trl.refusals import check_arguments, check_reference, check_trainer
 from rlvr_ops.integrations.trl.reweighting import Reweighted
 
 
@@ -39,9 +39,12 @@ class ACEMixin:
         self, model: Any, reward_funcs: Any = None, args: Any = None, *arguments: Any, **keywords: Any
     ) -> None:
         check_trainer(type(self), ACEMixin)
+        check_arguments(type(self), args)
         self._ace = ace_of(args)
         self._fused = bool(getattr(args, "fused_loss", False))
-        check_arguments(type(self), model, args, self._ace, self._fused)
+        adapted = keywords.get("peft_config") is not None or hasattr(model, "peft_config")
+        check_reference(model, needed=self._ace.alpha > 0 and not adapted)
+        self._policy: Any = None
         self._reweighted: Reweighted | None = None
         beta = args.beta
         args.beta = self._scoring_beta(beta)
@@ -50,7 +53,6 @@ class ACEMixin:
         finally:
             args.beta = beta
         self.beta = beta
-        self._objective = objective_of(self) if self._fused else None
         if self._fused:
             check_head(self.model)  # type: ignore[attr-defined]
             for scored in (self.model, self.ref_model):  # type: ignore[attr-defined]
@@ -73,23 +75,24 @@ class ACEMixin:
             return super()._generate_and_score_completions(inputs)  # type: ignore[misc]
 
     def _get_per_token_logps_and_entropies(self, model: Any, *arguments: Any, **keywords: Any) -> Any:
-        if self._fused:
-            model = functools.partial(model, with_entropy=keywords.get("compute_entropy", False))
-        found = super()._get_per_token_logps_and_entropies(model, *arguments, **keywords)  # type: ignore[misc]
-        if self._reweighted is not None:
+        scored = functools.partial(model, with_entropy=keywords.get("compute_entropy", False)) if self._fused else model
+        found = super()._get_per_token_logps_and_entropies(scored, *arguments, **keywords)  # type: ignore[misc]
+        if self._reweighted is not None and model is self._policy:  # a loss may score other models as well
             self._reweighted.weigh(found[0])
         return found
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
-        if self._objective is not None:
-            return fused_loss(self, model, inputs, self._objective)
+        objective = objective_of(self) if self._fused else None
+        if objective is not None:
+            return fused_loss(self, model, inputs, objective)
         if self._ace.alpha == 0:
             return super()._compute_loss(model, inputs)  # type: ignore[misc]
-        self._reweighted = batch = Reweighted(inputs, self._ace, type(self).__name__)
+        self._policy, self._reweighted = model, Reweighted(inputs, self._ace, type(self).__name__)
+        batch = self._reweighted
         try:
             loss: Tensor = super()._compute_loss(model, batch)  # type: ignore[misc]
         finally:
-            self._reweighted = None
+            self._policy = self._reweighted = None
         if batch.logps is None:
             raise TypeError(f"{type(self).__name__} computes no log-probabilities in its loss: ACE needs them")
         log_ace(self, self._ace, inputs, batch.logps)

@@ -2,9 +2,10 @@
 
 from typing import Any
 
-from trl import GRPOTrainer
+from trl import GRPOConfig, GRPOTrainer
 
-from rlvr_ops import Ace
+LOSS = ("_compute_loss", "get_off_policy_mask", "get_gamma_weights", "get_high_entropy_mask")
+"""The methods of GRPOTrainer that a fused loss replaces."""
 
 
 def check_trainer(kind: type, mixin: type) -> None:
@@ -24,23 +25,29 @@ def check_trainer(kind: type, mixin: type) -> None:
         raise TypeError(f"{name} must name ACEMixin before the trainer: class {name}(ACEMixin, ...)")
 
 
-def check_arguments(kind: type, model: Any, args: Any, ace: Ace, fused: bool) -> None:
-    """Raise if the settings cannot go together with this trainer or model."""
-    name = kind.__name__
-    if args is None:
-        raise TypeError(f"args is missing: {name} needs its config, for example ACEGRPOConfig(output_dir)")
-    if fused and _own_loss(kind) is not GRPOTrainer:
+def check_arguments(kind: type, args: Any) -> None:
+    """Raise unless args is a configuration that goes with this trainer."""
+    if not isinstance(args, GRPOConfig):
+        given = "nothing" if args is None else type(args).__name__
+        raise TypeError(f"args must be a GRPOConfig or made from one, such as ACEGRPOConfig(output_dir), got {given}")
+    owner = _owner_of_the_loss(kind)
+    if vars(args).get("fused_loss", False) and owner is not GRPOTrainer:
         raise TypeError(
-            f"fused_loss=True replaces the loss, and {_own_loss(kind).__name__} has one of its own: leave fused_loss=False"
+            f"fused_loss=True replaces the loss, and {owner.__name__} has one of its own: leave fused_loss=False"
         )
-    if ace.alpha > 0 and not (isinstance(model, str) or hasattr(model, "peft_config") or model.config._name_or_path):
+
+
+def check_reference(model: Any, *, needed: bool) -> None:
+    """Raise if TRL would have to load a reference by name, and the model has none."""
+    name = model if isinstance(model, str) else getattr(getattr(model, "config", None), "_name_or_path", "")
+    if needed and not name:
         raise ValueError(
             "model has no name, and TRL loads the reference that ACE needs by name: pass a folder or a hub name, or set "
             "model.config._name_or_path to the folder that holds the initial weights"
         )
 
 
-def _own_loss(kind: type) -> type:
-    """The class that computes the loss, ACE left out."""
-    owners = [base for base in kind.__mro__ if "_compute_loss" in vars(base)]
-    return next(base for base in owners if base.__name__ != "ACEMixin")
+def _owner_of_the_loss(kind: type) -> type:
+    """The class whose loss would run, ACE left out."""
+    bases = [base for base in kind.__mro__ if base.__name__ != "ACEMixin"]
+    return next(base for base in bases if any(name in vars(base) for name in LOSS))

@@ -18,6 +18,10 @@ class Reweighted(dict[str, Any]):
 
     def weigh(self, per_token_logps: Tensor) -> None:
         """Take the policy's log-probabilities (B, T); the old policy's instead if ACE's confidence is theirs."""
+        if self.logps is not None:
+            raise TypeError(
+                f"{self.trainer} scores the policy twice in its loss: ACE cannot tell whose confidence counts"
+            )
         self.logps = per_token_logps.detach()
         confident = confident_logps(self.ace, self, self.logps)
         super().__setitem__(

@@ -120,10 +120,10 @@ def a_batch(trainer, **more):
     return batch | {"ref_per_token_logps": logps + noise[0], "old_per_token_logps": logps + noise[1]} | more
 
 
-def loss_and_gradients(trainer, batch, method=None):
+def loss_and_gradients(trainer, batch, method=None, mode="train"):
     """The loss of a batch and the gradient of every parameter, by name."""
     trainer.current_gradient_accumulation_steps = trainer.args.gradient_accumulation_steps
-    trainer.model.train()
+    trainer.model.train(mode == "train")
     trainer.model.zero_grad()
     loss = (method or trainer._compute_loss)(trainer.model, batch)
     loss.backward()

@@ -29,7 +29,7 @@ def test_the_readmes_lines_train(folders, tmp_path, monkeypatch):
         "max_completion_length": 6, "report_to": "none", "save_strategy": "no", "logging_steps": 1,
     }  # fmt: skip
     names = {
-        "model": folders(), "settings": settings, "reward_func": lambda completions, **_: [float("1" in c) for c in completions],
+        "model": folders(), "settings": settings, "reward_func": lambda completions, **_: [1.0, 0.0] * (len(completions) // 2),
         "dataset": Dataset.from_list([{"prompt": "1+1="}] * 8),
     }  # fmt: skip
     assert AutoTokenizer.from_pretrained(names["model"]).pad_token == "<pad>"

@@ -53,7 +53,7 @@ def test_the_mixin_comes_first():
 
 def test_a_mixed_trainer_needs_its_config():
     kind = type("Ours", (ACEMixin, GMPOTrainer), {})
-    with pytest.raises(TypeError, match="args is missing: Ours needs its config"):
+    with pytest.raises(TypeError, match=r"args must be a GRPOConfig .* got nothing"):
         kind("model", None)
 
 
@@ -88,6 +88,38 @@ def test_a_model_without_a_name_has_no_reference(make_trainer):
     )
     with pytest.raises(ValueError, match="model has no name, and TRL loads the reference that ACE needs by name"):
         make_trainer(model=nameless)
+
+
+def test_a_nameless_model_with_new_adapters_is_its_own_reference(make_trainer, folders):
+    model = AutoModelForCausalLM.from_pretrained(folders())
+    model.config._name_or_path = ""
+    make_trainer(model=model, trainer={"peft_config": LoraConfig(target_modules=["q_proj"])})
+
+
+def test_what_is_no_config_is_refused(make_trainer):
+    with pytest.raises(TypeError, match=r"args must be a GRPOConfig or made from one, .* got dict"):
+        make_trainer(config=lambda *_, **__: {})
+
+
+def test_a_subclass_that_scores_other_models_first_is_taken_and_the_policy_twice_is_not(make_trainer, tools):
+    a_batch, loss_and_gradients = tools
+    score = GRPOTrainer._get_per_token_logps_and_entropies
+
+    class Twice(GRPOTrainer):
+        def _compute_loss(self, model, inputs):
+            ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
+            scored = self.ref_model if self.other else model
+            self._get_per_token_logps_and_entropies(scored, ids, torch.ones_like(ids), 6)
+            return super()._compute_loss(model, inputs)
+
+    trainer = make_trainer(type("Ours", (ACEMixin, Twice), {"other": True}))
+    batch = a_batch(trainer)
+    expected = loss_and_gradients(make_trainer(), dict(batch))[0]
+    assert torch.equal(loss_and_gradients(trainer, dict(batch))[0], expected)
+    trainer.other = False
+    with pytest.raises(TypeError, match="Ours scores the policy twice in its loss"):
+        loss_and_gradients(trainer, dict(batch))
+    assert score is GRPOTrainer._get_per_token_logps_and_entropies
 
 
 def test_a_named_model_is_taken(make_trainer, folders):
