@@ -25,10 +25,12 @@ def install(model: Any) -> None:
     model = unwrapped(model)
     layer, name = output_layer(model), type(model).__name__
     if hasattr(layer, "base_layer"):
-        raise TypeError(f"the lm_head of {name} has an adapter: leave lm_head out of target_modules")
+        raise TypeError(
+            f"the lm_head of {name} has an adapter: leave lm_head out of target_modules, or use another head"
+        )
     linears = [module for module in layer.modules() if isinstance(module, nn.Linear)]  # two inside modules_to_save
     if not linears or any(type(linear).forward is not nn.Linear.forward for linear in linears):
-        raise TypeError(f"the lm_head of {name} must be an nn.Linear, got {type(layer).__name__}")
+        raise TypeError(f"the lm_head of {name} must be an nn.Linear, got {type(layer).__name__}: use another head")
     for linear in linears:
         _install(linear, logit_numbers(model)._asdict())
 

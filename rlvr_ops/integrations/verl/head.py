@@ -1,16 +1,16 @@
 """Our head in the place of a transformers model's own: log-probabilities and entropies instead of logits.
 
-The model's forward calls the lm_head module, and the head's arithmetic stands in that module's forward. So whatever wraps
-modules sees the calls it expects: FSDP gathers the lm_head's weight before, and reduces its gradient after.
+The head's arithmetic stands in the lm_head's own forward, where FSDP gathers its weight and reduces its gradient.
 """
 
 from types import MethodType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from rlvr_ops.head.from_model import logit_numbers, output_layer, unwrapped
+from rlvr_ops.head import in_forward
+from rlvr_ops.head.from_model import output_layer, unwrapped
 from rlvr_ops.head.head import Head
 from rlvr_ops.head.token_logps import token_logps
 
@@ -25,26 +25,10 @@ def install(model: Any, output: type) -> None:
         TypeError: an adapter on the lm_head, or an output layer that computes more than h W^T + b.
     """
     model = unwrapped(model)
-    layer = output_layer(model)
-    name = type(model).__name__
-    if hasattr(layer, "base_layer") or hasattr(layer, "modules_to_save"):
-        raise TypeError(
-            f"the lm_head of {name} has an adapter: leave lm_head out of target_modules, or use verl's own head"
-        )
-    if not isinstance(layer, nn.Linear) or type(layer).forward is not nn.Linear.forward:
-        raise TypeError(f"the lm_head of {name} must be an nn.Linear, got {type(layer).__name__}: use verl's own head")
-    numbers = logit_numbers(model)
-    logits, score = model.forward, layer.forward
-
-    def scores(
-        self: nn.Linear, hidden: Tensor, labels: Tensor | None = None, temperature: float = 1.0, entropy: bool = False
-    ) -> Any:
-        if labels is None:
-            return score(hidden)
-        head = Head(self.weight, self.bias, *numbers, temperature)
-        found = token_logps(hidden, head, labels, with_entropy=entropy)
-        # No views: an edit in place of one would lose the hook that FSDP2 puts on outputs.
-        return found.logps.clone(), None if found.entropy is None else found.entropy.clone()
+    if hasattr(output_layer(model), "modules_to_save"):
+        raise TypeError(f"the lm_head of {type(model).__name__} has an adapter: leave lm_head out of modules_to_save")
+    in_forward.install(model)
+    logits = model.forward
 
     def forward(
         self: Any,
@@ -59,10 +43,14 @@ def install(model: Any, output: type) -> None:
         given = {name: value for name, value in inputs.items() if value is not None}  # peft passes many None
         hidden = self.base_model(input_ids=input_ids, **given).last_hidden_state
         labels = torch.roll(input_ids, -1, -1) if shift_labels is None else shift_labels
-        log_probs, entropy = layer(hidden, labels, temperature, with_entropy)
+
+        def scores(hidden: Tensor, head: Head) -> tuple[Tensor, Tensor | None]:
+            found = token_logps(hidden, Head(head, temperature=temperature), labels, with_entropy=with_entropy)
+            return found.logps.clone(), None if found.entropy is None else found.entropy.clone()  # no views
+
+        log_probs, entropy = in_forward.with_head(self, hidden, scores)
         return output(log_probs=log_probs, entropy=entropy)
 
-    layer.forward = MethodType(scores, layer)  # type: ignore[method-assign]
     model.forward = MethodType(forward, model)
 
 
