@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+from rlvr_kernels.checks import check_tensor, shape_of
 from torch import Tensor, nn
 
 MULTIPLIERS = ("logit_scale", "lm_head_multiplier", "output_multiplier")  # Cohere, Falcon-H1, Muse
@@ -56,7 +57,8 @@ def output_layer(model: Any) -> nn.Module:
     """
     name = type(model).__name__
     if not hasattr(model, "config") or not hasattr(model, "get_output_embeddings"):
-        raise TypeError(f"model must be a causal language model of transformers, got {name}")
+        layer = ": Head.of takes a layer" if isinstance(model, nn.Linear) else ""
+        raise TypeError(f"model must be a causal language model of transformers, got {name}{layer}")
     if getattr(model.config, "is_encoder_decoder", False):
         raise TypeError(f"{name} is an encoder-decoder: a decoder-only causal language model is wanted")
     layer = model.get_output_embeddings()
@@ -104,8 +106,8 @@ def hidden_states_of(
         inputs: what else the model takes, such as `pixel_values`.
 
     Raises:
-        TypeError: the model has no body apart from its head, or its adapter adds to the prompt.
-        ValueError: length.
+        TypeError, ValueError: naming the argument, or a model that has no body apart from its head or whose adapter adds to
+            the prompt.
 
     >>> import transformers
     >>> config = transformers.LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=32, num_attention_heads=4)
@@ -113,10 +115,7 @@ def hidden_states_of(
     >>> hidden_states_of(model, torch.arange(12).view(2, 6), length=4).shape
     torch.Size([2, 4, 16])
     """
-    if length is not None and not 0 < length < input_ids.shape[1]:
-        raise ValueError(
-            f"length must be in 1..{input_ids.shape[1] - 1} for (B, S) = {tuple(input_ids.shape)}, got {length}"
-        )
+    _check(input_ids, attention_mask, length)
     body = _body(unwrapped(model))
     attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     if not inputs and "position_ids" in inspect.signature(body.forward).parameters:
@@ -124,6 +123,24 @@ def hidden_states_of(
     output = body(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **inputs)
     hidden: Tensor = output.last_hidden_state
     return hidden if length is None else hidden[:, -length - 1 : -1]
+
+
+def _check(input_ids: Tensor, attention_mask: Tensor | None, length: int | None) -> None:
+    check_tensor("input_ids", input_ids, floating=False)
+    if input_ids.ndim != 2:
+        raise ValueError(f"input_ids must have shape (B, S), got {shape_of(input_ids)}")
+    if attention_mask is not None:
+        check_tensor("attention_mask", attention_mask, floating=False)
+        if attention_mask.shape != input_ids.shape:
+            wanted = f"(B, S) = {tuple(input_ids.shape)} like input_ids, prompts included"
+            raise ValueError(f"attention_mask must have shape {wanted}, got {shape_of(attention_mask)}")
+    if length is None:
+        return
+    if not isinstance(length, int) or isinstance(length, bool):
+        raise TypeError(f"length must be an int, got {length!r}")
+    if not 0 < length < input_ids.shape[1]:
+        wanted = f"1..{input_ids.shape[1] - 1} for (B, S) = {tuple(input_ids.shape)}"
+        raise ValueError(f"length must be in {wanted}, got {length}")
 
 
 def _body(model: Any) -> Any:

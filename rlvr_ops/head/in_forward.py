@@ -23,16 +23,18 @@ def install(model: Any) -> None:
         TypeError: naming the model: an adapter on the lm_head, or an output layer that is no nn.Linear.
     """
     model = unwrapped(model)
-    layer, name = output_layer(model), type(model).__name__
+    layer: Any = output_layer(model)
+    name = type(model).__name__
     if hasattr(layer, "base_layer"):
         raise TypeError(
             f"the lm_head of {name} has an adapter: leave lm_head out of target_modules, or use another head"
         )
-    linears = [module for module in layer.modules() if isinstance(module, nn.Linear)]  # two inside modules_to_save
-    if not linears or any(type(linear).forward is not nn.Linear.forward for linear in linears):
+    wrapped = getattr(layer, "modules_to_save", None)  # peft's copies of the layer, of which one is active
+    layers = [layer] if wrapped is None else [layer.original_module, *wrapped.values()]
+    if any(not isinstance(each, nn.Linear) or type(each).forward is not nn.Linear.forward for each in layers):
         raise TypeError(f"the lm_head of {name} must be an nn.Linear, got {type(layer).__name__}: use another head")
-    for linear in linears:
-        _install(linear, logit_numbers(model)._asdict())
+    for each in layers:
+        _install(each, logit_numbers(model)._asdict())
 
 
 def _install(linear: nn.Linear, numbers: dict[str, Any]) -> None:

@@ -127,6 +127,26 @@ def test_a_model_without_a_body_is_refused():
         hidden_states_of(body, ids, ids)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"input_ids": torch.ones(9, dtype=torch.long)}, r"input_ids must have shape \(B, S\), got \(9,\)"),
+        ({"input_ids": [[1, 2]]}, "input_ids must be a torch.Tensor, got list"),
+        (
+            {"attention_mask": torch.ones(1, 4)},
+            r"attention_mask must have shape \(B, S\) = \(1, 9\) like input_ids, .* \(1, 4\)",
+        ),
+        ({"attention_mask": 5}, "attention_mask must be a torch.Tensor, got int"),
+        ({"length": 5.0}, "length must be an int, got 5.0"),
+        ({"length": True}, "length must be an int, got True"),
+    ],
+)
+def test_wrong_inputs_are_named(arguments, message):
+    given = {"input_ids": torch.ones(1, 9, dtype=torch.long)} | arguments
+    with pytest.raises((TypeError, ValueError), match=message):
+        hidden_states_of(build(*MODELS["llama"]), **given)
+
+
 @pytest.mark.parametrize("length", [0, 9, 10])
 def test_a_completion_needs_a_token_before_it(length):
     model = build(*MODELS["llama"])
@@ -225,7 +245,9 @@ def test_the_models_own_positions_count_with_further_inputs():
 
 
 def test_something_else_than_a_model_is_refused():
-    with pytest.raises(TypeError, match="model must be a causal language model of transformers, got Linear"):
+    with pytest.raises(
+        TypeError, match=r"model must be a causal language model of transformers, got Linear: Head.of takes a layer"
+    ):
         Head.from_model(nn.Linear(2, 3))
     config = transformers.LlamaConfig(**SIZES)
     with pytest.raises(TypeError, match="LlamaModel has no output layer"):

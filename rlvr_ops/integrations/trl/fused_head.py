@@ -88,11 +88,11 @@ def check_head(model: Any) -> None:
     """
     try:
         model = unwrapped(model)
+        lm_head: Any = output_layer(model)
+        if lm_head.weight.numel() and not lm_head.weight.is_meta:
+            compare_once(model, Head(lm_head.weight, lm_head.bias, **logit_numbers(model)._asdict()))
     except TypeError as error:
-        raise TypeError(f"fused_loss=True does not go with this model: {error}") from None
-    lm_head: Any = output_layer(model)
-    if lm_head.weight.numel() and not lm_head.weight.is_meta:
-        compare_once(model, Head(lm_head.weight, lm_head.bias, **logit_numbers(model)._asdict()))
+        raise TypeError(f"fused_loss=True does not go with this model, fused_loss=False does: {error}") from None
 
 
 def _precision(hidden: Tensor, fp32: bool) -> Any:

@@ -11,7 +11,7 @@ from rlvr_ops.integrations.trl.config import ace_of
 from rlvr_ops.integrations.trl.fused_head import check_head, use_fused_head
 from rlvr_ops.integrations.trl.fused_loss import fused_loss, objective_of
 from rlvr_ops.integrations.trl.metrics import log_ace
-from rlvr_ops.integrations.trl.refusals import check_arguments, check_reference, check_trainer
+from rlvr_ops.integrations.trl.refusals import check_arguments, check_reference, check_trainer, warn_of_dropout
 from rlvr_ops.integrations.trl.reweighting import Reweighted
 
 
@@ -35,10 +35,13 @@ class ACEMixin:
         ValueError: a model without a name to load the reference from.
     """
 
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        super().__init_subclass__(**keywords)
+        check_trainer(cls, ACEMixin)
+
     def __init__(
         self, model: Any, reward_funcs: Any = None, args: Any = None, *arguments: Any, **keywords: Any
     ) -> None:
-        check_trainer(type(self), ACEMixin)
         check_arguments(type(self), args)
         self._ace = ace_of(args)
         self._fused = bool(getattr(args, "fused_loss", False))
@@ -53,6 +56,8 @@ class ACEMixin:
         finally:
             args.beta = beta
         self.beta = beta
+        if self._ace.alpha > 0 and not args.disable_dropout:
+            warn_of_dropout(self.model)  # type: ignore[attr-defined]
         if self._fused:
             check_head(self.model)  # type: ignore[attr-defined]
             for scored in (self.model, self.ref_model):  # type: ignore[attr-defined]

@@ -1,7 +1,9 @@
 """What ACE does not go with, said when the trainer is made."""
 
+import warnings
 from typing import Any
 
+from torch import nn
 from trl import GRPOConfig, GRPOTrainer
 
 LOSS = ("_compute_loss", "get_off_policy_mask", "get_gamma_weights", "get_high_entropy_mask")
@@ -44,6 +46,15 @@ def check_reference(model: Any, *, needed: bool) -> None:
         raise ValueError(
             "model has no name, and TRL loads the reference that ACE needs by name: pass a folder or a hub name, or set "
             "model.config._name_or_path to the folder that holds the initial weights"
+        )
+
+
+def warn_of_dropout(model: nn.Module) -> None:
+    """Warn of a policy whose log-probabilities are noise while it trains."""
+    if any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules()):
+        warnings.warn(
+            "model has dropout, so ACE would compare a noisy policy with its reference: set disable_dropout=True",
+            stacklevel=4,
         )
 
 

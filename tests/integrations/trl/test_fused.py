@@ -139,7 +139,7 @@ def test_a_head_that_is_more_than_linear_is_refused(make_trainer, monkeypatch):
 
 def test_adapters_that_add_to_the_prompt_are_refused(make_trainer):
     tuned = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2, tokenizer_name_or_path=None)
-    with pytest.raises(TypeError, match=r"fused_loss=True does not go with this model: .* adds to the prompt"):
+    with pytest.raises(TypeError, match=r"fused_loss=True does not go with this model, .* adds to the prompt"):
         make_trainer(fused_loss=True, trainer={"peft_config": tuned})
 
 

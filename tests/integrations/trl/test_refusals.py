@@ -3,6 +3,7 @@
 import importlib.metadata
 import subprocess
 import sys
+import warnings
 from dataclasses import dataclass
 
 import pytest
@@ -33,22 +34,29 @@ def test_wrong_settings_are_named(setting, value, message, tmp_path):
 
 
 def test_the_asynchronous_trainer_has_no_reference():
-    kind = type("ACEAsync", (ACEMixin, AsyncGRPOTrainer), {})
     with pytest.raises(TypeError, match=r"subclass of trl.GRPOTrainer, got AsyncGRPOTrainer. .* no reference model"):
-        kind("model", None, None)
+        type("ACEAsync", (ACEMixin, AsyncGRPOTrainer), {})
 
 
 def test_unsloths_rewritten_trainer_is_refused():
     rewritten = type("UnslothGRPOTrainer", (GRPOTrainer,), {})
-    kind = type("Ours", (ACEMixin, rewritten), {})
     with pytest.raises(TypeError, match="Unsloth's rewritten trainer computes a loss of its own"):
-        kind("model", None, None)
+        type("Ours", (ACEMixin, rewritten), {})
 
 
 def test_the_mixin_comes_first():
-    kind = type("Ours", (GRPOTrainer, ACEMixin), {"__init__": ACEMixin.__init__})
     with pytest.raises(TypeError, match=r"class Ours\(ACEMixin, ...\)"):
-        kind("model", None, None)
+        type("Ours", (GRPOTrainer, ACEMixin), {})
+
+
+@pytest.mark.parametrize("settings", [{}, {"disable_dropout": True}, {"ace_alpha": 0.0}])
+def test_dropout_is_warned_of(settings, make_trainer, folders):
+    model = AutoModelForCausalLM.from_pretrained(folders())
+    model.model.noise = torch.nn.Dropout(0.1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        make_trainer(model=model, **settings)
+    assert any("model has dropout" in str(each.message) for each in caught) == (settings == {})
 
 
 def test_a_mixed_trainer_needs_its_config():
