@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlvr_ops import Head, ace_loss, hidden_states_of, token_logps
+from rlvr_ops import ace_loss
 
 ROOT = Path(__file__).parents[1]
 EXAMPLE = ROOT / "examples" / "losses_on_cpu.py"
@@ -61,8 +61,9 @@ def test_the_records_of_the_readme_are_ace_dapo():
     assert names["out"].metrics["entropy"].isfinite()
 
 
-def test_the_head_of_the_readme_is_the_module_that_it_is_made_of():
-    names = run_blocks("ace_loss(hidden", "surrogate=surrogate", "Objective(", "Head.of(lm_head)")
+def test_the_head_on_the_page_of_models_is_the_module_that_it_is_made_of():
+    names = run_blocks("ace_loss(hidden", "surrogate=surrogate", "Objective(")
+    exec(next(block for block in code_blocks(ROOT / "docs" / "models.md") if "Head.of(lm_head)" in block), names)
     given = (names[name] for name in ("completion_ids", "advantages"))
     same = ace_loss(names["hidden"], names["lm_head"].weight, *given, ref_per_token_logps=names["ref"])
     assert names["out"].loss.item() == same.loss.item()
@@ -70,7 +71,7 @@ def test_the_head_of_the_readme_is_the_module_that_it_is_made_of():
 
 def test_the_readme_loop_makes_right_rollouts_likelier_than_wrong_ones():
     transformers = pytest.importorskip("transformers")
-    step = run_block("def training_step")["training_step"]
+    names = run_block("def training_step")
     torch.manual_seed(0)
     sizes = {
         "vocab_size": 50,
@@ -84,15 +85,11 @@ def test_the_readme_loop_makes_right_rollouts_likelier_than_wrong_ones():
     input_ids, completion_mask = torch.randint(50, (4, 9)), torch.ones(4, 6)
     rewards = torch.tensor([1.0, 0.0, 1.0, 0.0])
 
-    def logps():
-        with torch.no_grad():
-            hidden = hidden_states_of(model, input_ids, length=6)
-            return token_logps(hidden, Head.from_model(model), input_ids[:, -6:]).logps
-
-    before = logps()
+    attention_mask = torch.ones(4, 9, dtype=torch.long)
+    before = names["logps"](model, input_ids, attention_mask, 6)
     for _ in range(3):
-        step(model, optimizer, input_ids, torch.ones(4, 9), completion_mask, rewards, 4, before, before)
-    gain = (logps() - before).sum(1)
+        names["training_step"](model, optimizer, input_ids, attention_mask, completion_mask, rewards, 4, before, before)
+    gain = (names["logps"](model, input_ids, attention_mask, 6) - before).sum(1)
     assert gain[rewards == 1].min() > gain[rewards == 0].max()
 
 

@@ -25,7 +25,7 @@ def test_the_readmes_lines_train(folders, tmp_path, monkeypatch):
     lines = block("README.md", "ACEGRPOTrainer")
     assert len([line for line in lines.splitlines() if line]) <= 5
     settings = {
-        "use_cpu": True, "bf16": False, "per_device_train_batch_size": 4, "num_generations": 4, "max_steps": 1,
+        "output_dir": "out", "use_cpu": True, "bf16": False, "per_device_train_batch_size": 4, "num_generations": 4, "max_steps": 1,
         "max_completion_length": 6, "report_to": "none", "save_strategy": "no", "logging_steps": 1,
     }  # fmt: skip
     names = {
