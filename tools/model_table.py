@@ -64,13 +64,19 @@ def families() -> list[str]:
     return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
-def build(family: str) -> Any | None:
-    """A tiny random model of the family, or None if these sizes do not make one."""
+class NestedError(Exception):
+    """A model around a text model, which is a family of its own."""
+
+
+def build(family: str) -> Any | str:
+    """A tiny random model of the family, or why there is none."""
     try:
         with _at_most(SECONDS):
-            return _build(family)
+            return _build(family) or "not asked: larger than 10 million parameters at these sizes"
+    except NestedError:
+        return "not asked: more than a text model, whose text part is a family of its own"
     except Exception:  # whatever a configuration objects to
-        return None
+        return "not asked: these sizes make no tiny model"
 
 
 def _build(family: str) -> Any | None:
@@ -80,7 +86,7 @@ def _build(family: str) -> Any | None:
     sizes = {name: size for name, size in SIZES.items() if name in names} | own | OWN.get(family, {})
     config = kind(**{name: size for name, size in sizes.items() if size is not None})
     if config.get_text_config() is not config:
-        return None
+        raise NestedError
     with torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(config)
     if sum(parameter.numel() for parameter in empty.parameters()) > LARGEST:
@@ -154,9 +160,7 @@ def survey() -> list[Found]:
     found = []
     for family in families():
         model = build(family)
-        found.append(
-            Found(family, "", "not asked: these sizes make no tiny model") if model is None else ask(family, model)
-        )
+        found.append(Found(family, "", model) if isinstance(model, str) else ask(family, model))
     return found
 
 

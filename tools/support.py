@@ -5,10 +5,12 @@
 An environment is an interpreter with rlvr_ops and pytest. What is installed there decides which tests run: the losses and the
 kernels' twins everywhere, the kernels in Triton's interpreter with triton, models with transformers and peft, and TRL's or
 verl's own tests in the environment that `.ci/setup` makes for each. A row says which versions ran together and how many tests
-passed; a row with a failure is not recorded.
+passed; a row with a failure, or with nothing that passed, is not recorded. Run all environments anew before a release: rows of
+environments that are not named stay, with their date.
 """
 
 import argparse
+import datetime
 import json
 import os
 import re
@@ -34,8 +36,9 @@ CPU = "not interpret and not compile and not gpu and not parity"
 
 @dataclass(frozen=True)
 class Row:
-    """The versions of one environment, and how many tests of each kind passed there."""
+    """The versions of one environment, the day, and how many tests of each kind passed there."""
 
+    day: str
     python: str
     torch: str
     triton: str = ""
@@ -74,9 +77,8 @@ def run(interpreter: Path) -> Row:
     )
     if interpreter.parent.parent.name == ".venv":  # verl is there without what it needs, and only its losses are called
         versions["verl"] = ""
-    return Row(
-        **versions, passed={name: _passed(interpreter, name, it) for name, it in suites(interpreter, versions).items()}
-    )
+    passed = {name: _passed(interpreter, name, arguments) for name, arguments in suites(interpreter, versions).items()}
+    return Row(datetime.date.today().isoformat(), **versions, passed=passed)
 
 
 def _passed(interpreter: Path, name: str, arguments: list[str]) -> int:
@@ -86,20 +88,21 @@ def _passed(interpreter: Path, name: str, arguments: list[str]) -> int:
     done = subprocess.run(command, env=os.environ | here | more, capture_output=True, text=True)
     last = done.stdout.strip().splitlines()[-1] if done.stdout.strip() else done.stderr[-2000:]
     print(f"{interpreter}: {name}: {last}", flush=True)
-    if done.returncode:
+    passed = re.findall(r"(\d+) passed", last)
+    if done.returncode or not passed:
         raise RuntimeError(f"{interpreter}, {name}:\n{done.stdout[-3000:]}{done.stderr[-1000:]}")
-    return int(re.findall(r"(\d+) passed", last)[0])
+    return int(passed[0])
 
 
 def table(rows: list[Row]) -> str:
     """Markdown, newest first."""
     lines = [
-        "| Python | torch | triton | transformers | TRL | verl | tests that passed |",
-        "|---|---|---|---|---|---|---|",
+        "| Python | torch | triton | transformers | TRL | verl | tests that passed | on |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in sorted(rows, key=_order, reverse=True):
         passed = ", ".join(f"{count:,} {name}" for name, count in row.passed.items())
-        lines.append("| " + " | ".join([*(version or "–" for version in row.versions), passed]) + " |")
+        lines.append("| " + " | ".join([*(version or "–" for version in row.versions), passed, row.day]) + " |")
     return "\n".join(lines)
 
 
