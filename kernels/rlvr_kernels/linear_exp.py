@@ -252,9 +252,10 @@ def anchor_kernel(
     col = tl.load(ids_ptr + row).to(tl.int64)
     held = (col >= 0) & (col < n_cols)
     total = tl.zeros((BLOCK,), tl.float32)
+    end = tl.where(held, n_inner, 0)  # in the place of a mask with held, which Triton 3.9's interpreter refuses
     for start in range(0, n_inner, BLOCK):
         inner = (start + tl.arange(0, BLOCK)).to(tl.int64)
-        inside = (inner < n_inner) & held
+        inside = inner < end
         state = tl.load(hidden_ptr + row * hidden_stride + inner * hidden_inner_stride, mask=inside, other=0.0)
         column = tl.load(weight_ptr + col * weight_stride + inner * weight_inner_stride, mask=inside, other=0.0)
         total += state.to(tl.float32) * column.to(tl.float32)
