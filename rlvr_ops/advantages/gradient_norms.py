@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from rlvr_kernels.checks import check_tensor
+from rlvr_kernels.checks import check_logps, check_tensor
 from torch import Tensor
 
 from rlvr_ops.checks import check_all_tensors
@@ -54,11 +54,12 @@ def squared_gradient_norms(
 
 
 def squared_logit_gradients(logps: Tensor, sum_p_squared: Tensor, layout: Layout, dtype: torch.dtype) -> Tensor:
-    """|e_y - p_t|^2 of every token, in the batch's shape; anything where masked. Raises if sum_p_squared has another shape."""
+    """|e_y - p_t|^2 of every token, in the batch's shape; anything where masked. Raises if the two cannot be a policy's."""
     check_tensor("sum_p_squared", sum_p_squared, logps.device)
     if tuple(sum_p_squared.shape) != layout.shape:
         raise ValueError(
             f"sum_p_squared must have shape {layout.shape} like per_token_logps, got {tuple(sum_p_squared.shape)}"
         )
+    check_logps("per_token_logps", logps, None if layout.mask is None else layout.mask.view(layout.shape))
     p = layout.zero_where_masked(logps.detach().flatten().to(dtype)).exp()
     return (1 - 2 * p + sum_p_squared.detach().to(dtype)).clamp(min=0)  # numbers near 1 can round below 0

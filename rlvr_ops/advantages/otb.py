@@ -12,6 +12,7 @@ from torch.nn.functional import pad
 
 from rlvr_ops.advantages.gradient_norms import squared_logit_gradients
 from rlvr_ops.advantages.groups import Groups, make_groups
+from rlvr_ops.advantages.inputs import check_finite
 from rlvr_ops.checks import check_all_tensors
 from rlvr_ops.rollouts import Layout, make_layout, per_token
 
@@ -34,7 +35,8 @@ def otb_advantages(
     where `completion_mask` is nonzero, so what a tool wrote moves nothing (verl's tir_optimal_token_baseline). A token that no
     other rollout of the group reaches has no baseline: its advantage is G_t.
 
-    `rewards` is (B,), one at the end of each rollout, or one per token, grouped as in `group_advantages`. `per_token_logps`
+    `rewards` is (B,), one at the end of each rollout, or one per token, grouped as in `group_advantages`. Packed with N = B
+    means one per rollout, as for the advantages of a loss. `per_token_logps`
     (B, T), or packed (N,) with `cu_seqlens`, in nats, and `sum_p_squared` of the same shape come from the policy that
     sampled: `token_logps(with_sum_p_squared=True)`. `importance_sampling_ratio`, of that shape too, multiplies a token's
     squared gradient by its square.
@@ -43,7 +45,7 @@ def otb_advantages(
     so do tokens at which all that reach it have the same G. A constant to any gradient.
 
     Raises:
-        TypeError, ValueError: naming the argument, what came and what is wanted.
+        TypeError, ValueError: naming the argument, what came and what is wanted; the rollout of a NaN or inf reward.
 
     >>> half = torch.full((2, 2), 0.5)  # p = 1/2, 1/2: |e_y - p|^2 = 1/2
     >>> otb_advantages(torch.tensor([1.0, 0.0]), half.log(), half, torch.tensor([[1, 1], [1, 0]]), group_size=2)
@@ -60,20 +62,23 @@ def otb_advantages(
     ratio = per_token(
         "importance_sampling_ratio", importance_sampling_ratio, layout, "per_token_logps", rewards.device, wide
     )
+    per_rollout = rewards.shape == (layout.rollouts,)
+    worth = rewards.detach().to(wide)
+    totals = worth if per_rollout else layout.per_rollout(layout.zero_where_masked(worth.flatten()).flatten())
+    check_finite("rewards", totals, group_size, group_ids)
     for name, values in (
-        ("rewards", rewards),
         ("per_token_logps", per_token_logps),
         ("sum_p_squared", sum_p_squared),
         ("importance_sampling_ratio", importance_sampling_ratio),
     ):
         layout.check_finite(name, values)
     if ratio is not None:
+        negative = layout.zero_where_masked(ratio < 0).flatten()
+        if bool(negative.any()):
+            raise ValueError(f"importance_sampling_ratio must not be negative, got {float(ratio[negative][0]):g}")
         energies = energies * ratio.square().view(layout.shape)
     tokens = _Tokens(layout)
-    if rewards.shape == (layout.rollouts,):
-        returns = rewards.detach().to(wide)[:, None] * tokens.reached
-    else:
-        returns = running_sum(tokens.gather(rewards.detach().to(wide)).flip(1)).flip(1)
+    returns = worth[:, None] * tokens.reached if per_rollout else running_sum(tokens.gather(worth).flip(1)).flip(1)
     spent = running_sum(tokens.gather(energies)) * tokens.reached
     advantages = _less_baseline(returns, spent, tokens.reached, groups)
     dtype = rewards.dtype if rewards.is_floating_point() else torch.float32

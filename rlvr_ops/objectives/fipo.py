@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 class Fipo:
     """PPO's clip times sg[clip(exp(F_t), *influence)], F_t = sum over k >= t of 2^(-(k - t) / half_life) (logp_k - old_k).
 
-    epsilon_low, epsilon_high, delta: PPO's clip, as in `Clip`. A token whose ratio is above delta adds nothing to any F.
+    epsilon_low, epsilon_high, delta: PPO's clip, as in `Clip`. A token whose ratio is above delta adds nothing to any F, nor does
+        one whose log ratio is not finite.
     half_life: after so many tokens a token counts half.
     influence: bounds of the weight. ms-swift takes (1.0, 1.2) by default, and (0.8, 1.2) with fipo_clip_high_only=False.
     safe_ratio: where A < 0 and the ratio is above it, the weight also stays within (0.8, 1.0). None: nowhere.
@@ -35,8 +36,9 @@ class Fipo:
     def __post_init__(self) -> None:
         Clip(self.epsilon_low, self.epsilon_high, self.delta)
         check_number("half_life", self.half_life)
-        object.__setattr__(self, "influence", tuple(self.influence))
-        if len(self.influence) != 2 or not 0 <= self.influence[0] <= self.influence[1]:
+        bounds = tuple(self.influence) if isinstance(self.influence, tuple | list) else (self.influence,)
+        object.__setattr__(self, "influence", bounds)
+        if not all(isinstance(x, int | float) for x in bounds) or len(bounds) != 2 or not 0 <= bounds[0] <= bounds[1]:
             raise ValueError(f"influence must be (low, high) with 0 <= low <= high, got {self.influence}")
         if self.safe_ratio is not None:
             check_number("safe_ratio", self.safe_ratio)
@@ -45,7 +47,8 @@ class Fipo:
         """Each token's loss (n,)."""
         old, advantages = rows.old_per_token_logps, rows.advantages
         moved = per_token_logps.detach() - old
-        shift = moved if self.delta is None else moved.masked_fill(moved > math.log(self.delta), 0)
+        left_out = ~moved.isfinite() | (moved > math.log(self.delta or math.inf))
+        shift = moved.masked_fill(left_out, 0)
         weight = discounted_future(shift, rows.rollout, 2 ** (-1 / self.half_life)).exp().clamp(*self.influence)
         if self.safe_ratio is not None:
             extreme = (advantages < 0) & (moved > math.log(self.safe_ratio))

@@ -63,7 +63,7 @@ def unknown_loss_type(given: object, known: Iterable[str]) -> str:
 def _hint(given: str, known: Iterable[str]) -> str:
     if given in ELSEWHERE:
         return f": {ELSEWHERE[given]}"
-    near = difflib.get_close_matches(given.lower().replace("-", "_"), list(known), n=1, cutoff=0.85)
+    near = difflib.get_close_matches(given.lower().replace("-", "_"), list(known), n=1, cutoff=0.8)
     return f"; did you mean {near[0]!r}?" if near else ""
 
 

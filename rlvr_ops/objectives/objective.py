@@ -116,10 +116,11 @@ class Objective(TokenObjective):
                     f"importance_sampling_level={level!r} does not go with a surrogate function, which makes its own ratios: "
                     "see SurrogateRows.rollout_mean"
                 )
-            if getattr(surrogate, "signs_only", False) and (self.ace.alpha > 0 or self.sampling is not None):
+            weighted = self.ace.alpha > 0 or self.sampling is not None or self.entropy.top_quantile < 1
+            if getattr(surrogate, "signs_only", False) and weighted:
                 raise ValueError(
                     f"alpha > 0 and sampling_correction do not go with surrogate {surrogate}, which reads the advantages' signs "
-                    "alone: pass alpha=0.0 and no correction"
+                    "alone, nor does top_entropy_quantile < 1: pass alpha=0.0, no correction, and a quantile of 1"
                 )
             return
         form = surrogate.form

@@ -15,10 +15,11 @@ if TYPE_CHECKING:
 class Real:
     """log(1 + sum over wrong rollouts of exp(s / tau)) + log(1 + sum over right ones of exp(-s / tau)), for each group.
 
-    s is the mean of logp - old over a rollout's tokens. A rollout is right where its advantages' mean is above 0, wrong where it
-    is below; one at 0 has no label. A group without both kinds has no loss. Every token gets its group's loss, so that
-    loss_type="grpo" makes it the mean over groups. The size of an advantage is not read: neither ACE nor a sampling correction
-    goes with it.
+    s is the mean of logp - old over a rollout's tokens, where one that is not finite counts 0. A rollout is right where its
+    advantages' mean is above 0, wrong where it is below; one at 0 has no label. A group without both kinds has no loss. Every
+    token gets its group's loss, times group_size over the group's rollouts that have tokens, so that loss_type="grpo" makes it
+    the mean over groups. The size of an advantage is not read, and a rollout is read whole: neither ACE nor a sampling
+    correction nor an entropy quantile goes with it.
 
     group_size: rollouts of a prompt, one group after another, as in `group_advantages`.
     tau: the temperature; a rollout's gradient by s is at most 1 / tau.
@@ -40,12 +41,14 @@ class Real:
         """Each token's loss (n,)."""
         if rows.rollouts % self.group_size:
             raise ValueError(f"group_size must divide the {rows.rollouts} rollouts of the batch, got {self.group_size}")
-        tokens = rows.sums(torch.ones_like(per_token_logps)).clamp(min=1)
-        score = rows.sums(per_token_logps - rows.old_per_token_logps) / tokens / self.tau
-        score, label = (x.view(-1, self.group_size) for x in (score, rows.sums(rows.advantages)))
+        moved = per_token_logps - rows.old_per_token_logps
+        sums = (moved.masked_fill(~moved.isfinite(), 0), rows.advantages, torch.ones_like(moved))
+        total, label, tokens = (rows.sums(x).view(-1, self.group_size) for x in sums)
+        score = total / tokens.clamp(min=1) / self.tau
         losses = _softplus_of_sum(score, label < 0) + _softplus_of_sum(-score, label > 0)
         mixed = (label < 0).any(1) & (label > 0).any(1)
-        return torch.where(mixed, losses, 0).repeat_interleave(self.group_size)[rows.rollout]
+        losses = torch.where(mixed, losses, 0) * self.group_size / (tokens > 0).sum(1).clamp(min=1)
+        return losses.repeat_interleave(self.group_size)[rows.rollout]
 
 
 def _softplus_of_sum(logits: Tensor, chosen: Tensor) -> Tensor:

@@ -179,3 +179,43 @@ def test_wrong_inputs_are_named():
         given[name] = given[name].masked_fill(given[name] == given[name].flatten()[0], float("nan"))
         with pytest.raises(ValueError, match=f"{name} must"):
             otb_advantages(**given, group_size=3)
+
+
+def test_a_reward_that_is_nan_is_refused_by_its_rollout():
+    logps, squares = scores()
+    rewards = REWARDS.masked_fill(torch.arange(B) == 4, torch.nan)
+    with pytest.raises(
+        ValueError, match=r"rewards must be finite, got nan for rollout 4 \(group 1\): did its verifier"
+    ):
+        otb_advantages(rewards, logps, squares, group_size=3)
+    per_token = torch.zeros(B, T).index_fill(0, torch.tensor([3]), torch.nan)
+    with pytest.raises(
+        ValueError, match=r"rewards must be finite, got nan for rollout 3 \(group 8\): did its verifier"
+    ):
+        otb_advantages(per_token, logps, squares, group_ids=IDS)
+    masked = torch.arange(B)[:, None].expand(B, T) != 3
+    assert otb_advantages(per_token, logps, squares, masked, group_ids=IDS).isfinite().all()
+
+
+def test_what_no_policy_can_score_is_refused():
+    logps, squares = scores()
+    for call in (otb_advantages, squared_gradient_norms):
+        given = {"group_size": 3, "rewards": REWARDS} if call is otb_advantages else {}
+        with pytest.raises(ValueError, match=r"per_token_logps must be at most 0, got 3 at \(0, 0\)"):
+            call(per_token_logps=torch.full((B, T), 3.0).to(logps), sum_p_squared=squares, **given)
+        padded = torch.where(MASK.bool(), logps, 3.0)
+        assert call(per_token_logps=padded, sum_p_squared=squares, completion_mask=MASK, **given).isfinite().all()
+    ratio = torch.full((B, T), -0.5).to(logps)
+    with pytest.raises(ValueError, match=r"importance_sampling_ratio must not be negative, got -0.5"):
+        otb_advantages(REWARDS, logps, squares, group_size=3, importance_sampling_ratio=ratio)
+
+
+def test_packed_with_as_many_tokens_as_rollouts_the_rewards_are_one_per_rollout():
+    half = torch.full((2,), 0.5)
+    given = {"cu_seqlens": torch.tensor([0, 2, 2]), "group_size": 2}
+    assert otb_advantages(torch.tensor([1.0, 5.0]), half.log(), half, **given).tolist() == [1.0, 1.0]
+
+
+def test_the_rollouts_of_a_group_that_has_only_been_certain_count_alike():
+    certain = torch.zeros(2, 1), torch.ones(2, 1)
+    assert otb_advantages(torch.tensor([1.0, 0.0]), *certain, group_size=2)[:, 0].tolist() == [0.5, -0.5]

@@ -1,12 +1,13 @@
 """The layout of Hugging Face `kernels`: built, loaded where nobody knows rlvr_kernels, and compared with it."""
 
+import importlib
 import json
 import os
 import re
 import subprocess
 import sys
 import tomllib
-from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from rlvr_kernels.weigh import Rows, weigh
 
 from tools import hub_kernels
 
+ROOT = Path(__file__).parents[2]
 CHILD = """
 import sys
 from pathlib import Path
@@ -65,17 +67,20 @@ def given():
 @pytest.fixture(scope="module")
 def loaded(folder, given, tmp_path_factory):
     """What a fresh process computes with the loaded kernels, by backend."""
-    spec = find_spec("kernels")
-    if spec is None or spec.origin is None:  # without an origin it is this repository's folder of that name
-        pytest.skip("Hugging Face's kernels is not installed")
     work = tmp_path_factory.mktemp("loaded")
     torch.save(given, work / "given.pt")
+    run_alone(work, CHILD, folder, work / "given.pt", work / "found.pt")
+    return torch.load(work / "found.pt")
+
+
+def run_alone(work, code, *arguments):
+    """Run code in a process that finds no file of this repository, and return what it printed."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment |= {"TRITON_INTERPRET": "1", "HF_HUB_OFFLINE": "1", "HF_HOME": str(work), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", CHILD, str(folder), str(work / "given.pt"), str(work / "found.pt")]
+    command = [sys.executable, "-c", code, *map(str, arguments)]
     done = subprocess.run(command, env=environment, cwd=work, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr
-    return torch.load(work / "found.pt")
+    return done.stdout
 
 
 def test_the_twins_that_are_loaded_have_the_bits_of_ours_and_the_kernels_their_numbers(given, loaded):
@@ -93,7 +98,7 @@ def test_the_module_is_loaded_under_the_name_in_its_metadata(folder, loaded):
 
 
 def test_the_loader_accepts_the_project_and_the_digests(folder):
-    rust = pytest.importorskip("kernels._rust")
+    rust = importlib.import_module("kernels._rust")
     general = tomllib.loads((folder / "build.toml").read_text())["general"]
     assert [str(backend) for backend in rust.Build.open(folder).general.backends] == general["backends"]
     for backend in general["backends"]:
@@ -116,6 +121,26 @@ def test_the_card_names_what_is_public(folder):
     source = (folder / "torch-ext/rlvr_kernels/__init__.py").read_text()
     functions = re.findall(r'^    "([a-z]\w*)",$', source, flags=re.MULTILINE)
     assert functions == sorted(re.findall(r"^\| `(\w+)` \|", card, flags=re.MULTILINE))
+
+
+INPUTS = """
+import sys, torch
+for name in ("rlvr_kernels", "rlvr_ops"):
+    sys.modules[name] = None
+hidden, weight, ids = torch.randn(6, 16), torch.randn(50, 16), torch.randint(50, (6,))
+"""
+DIFFERENCE = """
+logits = (hidden @ weight.T / 0.7).double()
+print(float((logp - logits.log_softmax(1).gather(1, ids[:, None])[:, 0]).abs().max()))
+"""
+
+
+@pytest.mark.parametrize("page", ["kernels/hub/CARD.md", "docs/kernels.md"])
+def test_the_code_that_loads_the_folder_runs_as_it_is_printed(folder, page, tmp_path):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), flags=re.DOTALL)
+    (code,) = [block for block in blocks if "get_local_kernel" in block]
+    (tmp_path / "rlvr-kernels").symlink_to(folder)
+    assert float(run_alone(tmp_path, INPUTS + code + DIFFERENCE)) < 1e-5
 
 
 def test_every_surrogate_is_public(folder):

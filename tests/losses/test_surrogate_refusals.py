@@ -112,6 +112,20 @@ def call(**kwargs):
             {"surrogate": rlvr_ops.Real(2), "alpha": 1.0, **OLD},
             "alpha > 0 and sampling_correction do not go with surrogate",
         ),
+        (
+            {"surrogate": rlvr_ops.Real(2), "sampling_correction": "token_truncate", **SAMPLED},
+            "alpha > 0 and sampling_correction do not go with surrogate",
+        ),
+        (
+            {
+                "surrogate": rlvr_ops.Real(2),
+                "top_entropy_quantile": 0.5,
+                "per_token_entropies": torch.zeros(2, 3),
+                **OLD,
+            },
+            r"surrogate Real\(.*\), which reads .* alone, nor does top_entropy_quantile < 1",
+        ),
+        ({"surrogate": "cipso"}, "got 'cipso'; did you mean 'cispo'"),
         ({"surrogate": rlvr_ops.Real(3), **OLD}, "group_size must divide the 2 rollouts of the batch, got 3"),
         (
             {"sampling_correction": "token_mask", **OLD, "sampling_per_token_logps": torch.zeros(2, 4)},
@@ -140,6 +154,20 @@ def test_what_makes_no_sense_is_refused(kwargs, message):
         (lambda: surrogates.ipo(0.0), "threshold must be > 0 and finite, got 0.0"),
         (lambda: surrogates.clip_cov(low=5.0), "low must be below high = 5.0, got 5.0"),
         (lambda: surrogates.clip_cov(share=0.0), "share must be > 0 and finite, got 0.0"),
+        (lambda: surrogates.clip_cov(share=2.0), "share must be at most 1, the share of all tokens, got 2.0"),
+        (lambda: surrogates.kl_cov(share=2.0), "share must be at most 1, the share of all tokens, got 2.0"),
+        (lambda: surrogates.clip_cov(low="a"), "low must be a number, got 'a'"),
+        (lambda: surrogates.clip_cov(high=None), "high must be a number, got None"),
+        (lambda: surrogates.clip_cov(seed=1.5), "seed must be an integer, got 1.5"),
+        (
+            lambda: surrogates.fipo(influence=1.2),
+            r"influence must be \(low, high\) with 0 <= low <= high, got \(1.2,\)",
+        ),
+        (
+            lambda: surrogates.fipo(influence="ab"),
+            r"influence must be \(low, high\) with 0 <= low <= high, got \('ab',\)",
+        ),
+        (lambda: surrogates.fipo(influence=("a", "b")), r"influence must be \(low, high\) with 0 <= low <= high, got"),
         (lambda: surrogates.kl_cov(coef=-1.0), "coef must be > 0 and finite, got -1.0"),
         (lambda: surrogates.fipo(influence=(1.2, 1.0)), r"influence must be \(low, high\) with 0 <= low <= high"),
         (lambda: surrogates.fipo(delta=1.0), r"delta must be > 1 \+ epsilon_high"),

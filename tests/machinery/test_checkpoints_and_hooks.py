@@ -45,6 +45,30 @@ def test_a_checkpoint_around_body_and_loss(schedule):
     assert_same_gradients(policy, checkpoint(policy, use_reentrant=False, **batch), batch)
 
 
+@both
+@reentrant
+@pytest.mark.parametrize("around", ["the loss alone", "body and loss"])
+def test_a_checkpoint_around_the_loss(schedule, use_reentrant, around):
+    """By backward: PyTorch's reentrant kind goes with nothing else."""
+    policy, plain = (make_policy(schedule=schedule, beta=0.1) for _ in range(2))
+    batch = make_batch()
+    ids, advantages = batch.pop("ids"), batch.pop("advantages")
+
+    def body(embedded):
+        return policy.norm(policy.block(embedded))
+
+    def loss(x):
+        states = x if around == "the loss alone" else body(x)
+        return rlvr_ops.ace_loss(states, policy.lm_head.weight, ids, advantages, **policy.loss, **batch).loss
+
+    embedded = policy.embedding(ids)
+    given = body(embedded) if around == "the loss alone" else embedded
+    checkpoint(loss, given, use_reentrant=use_reentrant).backward()
+    plain(ids, advantages, **batch).backward()
+    for ours, truth in zip(policy.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(ours.grad, truth.grad)
+
+
 SAVED = {
     "products of matrices": [torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default],
     "attention": [torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default],

@@ -104,6 +104,28 @@ def test_new_lengths_rollouts_active_rows_and_numbers_do_not_recompile(packed, c
         torch.testing.assert_close(loss, policy(**batch), rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.parametrize(
+    ("number", "value", "other"), [("beta", 0.1, 0.0), ("delta", 3.0, None), ("entropy_coef", 0.1, 0.0)]
+)
+def test_a_number_that_becomes_0_or_none_compiles_once_more_and_no_other_does(number, value, other):
+    policy, batch = make_policy(), make_batch()
+    policy.block = torch.nn.Identity()
+    compiled = torch.compile(policy, fullgraph=True, backend="aot_eager", dynamic=True)
+
+    def step(x, **config):
+        with torch._dynamo.config.patch(**config):
+            found = compiled(**batch, **{number: x})
+        torch.testing.assert_close(found, policy(**batch, **{number: x}), rtol=1e-12, atol=1e-14)
+
+    step(value)
+    step(1.1 * value, error_on_recompile=True)
+    with pytest.raises(torch._dynamo.exc.RecompileError):
+        step(other, error_on_recompile=True)
+    step(other)
+    for x in (other, 1.2 * value):
+        step(x, error_on_recompile=True)
+
+
 def test_a_scoring_pass_does_not_recompile_as_lengths_change():
     policy = make_policy()
 

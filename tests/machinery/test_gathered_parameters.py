@@ -80,26 +80,53 @@ def test_a_loss_in_the_heads_forward_has_the_gradients_of_parameters_that_stay(s
         assert parameter.untyped_storage().nbytes() == 0
 
 
-@both
-@kinds
-def test_a_weight_that_is_not_gathered_again_is_refused_and_never_read(schedule, freed):
+def head_and_losses():
+    """A head's weight and bias, and each loss of them by name."""
     batch = make_batch()
     ids, advantages = batch.pop("ids"), batch.pop("advantages")
     hidden = torch.randn(4, 8, 16, dtype=torch.float64, requires_grad=True)
-    weight = torch.nn.Parameter(torch.randn(61, 16, dtype=torch.float64))
+    weight, bias = (torch.nn.Parameter(torch.randn(*shape, dtype=torch.float64)) for shape in ((61, 16), (61,)))
+
+    def loss(schedule):
+        given = {"lm_head_bias": bias, "schedule": schedule, **batch}
+        return rlvr_ops.ace_loss(hidden, weight, ids, advantages, **given).loss
+
     losses = {
-        "two passes": lambda: rlvr_ops.ace_loss(hidden, weight, ids, advantages, schedule="two_pass", **batch).loss,
-        "token_logps": lambda: rlvr_ops.token_logps(hidden, weight, ids).logps.sum(),
+        "two passes": lambda: loss("two_pass"),
+        "token_logps": lambda: rlvr_ops.token_logps(hidden, weight, ids, lm_head_bias=bias).logps.sum(),
+        "a single pass": lambda: loss("single_pass"),
     }
-    part = Gathered(weight, freed)
-    for loss in losses.values():
+    return {"lm_head_weight": weight, "lm_head_bias": bias}, losses
+
+
+@kinds
+@pytest.mark.parametrize("name", ["lm_head_weight", "lm_head_bias"])
+@pytest.mark.parametrize("loss", ["two passes", "token_logps"])
+def test_a_parameter_that_is_not_gathered_again_is_refused_and_never_read(loss, name, freed):
+    parameters, losses = head_and_losses()
+    part = Gathered(parameters[name], freed)
+    part.gather()
+    value = losses[loss]()
+    part.free()
+    with pytest.raises(RuntimeError, match=f"{name} was freed between forward and backward: gather it again"):
+        value.backward()
+
+
+def test_a_single_pass_reads_no_parameter_in_backward_and_pytorch_refuses_a_gradient_of_another_shape():
+    parameters, losses = head_and_losses()
+    weight = parameters["lm_head_weight"]
+    truth = torch.autograd.grad(losses["a single pass"](), weight)[0]
+    for freed in ("resized", "replaced"):
+        part = Gathered(weight, freed)
         part.gather()
-        value = loss()
+        value = losses["a single pass"]()
         part.free()
-        with pytest.raises(
-            RuntimeError, match="lm_head_weight was freed between forward and backward: gather it again"
-        ):
-            value.backward()
+        if freed == "replaced":
+            with pytest.raises(RuntimeError, match=r"shape|size"):
+                value.backward()
+        else:
+            assert torch.equal(torch.autograd.grad(value, weight)[0], truth)
+            part.gather()
 
 
 def test_an_empty_weight_is_refused_with_the_way_out():

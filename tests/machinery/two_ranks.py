@@ -69,7 +69,7 @@ def gradients(policy):
 
 
 def error(distribute, schedule, mesh):
-    """The largest difference of a gradient, relative to its largest entry."""
+    """The largest difference of a gradient, relative to its largest entry; raise if one is not finite."""
     policy = make_policy(schedule=schedule, beta=0.1)
     if distribute is fsdp_tied:
         policy.lm_head.weight = policy.embedding.weight
@@ -82,6 +82,8 @@ def error(distribute, schedule, mesh):
     model = distribute(policy, mesh)
     model(num_items_in_batch=ROLLOUTS / RANKS, **mine).backward()
     found, truth = gradients(policy), gradients(one)
+    for name, gradient in found.items():
+        assert bool(gradient.isfinite().all()), f"{distribute.__name__} {schedule}: {name} is not finite"
     return max(float((found[name] - x).abs().max() / x.abs().max()) for name, x in truth.items())
 
 

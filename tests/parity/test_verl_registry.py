@@ -97,6 +97,22 @@ def test_verl_weighs_dros_penalty_too_and_we_its_surrogate_alone():
     assert_parity(got, plus(theirs, differentiate(difference, batch)))
 
 
+def test_verl_weighs_kl_covs_penalty_too_and_we_its_surrogate_alone():
+    """Every token is held, but here none of the rollout without an advantage."""
+    batch = make_batch()
+    weights = verl_peer.correction_weights(batch, "token", 1.1)
+    theirs = verl_loss(batch, "kl_cov", "token-mean", weights=weights, kl_cov_ratio=1.0)
+
+    def difference(logps, entropies):
+        held = (batch.advantages != 0)[:, None].to(weights)
+        return aggregate((held - weights) * 0.7 * (logps - batch.old).abs(), batch.mask, "dapo")
+
+    given = {"surrogate": surrogates.kl_cov(share=1.0, coef=0.7), **WEIGHTS}
+    assert_parity(
+        our_loss(batch, "kl_cov", "token-mean", old=True, **given), plus(theirs, differentiate(difference, batch))
+    )
+
+
 @pytest.mark.parametrize("name", ["clip_cov", "kl_cov"])
 def test_verl_chooses_by_the_covariance_of_plain_advantages_and_we_of_weighted_ones(name):
     batch = make_batch()

@@ -1,6 +1,8 @@
 """rlvr_ops.integrations.ms_swift in ms-swift's own GRPOTrainer."""
 
+import math
 from collections import defaultdict
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -11,10 +13,10 @@ from swift.rlhf_trainers import GRPOTrainer
 from swift.rlhf_trainers import grpo_trainer as module
 from swift.trainers.trainer_factory import TrainerFactory
 
-from rlvr_ops import ace_loss_from_logps
+from rlvr_ops import Real, ace_loss_from_logps
 from rlvr_ops.integrations import ms_swift
 from rlvr_ops.integrations.settings import Settings
-from rlvr_ops.surrogates import SURROGATES
+from rlvr_ops.surrogates import SURROGATES, Fipo
 
 LOSS_TYPES = {"grpo": "grpo", "bnpo": "bnpo", "dr_grpo": "dr_grpo", "dapo": "dapo"}
 
@@ -99,6 +101,45 @@ def test_alpha_0_is_ms_swifts_loss(loss_type, settings):
     batch = make_batch()
     ours = found(batch, Settings(alpha=0.0), loss_type=loss_type, **settings)
     assert_same(ours, found(batch, loss_type=loss_type, **settings), tolerance=0)
+
+
+FIPO = {"alpha": 0.0, "loss_type": "dapo", "surrogate": Fipo(influence=(0.8, 1.2), half_life=2.0, safe_ratio=1.2)}
+SWIFTS_FIPO = {"loss_type": "fipo", "beta": 0.0, "fipo_gamma": 2 ** (-1 / 2), "fipo_safety_threshold": 1.2}
+
+
+@pytest.mark.parametrize("delta", [None, 1.3])
+def test_fipo_is_ms_swifts(delta):
+    batch = make_batch()
+    surrogate = replace(FIPO["surrogate"], delta=delta)
+    args = SimpleNamespace(delta=delta, gradient_accumulation_steps=2)
+    assert_same(found(batch, **SWIFTS_FIPO, args=args), wanted(batch, **{**FIPO, "surrogate": surrogate}))
+
+
+def test_fipo_skips_a_tools_tokens_that_ms_swift_counts():
+    batch = make_batch()
+    batch.mask[:, 1] = False
+    theirs, ours = found(batch, **SWIFTS_FIPO), wanted(batch, **FIPO)
+    first, second = theirs[1][:, 0], ours[1][:, 0]
+    assert not torch.allclose(first, second)
+    torch.testing.assert_close(theirs[1][:, 2:], ours[1][:, 2:])
+
+
+REAL = {"alpha": 0.0, "loss_type": "grpo", "surrogate": Real(3, tau=0.7)}
+SWIFTS_REAL = {"loss_type": "real", "beta": 0.0, "real_tau": 0.7, "num_generations": 3}
+
+
+def test_real_is_ms_swifts():
+    batch = make_batch()
+    assert_same(found(batch, **SWIFTS_REAL), wanted(batch, **REAL))
+
+
+def test_real_labels_no_rollout_without_tokens_and_ms_swift_calls_it_wrong():
+    """At a ratio of 1 and beside one right and one wrong rollout, it makes log(1 + 1 + 1) of log(1 + 1), for one group of two."""
+    batch = make_batch()
+    batch.logps = batch.old.clone()
+    batch.mask[2] = False
+    ours, theirs = (f(batch, **given)[0] for f, given in ((wanted, REAL), (found, SWIFTS_REAL)))
+    assert (theirs - ours).item() == pytest.approx(math.log(3 / 2) / 2, rel=1e-5)
 
 
 @pytest.mark.parametrize("settings", [{}, {"surrogate": "sapo"}])
