@@ -115,7 +115,8 @@ def test_the_workers_get_a_loss_that_sees_the_reference(monkeypatch, models):
     assert loss == pytest.approx(out.loss.item(), abs=1e-5)
 
 
-def test_another_loss_is_left_to_verl_and_its_advantages_are_weighed(monkeypatch):
+@pytest.mark.parametrize("loss", ["vanilla", "rlvr-cispo"])
+def test_another_loss_is_left_to_verl_and_its_advantages_are_weighed(loss, monkeypatch):
     tensors, sent, put = tiny.batch(), [], {}
     mask = tensors["response_mask"]
     stored = {
@@ -141,7 +142,7 @@ def test_another_loss_is_left_to_verl_and_its_advantages_are_weighed(monkeypatch
     monkeypatch.setattr(ours, "tq", Queue())
     monkeypatch.setattr(PPOTrainerSync, "_setup", lambda self: None)
     monkeypatch.setattr(PPOTrainerSync, "_compute_advantage", lambda self, batch, metrics: batch)
-    trainer = make(*SCORED, "+ace.alpha=0.8")
+    trainer = make(*SCORED, "+ace.alpha=0.8", f"actor_rollout_ref.actor.policy_loss.loss_mode={loss}")
     trainer.actor_rollout_wg = SimpleNamespace(set_loss_fn=sent.append)
     trainer._setup()
     metrics = {}
@@ -168,6 +169,26 @@ def test_weighing_takes_advantages_per_token_and_touches_wrong_rollouts_only():
     assert weighed[0].tolist() == [0.5, 0.5, 0.0]
     torch.testing.assert_close(weighed[1], torch.full((3,), -0.5 * (1 + math.log(2))))
     assert metrics["actor/ace/weight/mean"] == pytest.approx(1 + math.log(2))
+
+
+@pytest.mark.parametrize("numbers", [{"reduction": "sum", "alpha": 0.1}, {"shape": "relu"}])
+def test_weighing_follows_every_number_of_ace(numbers):
+    tensors, ace = tiny.batch(), Ace(confidence="old", **numbers)
+    given = (tensors["advantages"], tensors["old_log_probs"], tensors["ref_log_prob"], tensors["response_mask"])
+    weighed, metrics = ours.weighed(*given, ace=ace)
+    wanted = ace_advantages(*given, alpha=ace.alpha, confidence_reduction=ace.reduction, shape=ace.shape)
+    torch.testing.assert_close(weighed, wanted)
+    plain, _ = ours.weighed(*given, ace=Ace(confidence="old", alpha=ace.alpha))
+    assert not torch.equal(weighed, plain)
+    most = (wanted / tensors["advantages"])[tensors["response_mask"] == 1].max()
+    assert metrics["actor/ace/weight/max"] == pytest.approx(float(most), rel=1e-5)
+
+
+def test_a_reference_of_zeros_is_refused_where_advantages_are_weighed():
+    tensors = tiny.batch()
+    ref = torch.zeros_like(tensors["old_log_probs"])
+    with pytest.raises(ValueError, match=r"ref_log_prob holds only zeros.*use_kl_loss=True"):
+        ours.weighed(tensors["advantages"], tensors["old_log_probs"], ref, tensors["response_mask"], ace=Ace())
 
 
 @pytest.mark.parametrize("overrides", [(*SCORED, ACE_LOSS), ("+ace.alpha=0",)], ids=["weighing-loss", "alpha-0"])
