@@ -131,7 +131,9 @@ def test_a_reference_of_zeros_is_refused_whatever_the_padding_holds():
     batch = make_batch()
     zeros = torch.where(batch.mask, 0.0, 7.0)
     with pytest.raises(ValueError, match="reference's values holds only zeros.*score it, or alpha=0"):
-        Settings().check_reference("reference's values", rollouts_of(batch, ref_per_token_logps=zeros), batch.logps, "score it")
+        Settings().check_reference(
+            "reference's values", rollouts_of(batch, ref_per_token_logps=zeros), batch.logps, "score it"
+        )
     certain = torch.where(batch.mask, -1e-4, -7.0)
     Settings().check_reference("ref", rollouts_of(batch, ref_per_token_logps=zeros), certain, "score it")
 

@@ -157,7 +157,9 @@ class PolicyLoss:
         ace = reference.current().ace
         if ace is None:
             ace = read_ace()
-            say_once(f"{ace} from the environment or by default: trainer.v1.trainer_mode=ace alone reads the section ace")
+            say_once(
+                f"{ace} from the environment or by default: trainer.v1.trainer_mode=ace alone reads the section ace"
+            )
         return ace
 
 
