@@ -14,9 +14,8 @@ from rlvr_ops.objectives.objective import LossOutput, Objective, correction
 from rlvr_ops.rollouts import Rollouts
 from rlvr_ops.surrogates import SURROGATES, Clip
 
-LEAST_LIKELY = (
-    -1.0
-)  # nats of a whole batch: a reference that is certain of what the policy finds less likely was not scored
+# In nats over the batch: zeros everywhere mean that the reference was skipped, unless the policy is that certain too.
+LEAST_LIKELY = -1.0
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,12 @@ class Settings:
     off_policy_mask_threshold: float | None = None
 
     def __post_init__(self) -> None:
-        self.objective("dapo"), self.ace  # raise for what is wrong
+        ace, objective = self.ace, self.objective("dapo")  # both raise for what is wrong
+        if ace.alpha > 0 and getattr(objective.function, "signs_only", False):
+            raise ValueError(
+                f"alpha={self.alpha} does nothing with surrogate={self.surrogate!r}, which reads the advantages' signs alone: "
+                "set alpha=0"
+            )
         if self.surrogate is not None:
             return
         for name, default in (
@@ -117,16 +121,9 @@ class Settings:
 
         name: what the framework calls the reference's log-probabilities. how: the setting that makes it score them.
         """
-        if self.alpha == 0:
-            return
-        wanted = f"ACE compares the policy with the reference: {how}, or alpha=0 to leave ACE out"
-        if rollouts.ref_per_token_logps is None:
-            raise ValueError(f"{name} is missing, and {wanted}")
-        ref, logps = rollouts.ref_per_token_logps, per_token_logps.detach()
-        if rollouts.completion_mask is not None:
-            ref, logps = (values.masked_fill(rollouts.completion_mask == 0, 0) for values in (ref, logps))
-        if not bool(ref.any()) and bool(logps.sum() < LEAST_LIKELY):
-            raise ValueError(f"{name} holds only zeros, what is there when no reference was scored, and {wanted}")
+        if self.alpha > 0:
+            wanted = f"ACE compares the policy with the reference: {how}, or alpha=0 to leave ACE out"
+            check_reference(name, rollouts, per_token_logps, wanted)
 
     def refuse_whole_batches(self, because: str) -> None:
         """Raise ValueError if the surrogate compares a batch's tokens with one another, where `because` keeps it from that."""
@@ -137,3 +134,17 @@ class Settings:
         """The log-probabilities of the policy whose confidence counts."""
         old = rollouts.old_per_token_logps
         return old if self.confidence == "old" and old is not None else per_token_logps
+
+
+def check_reference(name: str, rollouts: Rollouts, per_token_logps: Tensor, wanted: str) -> None:
+    """Raise ValueError if the reference is missing, or only zeros where the policy is not certain. One host sync or two.
+
+    name: what the framework calls the reference's log-probabilities. wanted: the end of the message, what to do.
+    """
+    if rollouts.ref_per_token_logps is None:
+        raise ValueError(f"{name} is missing, and {wanted}")
+    ref, logps = rollouts.ref_per_token_logps, per_token_logps.detach()
+    if rollouts.completion_mask is not None:
+        ref, logps = (values.masked_fill(rollouts.completion_mask == 0, 0) for values in (ref, logps))
+    if not bool(ref.any()) and bool(logps.sum() < LEAST_LIKELY):
+        raise ValueError(f"{name} holds only zeros, what is there when no reference was scored, and {wanted}")

@@ -11,6 +11,7 @@ from framework_cases import SETTINGS, make_batch
 
 from rlvr_ops import Cispo, Dppo, Rollouts, ace_advantages, ace_loss_from_logps
 from rlvr_ops.integrations.settings import Settings
+from rlvr_ops.surrogates import Real
 
 NAMES = ["prime_rl", "skyrl", "slime", "nemo_rl", "openrlhf", "ms_swift"]
 FRAMEWORKS = ["prime_rl", "skyrl", "slime", "nemo_rl", "openrlhf", "swift", "ray", "trl", "transformers"]
@@ -113,12 +114,28 @@ def test_a_surrogate_takes_its_numbers_and_corrections(settings):
         ({"sampling_correction": "token_mask"}, "sampling_correction.*framework's own loss"),
         ({"surrogate_parameters": {"epsilon_low": 0.1}}, "surrogate_parameters.*framework's own loss"),
         ({"off_policy_mask_threshold": 0.1}, "off_policy_mask_threshold.*framework's own loss"),
+        ({"surrogate": Real(2)}, "alpha=1.0 does nothing with surrogate=Real.*signs alone: set alpha=0"),
         ({"surrogate": Dppo(), "importance_sampling_level": "sequence"}, "importance_sampling_level"),
     ],
 )
 def test_a_bad_setting_is_refused_by_name(settings, message):
     with pytest.raises(ValueError, match=message):
         Settings(**settings)
+
+
+def test_a_surrogate_of_signs_is_taken_with_alpha_0():
+    assert Settings(alpha=0.0, surrogate=Real(2)).objective("grpo").surrogate == Real(2)
+
+
+def test_a_reference_of_zeros_is_refused_whatever_the_padding_holds():
+    batch = make_batch()
+    zeros = torch.where(batch.mask, 0.0, 7.0)
+    with pytest.raises(ValueError, match=r"reference's values holds only zeros.*score it, or alpha=0"):
+        Settings().check_reference(
+            "reference's values", rollouts_of(batch, ref_per_token_logps=zeros), batch.logps, "score it"
+        )
+    certain = torch.where(batch.mask, -1e-4, -7.0)
+    Settings().check_reference("ref", rollouts_of(batch, ref_per_token_logps=zeros), certain, "score it")
 
 
 @pytest.mark.parametrize("name", NAMES)

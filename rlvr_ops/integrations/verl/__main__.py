@@ -2,6 +2,7 @@
 
 import os
 import sys
+import warnings
 from importlib.metadata import entry_points, version
 
 TESTED = "0.9.1"
@@ -15,8 +16,8 @@ def report() -> list[tuple[bool, str]]:
     ]
     policy = os.environ.get("VERL_USE_EXTERNAL_PLUGINS", "auto")
     allowed = policy.strip().lower() == "auto" or "rlvr_ops" in policy
-    found = "found" if points else "missing: install rlvr-ops again (pip install -e . after an update)"
-    lines.append((bool(points), f"entry point verl.plugins: {found}"))
+    again = "" if points else ": install rlvr-ops again (pip install -e . after an update)"
+    lines.append((bool(points), f"entry point verl.plugins{again}"))
     lines.append((allowed, f"VERL_USE_EXTERNAL_PLUGINS={policy}" + ("" if allowed else " leaves rlvr_ops out")))
     import verl  # noqa: F401  # loads the plug-ins
 
@@ -26,12 +27,18 @@ def report() -> list[tuple[bool, str]]:
         plugin.load(part)
     for part, what in plugin.PARTS.items():
         error = plugin.FAILURES.get(part)
-        lines.append((error is None, what if error is None else f"{what}: {error!r}"))
+        lines.append((error is None, what if error is None else f"{what}: {error!r}{_remedy(error)}"))
     return lines
+
+
+def _remedy(error: Exception) -> str:
+    """What to install, where verl leaves a package out that its trainers import."""
+    return ": pip install TransferQueue" if getattr(error, "name", None) == "transfer_queue" else ""
 
 
 def main() -> int:
     """Print the report; return the exit status."""
+    warnings.simplefilter("ignore")  # verl's, of each engine that is not installed
     try:
         lines = report()
     except Exception as error:  # verl itself

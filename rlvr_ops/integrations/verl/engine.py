@@ -59,7 +59,7 @@ class HeadEngine(FSDPEngineWithLMHead):
         return inputs, output_args
 
     def forward_step(self, micro_batch: Any, loss_function: Callable[..., Any] | None, forward_only: bool) -> Any:
-        """As verl's, with the micro-batch's reference in the loss's sight."""
+        """As verl's, with a loss that can read the micro-batch's reference."""
 
         def loss(**given: Any) -> Any:
             with scored_by(given["data"]):

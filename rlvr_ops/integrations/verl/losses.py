@@ -5,15 +5,17 @@ Clip ranges, temperatures and the aggregation are those of verl's actor configur
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from verl.trainer.ppo.core_algos import register_policy_loss
 
 from rlvr_ops import Ace, Objective, Rollouts, SamplingCorrection, policy_loss_from_logps, surrogates
+from rlvr_ops.integrations.settings import check_reference
 from rlvr_ops.integrations.verl import reference
 from rlvr_ops.integrations.verl.settings import read_ace, say_once
+from rlvr_ops.objectives.custom import SurrogateFunction, SurrogateRows
 
 WEIGHTED = SamplingCorrection("token_truncate", clip_max=None)  # verl has made and bounded the weights
 SCORE_IT = "actor_rollout_ref.actor.use_kl_loss=True actor_rollout_ref.actor.kl_loss_coef=0"
@@ -39,6 +41,22 @@ def _dual_clip(config: Any) -> surrogates.Surrogate:
 
 def _clip(config: Any) -> surrogates.Surrogate:
     return surrogates.Clip(*_range(config))
+
+
+@dataclass(frozen=True)
+class WeighedTokens:
+    """A surrogate of a whole batch whose token losses are multiplied by the rollout correction's weights, as verl does it.
+
+    In the advantages they would also choose other tokens, and leave a penalty unweighted.
+    """
+
+    surrogate: SurrogateFunction
+    whole_batch: ClassVar[bool] = True
+
+    def __call__(self, per_token_logps: Tensor, rows: SurrogateRows) -> Tensor:
+        """The token losses, weighted."""
+        weights = (rows.old_per_token_logps - rows.sampling_per_token_logps).exp()  # type: ignore[operator]
+        return self.surrogate(per_token_logps, rows) * weights
 
 
 def _clip_cov(config: Any) -> surrogates.ClipCov:
@@ -92,11 +110,11 @@ class PolicyLoss:
         """The loss over tensors (B, T), in verl's denominators, and its metrics as numbers.
 
         Raises:
-            ValueError: ACE without a reference, or an aggregation other than the one that the name stands for.
+            ValueError: ACE without a reference or with one of zeros, or an aggregation other than the one that the name stands for.
         """
         objective = self._objective(loss_agg_mode, config)
         if rollout_is_weights is not None:
-            objective = replace(objective, sampling=WEIGHTED)
+            objective = _corrected(objective)
         mask = response_mask.bool()
         rollouts = Rollouts(
             None,
@@ -107,6 +125,12 @@ class PolicyLoss:
             completion_mask=mask,
             num_items_in_batch=_items(loss_agg_mode, mask, config.global_batch_info),
         )
+        if objective.ace.alpha > 0:
+            wanted = (
+                f"loss_mode={self.name} compares the policy with its reference, which verl hands to no policy loss: set "
+                f"trainer.v1.trainer_mode=ace (or VERL_ENGINE_VENDOR=rlvr_ops), and {SCORE_IT} so that it is scored"
+            )
+            check_reference("ref_log_prob", rollouts, log_prob, wanted)
         out = policy_loss_from_logps(log_prob, rollouts, objective)
         moved = (old_log_prob - log_prob.detach()).masked_fill(~mask, 0).sum() / mask.sum().clamp(min=1)
         metrics = out.metrics | {"actor/pg_clipfrac": out.metrics["clip_ratio/region_mean"], "actor/ppo_kl": moved}
@@ -131,14 +155,20 @@ class PolicyLoss:
     def _ace(self) -> Ace:
         if not self.with_ace:
             return Ace(alpha=0.0)
-        logps, ace = reference.current()
-        ace = read_ace() if ace is None else ace
-        if ace.alpha > 0 and logps is None:
-            raise ValueError(
-                f"loss_mode={self.name} compares the policy with its reference, and verl hands a policy loss none: set "
-                f"trainer.v1.trainer_mode=ace (or VERL_ENGINE_VENDOR=rlvr_ops), and {SCORE_IT} so that it is scored"
+        ace = reference.current().ace
+        if ace is None:
+            ace = read_ace()
+            say_once(
+                f"{ace} from the environment or by default: trainer.v1.trainer_mode=ace alone reads the section ace"
             )
         return ace
+
+
+def _corrected(objective: Objective) -> Objective:
+    """The objective with the rollout correction's weights: of the advantages, or of a whole batch's token losses."""
+    if objective.function is not None and getattr(objective.function, "whole_batch", False):
+        return replace(objective, surrogate=WeighedTokens(objective.function))
+    return replace(objective, sampling=WEIGHTED)
 
 
 def _items(mode: str, mask: Tensor, batch: dict[str, Any]) -> Any:

@@ -26,7 +26,7 @@ current = _current.get
 
 @contextmanager
 def scored_by(data: Any, ace: Ace | None = None) -> Iterator[None]:
-    """Show the losses that are called inside `data`'s ref_log_prob, and ACE's numbers (else they read the environment)."""
+    """Let losses called in this context read data's ref_log_prob, and ACE's numbers (else they read the environment)."""
     logps = data.select("ref_log_prob").to_padded_tensor()["ref_log_prob"] if "ref_log_prob" in data else None
     token = _current.set(Reference(logps, ace))
     try:
@@ -36,7 +36,7 @@ def scored_by(data: Any, ace: Ace | None = None) -> Iterator[None]:
 
 
 def ppo_loss(model_output: Any, data: Any, dp_group: Any = None, *, config: Any, ace: Ace | None = None) -> Any:
-    """verl's `ppo_loss` for `set_loss_fn(partial(ppo_loss, config=actor_config))`, with the reference in its losses' sight."""
+    """verl's `ppo_loss` for `set_loss_fn(partial(ppo_loss, config=actor_config))`, whose losses can read the reference."""
     from verl.workers.utils import losses
 
     with scored_by(data, ace):

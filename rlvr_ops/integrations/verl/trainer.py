@@ -1,11 +1,10 @@
 """verl's synchronous trainer with ACE, chosen by `trainer.v1.trainer_mode=ace`.
 
-Where the policy loss is one of ours (`loss_mode=ace...`), the loss weighs, and is given the reference: that allows the confidence
-of the policy in training. Under any other loss the advantages are weighed, by the confidence of the policy that sampled.
+Where the policy loss is one of ours (`loss_mode=ace...`), the loss applies ACE, and is given the reference: that allows the
+confidence of the policy in training. Under any other loss ACE weights the advantages, by the confidence of the policy that sampled.
 """
 
 import copy
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -19,7 +18,8 @@ from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils.config import omega_conf_to_dataclass
 from verl.workers.utils.padding import response_to_nested
 
-from rlvr_ops import Ace, Objective, Reinforce, Rollouts, ace_advantages, policy_loss_from_logps
+from rlvr_ops import Ace, Rollouts
+from rlvr_ops.integrations.settings import Settings
 from rlvr_ops.integrations.verl.losses import NAMES, SCORE_IT
 from rlvr_ops.integrations.verl.reference import ppo_loss
 from rlvr_ops.integrations.verl.settings import read_ace, say_once
@@ -29,7 +29,7 @@ FIELDS = ("advantages", "old_log_probs", "ref_log_prob", "response_mask")
 
 @register_trainer("ace")
 class ACETrainer(PPOTrainerSync):
-    """`PPOTrainerSync` with ACE. Its numbers are the configuration's section `ace`: `+ace.alpha=1.0`.
+    """`PPOTrainerSync` with ACE. Its numbers are the configuration's section `ace`: `++ace.alpha=1.0`.
 
     Raises:
         ValueError: no reference is scored, a confidence that the loss cannot have, or distillation under a loss of ours.
@@ -44,7 +44,7 @@ class ACETrainer(PPOTrainerSync):
             raise ValueError(f"ACE compares the policy with a reference, and none is scored: set {SCORE_IT}")
         if not self.ace_in_loss and self.ace.confidence != "old":
             raise ValueError(
-                f"ace.confidence={self.ace.confidence} needs a policy loss that weighs: set "
+                f"ace.confidence={self.ace.confidence} needs a policy loss that applies ACE: set "
                 f"actor_rollout_ref.actor.policy_loss.loss_mode=ace, got {loss_mode}"
             )
         if self.ace_in_loss and is_distillation_enabled(config.get("distillation")):
@@ -78,11 +78,13 @@ class ACETrainer(PPOTrainerSync):
 
 
 def weighed(advantages: Tensor, old: Tensor, ref: Tensor, mask: Tensor, *, ace: Ace) -> tuple[Tensor, dict[str, float]]:
-    """ACE's advantages (B, T) by the confidence of the policy that sampled, and its metrics under verl's prefix."""
-    mask = mask.bool()
-    rollouts = Rollouts(None, advantages, ref_per_token_logps=ref, completion_mask=mask)
-    objective = Objective(Reinforce(), ace=replace(ace, confidence="current"))  # the current one of this call is old
-    metrics = policy_loss_from_logps(old, rollouts, objective).metrics
-    found = {f"actor/{name}": float(value) for name, value in metrics.items() if name.startswith("ace/")}
-    given = {"alpha": ace.alpha, "confidence_reduction": ace.reduction, "shape": ace.shape}
-    return ace_advantages(advantages, old, ref, mask, **given), found  # type: ignore[arg-type]
+    """ACE's advantages (B, T) by the confidence of the policy that sampled, and its metrics under verl's prefix.
+
+    Raises:
+        ValueError: a reference of zeros.
+    """
+    chosen = Settings(ace.alpha, "old", ace.reduction, ace.shape)
+    rollouts = Rollouts(None, advantages, ref, completion_mask=mask.bool())
+    chosen.check_reference("ref_log_prob", rollouts, old, f"set {SCORE_IT}")
+    metrics = {f"actor/{name}": float(value) for name, value in chosen.metrics(old, rollouts).items()}
+    return chosen.advantages(old, rollouts), metrics

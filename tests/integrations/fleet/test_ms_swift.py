@@ -209,11 +209,18 @@ def test_a_missing_reference_is_refused():
         ({"rollout_importance_sampling_mode": "token_truncate"}, "rollout_importance_sampling_mode"),
         ({"off_policy_sequence_mask_delta": 0.1}, "off_policy_sequence_mask_delta"),
         ({"top_entropy_quantile": 0.2}, "top_entropy_quantile"),
+        ({"chord_sft_iterator": iter(())}, "chord_sft_iterator"),
     ],
 )
 def test_what_a_surrogate_would_ignore_is_refused(attributes, message):
     with pytest.raises(ValueError, match=message):
-        ms_swift.check(trainer_of(**attributes), Settings(surrogate="cispo"))
+        ms_swift.check(trainer_of(**attributes), Settings(alpha=0.0, surrogate="cispo"))
+
+
+def test_ace_with_a_loss_of_signs_is_refused():
+    with pytest.raises(ValueError, match="--loss_type real reads the advantages' signs alone"):
+        ms_swift.check(trainer_of(loss_type="real"), Settings())
+    ms_swift.check(trainer_of(loss_type="real"), Settings(alpha=0.0))
 
 
 def test_rlhf_type_grpo_finds_our_trainer(monkeypatch):

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,10 @@ os.environ |= {
     "PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")]),
 }
 sys.path.insert(0, str(HERE))
+trl = find_spec("trl")
+assert trl is None or trl.origin, (
+    f"{list(trl.submodule_search_locations)} looks like the package trl, which verl then imports"
+)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -38,12 +38,12 @@ def mode_of(method):
     return METHODS[method.replace("-", "_")].aggregation or "token-mean"
 
 
-def run(loss_mode, data, logps, ace=None, loss=ppo_loss, counts=None, mode="token-mean", **config):
+def run(loss_mode, data, logps, ace=None, loss=ppo_loss, counts=None, mode="token-mean", numbers=None, **config):
     """Loss, its gradient by logps (B, T), and metrics of verl's ppo_loss."""
     logps = logps.clone().requires_grad_()
     values = torch.cat([torch.cat([row, row.new_zeros(1)]) for row in logps])  # one prompt token, no padding
     td = tiny.plain(data, counts)
-    actor = tiny.actor(loss_mode, loss_agg_mode=mode, **CLIP | config)
+    actor = tiny.actor(loss_mode, numbers, loss_agg_mode=mode, **CLIP | config)
     if loss is ppo_loss:
         value, metrics = ppo_loss({"log_probs": values}, td, config=actor, ace=ace)
     else:
@@ -75,10 +75,38 @@ def test_ace_with_alpha_0_is_verls_vanilla_loss(mode, weights, logps):
     theirs = run("vanilla", data, logps, loss=losses.ppo_loss, mode=mode)
     close(ours, theirs)
     assert ours[2]["actor/ppo_kl"] == pytest.approx(theirs[2]["actor/ppo_kl"], abs=1e-6)
+    assert ours[2]["actor/pg_clipfrac"] == pytest.approx(theirs[2]["actor/pg_clipfrac"], abs=1e-6)
 
 
-def test_kl_cov_is_verls(data, logps):
-    close(run("rlvr-kl-cov", data, logps), run("kl_cov", data, logps, loss=losses.ppo_loss))
+def test_pg_clipfrac_counts_what_verl_counts_as_pg_clipfrac_lower_too(data, logps):
+    logps[1, :2] = data["old_log_probs"][1, :2] + 1.5  # of a wrong rollout, beyond clip_ratio_c = 3
+    ours, theirs = run("ace", data, logps, Ace(alpha=0.0)), run("vanilla", data, logps, loss=losses.ppo_loss)
+    close(ours, theirs)
+    assert theirs[2]["actor/pg_clipfrac_lower"] > 0
+    verls = theirs[2]["actor/pg_clipfrac"] + theirs[2]["actor/pg_clipfrac_lower"]
+    assert ours[2]["actor/pg_clipfrac"] == pytest.approx(verls, abs=1e-6)
+
+
+@pytest.mark.parametrize("weights", [False, True], ids=["", "rollout_is_weights"])
+@pytest.mark.parametrize(
+    ("name", "numbers"),
+    [
+        ("kl-cov", {}),
+        ("kl-cov", {"kl_cov_ratio": 0.3, "ppo_kl_coef": 1.0}),
+        ("clip-cov", {"clip_cov_ratio": 1.0, "clip_cov_lb": 0.05}),  # every candidate, so that nothing is drawn
+    ],
+)
+def test_a_loss_of_the_whole_batch_is_verls(name, numbers, weights, logps):
+    data = tiny.batch(weights=weights)
+    theirs = run(name.replace("-", "_"), data, logps, loss=losses.ppo_loss, numbers=numbers)
+    close(run(f"rlvr-{name}", data, logps, numbers=numbers), theirs)
+
+
+def test_verls_geo_mean_counts_a_rollout_without_tokens_and_gmpo_leaves_it_out(data, logps):
+    data["response_mask"][2] = 0
+    mode = "seq-mean-token-mean"
+    loss, gradient, _ = run("rlvr-gmpo", data, logps, mode=mode)
+    close((loss * 3 / 4, gradient * 3 / 4), run("geo_mean", data, logps, loss=losses.ppo_loss, mode=mode), 1e-5)
 
 
 @pytest.mark.parametrize("weights", [False, True], ids=["", "rollout_is_weights"])
@@ -160,6 +188,13 @@ def test_ace_without_a_reference_is_refused(data, logps):
         run("ace", data, logps)
 
 
+def test_a_reference_of_zeros_is_refused(data, logps):
+    data["ref_log_prob"] = torch.where(data["response_mask"] == 1, 0.0, -3.0)
+    with pytest.raises(ValueError, match=r"ref_log_prob holds only zeros.*use_kl_loss=True .*kl_loss_coef=0"):
+        run("ace", data, logps)
+    run("ace", data, logps, Ace(0.0))
+
+
 def test_verls_registry_alone_is_refused_although_the_batch_has_a_reference(data, logps):
     with pytest.raises(ValueError, match=r"trainer_mode=ace \(or VERL_ENGINE_VENDOR=rlvr_ops\)"):
         run("ace", data, logps, loss=losses.ppo_loss)
@@ -170,9 +205,14 @@ def test_another_aggregation_than_the_names_is_refused(data, logps):
         run("ace-grpo", data, logps, Ace())
 
 
-def test_without_a_trainer_alpha_comes_from_the_environment(data, logps, monkeypatch):
+def test_without_a_trainer_alpha_comes_from_the_environment_and_the_log_says_so(data, logps, monkeypatch, caplog):
+    say_once.cache_clear()
     monkeypatch.setenv("RLVR_OPS_ACE_ALPHA", "2.5")
-    close(run("ace", data, logps), run("ace", data, logps, Ace(2.5)), 0)
+    wanted = run("ace", data, logps, Ace(2.5))
+    assert "environment" not in caplog.text
+    close(run("ace", data, logps), wanted, 0)
+    assert "alpha=2.5" in caplog.text
+    assert "from the environment or by default: trainer.v1.trainer_mode=ace alone reads the section ace" in caplog.text
 
 
 def test_the_numbers_are_said_once(data, logps, caplog):

@@ -31,9 +31,26 @@ def trainer(config):
     return get_trainer_cls(config.trainer.v1.trainer_mode)(config)
 
 
-def test_the_five_lines_of_the_readme_train_with_ace(tmp_path):
-    """The lines as they stand, in a whole run of main_ppo: Ray, TransferQueue, two updates."""
+HEAD = "log-probabilities without logits, by our head"
+PLACES = {  # loss_mode, further configuration, and what processes log once
+    "loss": ("ace", (), ("in the loss ace", "loss_mode=ace: Clip(", HEAD)),
+    "advantages": (
+        "vanilla",
+        tuple(
+            f"actor_rollout_ref.actor.{setting}"
+            for setting in ("ppo_mini_batch_size=2", "ppo_micro_batch_size_per_gpu=8", "ppo_epochs=2")
+        ),
+        ("in the advantages of the loss vanilla", HEAD),
+    ),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_the_five_lines_of_the_readme_train_with_ace(place, tmp_path):
+    """The lines as they stand, or with verl's loss, in a whole run of main_ppo: Ray, TransferQueue, two steps."""
     assert len(LINES.splitlines()) == 5
+    loss_mode, overrides, lines = PLACES[place]
+    script = LINES.replace("loss_mode=ace", f"loss_mode={loss_mode}")
     tiny_run.make(tmp_path)
     environment = os.environ | {
         "RUN": str(tmp_path),
@@ -45,14 +62,14 @@ def test_the_five_lines_of_the_readme_train_with_ace(tmp_path):
     }
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "VERL_ENGINE_VENDOR"):
         environment.pop(name, None)  # Ray's workers have their own
-    arguments = ["--config-dir", str(Path(__file__).parent), "--config-name", "cpu_run"]
+    arguments = ["--config-dir", str(Path(__file__).parent), "--config-name", "cpu_run", *overrides]
     done = subprocess.run(
-        ["bash", "-euc", LINES, "bash", *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=280, env=environment
+        ["bash", "-euc", script, "bash", *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=280, env=environment
     )  # fmt: skip
     output = done.stdout + done.stderr
     assert done.returncode == 0, output[-5000:]
     assert "MISSING" not in output
-    for said in ("in the loss ace", "log-probabilities without logits, by our head", "loss_mode=ace: Clip("):
+    for said in lines:
         assert output.count(said) == 1, said
     first, second = (
         dict(re.findall(r"(\S+?):([-+\d.e]+)", line))
@@ -64,7 +81,13 @@ def test_the_five_lines_of_the_readme_train_with_ace(tmp_path):
     assert float(second["actor/ace/shift/mean"]) != 0
     for step in (first, second):
         assert float(step["actor/grad_norm"]) > 0
-        assert float(step["actor/pg_clipfrac"]) == 0
+        assert place == "advantages" or float(step["actor/pg_clipfrac"]) == 0
+
+
+def test_the_readmes_numbers_go_beside_the_example_which_has_a_section_ace_already():
+    words = re.search(r'ace="(.*?)"', LINES)[1].replace("alpha=1.0", "alpha=0.5").split()
+    with initialize_config_dir(str(ROOT / "examples" / "verl"), version_base=None):
+        assert compose("ace_grpo", overrides=words).ace.alpha == 0.5
 
 
 def test_the_example_is_a_run_that_verl_and_the_trainer_accept():

@@ -1,6 +1,7 @@
 """verl finds the plug-in by its entry point, and the self-check says what verl would hide."""
 
 import os
+import re
 import subprocess
 import sys
 from importlib.metadata import entry_points
@@ -46,6 +47,22 @@ def test_the_self_check_names_every_part(capsys):
         assert part in said
 
 
+def test_the_self_checks_lines_stand_alone():
+    command = [sys.executable, "-m", "rlvr_ops.integrations.verl"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0
+    assert "UserWarning" not in done.stderr
+    assert [line[:8] for line in done.stdout.splitlines()] == ["ok      "] * 6
+
+
+def test_the_self_check_says_how_to_get_transfer_queue(monkeypatch, capsys):
+    monkeypatch.setattr(plugin, "FAILURES", {})
+    monkeypatch.setitem(sys.modules, "transfer_queue", None)
+    monkeypatch.delitem(sys.modules, "rlvr_ops.integrations.verl.trainer", raising=False)
+    assert check.main() == 1
+    assert re.search(r"MISSING trainer, .*transfer_queue.*: pip install TransferQueue", capsys.readouterr().out)
+
+
 def test_the_self_check_fails_where_plug_ins_are_switched_off(monkeypatch, capsys):
     monkeypatch.setenv("VERL_USE_EXTERNAL_PLUGINS", "none")
     assert check.main() == 1
@@ -55,7 +72,7 @@ def test_the_self_check_fails_where_plug_ins_are_switched_off(monkeypatch, capsy
 def test_the_self_check_fails_without_the_entry_point(monkeypatch, capsys):
     monkeypatch.setattr(check, "entry_points", lambda group: [])
     assert check.main() == 1
-    assert "MISSING entry point verl.plugins: missing: install" in capsys.readouterr().out
+    assert "MISSING entry point verl.plugins: install" in capsys.readouterr().out
 
 
 def test_what_verl_hides_is_kept_logged_and_shown(monkeypatch, capsys, caplog):

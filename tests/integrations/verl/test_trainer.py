@@ -44,7 +44,7 @@ def test_verl_finds_the_trainer_and_takes_it_for_its_own_synchronous_one():
 def test_verls_own_validation_accepts_the_configuration():
     micro = [f"actor_rollout_ref.{part}.log_prob_micro_batch_size_per_gpu=2" for part in ("ref", "rollout")]
     validate_config(
-        configuration(*SCORED, ACE_LOSS, "+ace.alpha=0.5", *micro), use_reference_policy=True, use_critic=False
+        configuration(*SCORED, ACE_LOSS, "++ace.alpha=0.5", *micro), use_reference_policy=True, use_critic=False
     )
 
 
@@ -55,16 +55,16 @@ def test_a_run_that_scores_no_reference_is_refused_at_its_start(loss):
 
 
 def test_with_alpha_0_no_reference_is_needed():
-    assert make("+ace.alpha=0").ace.alpha == 0
+    assert make("++ace.alpha=0").ace.alpha == 0
 
 
 def test_a_reference_for_the_reward_will_do():
     assert make("algorithm.use_kl_in_reward=True").use_reference_policy
 
 
-def test_the_confidence_of_the_policy_in_training_needs_a_loss_that_weighs():
+def test_the_confidence_of_the_policy_in_training_needs_a_loss_that_applies_ace():
     with pytest.raises(ValueError, match=r"ace.confidence=current needs .*loss_mode=ace, got vanilla"):
-        make(*SCORED, "+ace.confidence=current")
+        make(*SCORED, "++ace.confidence=current")
 
 
 def test_distillation_under_a_loss_of_ours_is_refused():
@@ -85,7 +85,7 @@ def test_the_configuration_wins_over_the_environment_and_is_said_once(monkeypatc
     monkeypatch.setenv("RLVR_OPS_ACE_ALPHA", "3")
     monkeypatch.setenv("RLVR_OPS_ACE_SHAPE", "relu")
     for _ in range(2):
-        assert make(*SCORED, "+ace.alpha=0.25").ace == Ace(0.25, "old", "mean", "relu")
+        assert make(*SCORED, "++ace.alpha=0.25").ace == Ace(0.25, "old", "mean", "relu")
     said = [record.message for record in caplog.records if "alpha=0.25" in record.message]
     assert said == [
         "rlvr_ops: Ace(alpha=0.25, confidence='old', reduction='mean', shape='relu') in the advantages of the loss vanilla"
@@ -95,13 +95,13 @@ def test_the_configuration_wins_over_the_environment_and_is_said_once(monkeypatc
 def test_confidences_are_the_places_own_unless_they_are_said():
     assert make(*SCORED, ACE_LOSS).ace.confidence == "current"
     assert make(*SCORED).ace.confidence == "old"
-    assert make(*SCORED, ACE_LOSS, "+ace.confidence=old").ace.confidence == "old"
+    assert make(*SCORED, ACE_LOSS, "++ace.confidence=old").ace.confidence == "old"
 
 
 def test_the_workers_get_a_loss_that_sees_the_reference(monkeypatch, models):
     sent = []
     monkeypatch.setattr(PPOTrainerSync, "_setup", lambda self: None)
-    trainer = make(*SCORED, ACE_LOSS, "+ace.alpha=1.3", "actor_rollout_ref.actor.strategy=fsdp2")
+    trainer = make(*SCORED, ACE_LOSS, "++ace.alpha=1.3", "actor_rollout_ref.actor.strategy=fsdp2")
     trainer.actor_rollout_wg = SimpleNamespace(set_loss_fn=sent.append)
     trainer._setup()
     worker, tensors = tiny.training_worker(models()), tiny.batch()
@@ -115,7 +115,8 @@ def test_the_workers_get_a_loss_that_sees_the_reference(monkeypatch, models):
     assert loss == pytest.approx(out.loss.item(), abs=1e-5)
 
 
-def test_another_loss_is_left_to_verl_and_its_advantages_are_weighed(monkeypatch):
+@pytest.mark.parametrize("loss", ["vanilla", "rlvr-cispo"])
+def test_another_loss_is_left_to_verl_and_its_advantages_are_weighed(loss, monkeypatch):
     tensors, sent, put = tiny.batch(), [], {}
     mask = tensors["response_mask"]
     stored = {
@@ -141,7 +142,7 @@ def test_another_loss_is_left_to_verl_and_its_advantages_are_weighed(monkeypatch
     monkeypatch.setattr(ours, "tq", Queue())
     monkeypatch.setattr(PPOTrainerSync, "_setup", lambda self: None)
     monkeypatch.setattr(PPOTrainerSync, "_compute_advantage", lambda self, batch, metrics: batch)
-    trainer = make(*SCORED, "+ace.alpha=0.8")
+    trainer = make(*SCORED, "++ace.alpha=0.8", f"actor_rollout_ref.actor.policy_loss.loss_mode={loss}")
     trainer.actor_rollout_wg = SimpleNamespace(set_loss_fn=sent.append)
     trainer._setup()
     metrics = {}
@@ -170,7 +171,27 @@ def test_weighing_takes_advantages_per_token_and_touches_wrong_rollouts_only():
     assert metrics["actor/ace/weight/mean"] == pytest.approx(1 + math.log(2))
 
 
-@pytest.mark.parametrize("overrides", [(*SCORED, ACE_LOSS), ("+ace.alpha=0",)], ids=["weighing-loss", "alpha-0"])
+@pytest.mark.parametrize("numbers", [{"reduction": "sum", "alpha": 0.1}, {"shape": "relu"}])
+def test_weighing_follows_every_number_of_ace(numbers):
+    tensors, ace = tiny.batch(), Ace(confidence="old", **numbers)
+    given = (tensors["advantages"], tensors["old_log_probs"], tensors["ref_log_prob"], tensors["response_mask"])
+    weighed, metrics = ours.weighed(*given, ace=ace)
+    wanted = ace_advantages(*given, alpha=ace.alpha, confidence_reduction=ace.reduction, shape=ace.shape)
+    torch.testing.assert_close(weighed, wanted)
+    plain, _ = ours.weighed(*given, ace=Ace(confidence="old", alpha=ace.alpha))
+    assert not torch.equal(weighed, plain)
+    most = (wanted / tensors["advantages"])[tensors["response_mask"] == 1].max()
+    assert metrics["actor/ace/weight/max"] == pytest.approx(float(most), rel=1e-5)
+
+
+def test_a_reference_of_zeros_is_refused_where_advantages_are_weighed():
+    tensors = tiny.batch()
+    ref = torch.zeros_like(tensors["old_log_probs"])
+    with pytest.raises(ValueError, match=r"ref_log_prob holds only zeros.*use_kl_loss=True"):
+        ours.weighed(tensors["advantages"], tensors["old_log_probs"], ref, tensors["response_mask"], ace=Ace())
+
+
+@pytest.mark.parametrize("overrides", [(*SCORED, ACE_LOSS), ("++ace.alpha=0",)], ids=["weighing-loss", "alpha-0"])
 def test_advantages_are_left_alone_where_nothing_is_to_be_weighed(monkeypatch, overrides):
     monkeypatch.setattr(PPOTrainerSync, "_compute_advantage", lambda self, batch, metrics: batch)
     monkeypatch.delattr(ours, "tq")

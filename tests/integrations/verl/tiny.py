@@ -66,13 +66,13 @@ def training_worker(path, *, remove_padding=False, micro_batch=2, dtype="float32
     return worker
 
 
-def actor(loss_mode="vanilla", **config):
-    """verl's ActorConfig."""
+def actor(loss_mode="vanilla", numbers=None, **config):
+    """verl's ActorConfig. `numbers` are those of its PolicyLossConfig."""
     return ActorConfig(
         strategy="fsdp2",
         rollout_n=1,
         ppo_micro_batch_size_per_gpu=2,
-        policy_loss=PolicyLossConfig(loss_mode=loss_mode),
+        policy_loss=PolicyLossConfig(loss_mode=loss_mode, **(numbers or {})),
         **config,
     )
 
