@@ -31,8 +31,8 @@ for step in range(STEPS):
     optimizer.step()
     optimizer.zero_grad()
     rows, policy.metrics = policy.metrics, []
-    means = accelerator.reduce({name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}, "mean")
-    logs = {"loss": accelerator.reduce(sum(losses)), **means}
+    logs = {name: accelerator.gather(torch.stack([row[name] for row in rows])).nanmean() for name in rows[0]}
+    logs["loss"] = accelerator.reduce(sum(losses))
     accelerator.log({name: value.item() for name, value in logs.items()}, step)
     accelerator.print(f"step {step} loss {logs['loss']:.3f} reward {logs['reward']:.2f}")
 accelerator.end_training()

@@ -16,18 +16,18 @@ class ACE(lightning.LightningModule):
 
     def training_step(self, prompts, index):
         """Sample, count the tokens of all devices, accumulate, step, log."""
-        batches, losses = [self.policy.sample(part) for part in prompts.chunk(4)], []
+        batches, total = [self.policy.sample(part) for part in prompts.chunk(4)], 0
         num_items = self.all_gather(sum((batch["labels"] != -100).sum() for batch in batches)).sum()
         for batch in batches:
             loss = self.policy(**batch, num_items_in_batch=num_items)["loss"]
             self.manual_backward(loss * self.trainer.world_size)  # DDP averages what is to be added
-            losses.append(loss.detach() * self.trainer.world_size)  # and so does sync_dist
+            total += self.all_gather(loss.detach()).sum()
         self.optimizers().step()
         self.optimizers().zero_grad()
         rows, self.policy.metrics = self.policy.metrics, []
-        means = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
-        self.log_dict(means | {"loss": sum(losses)}, sync_dist=True)
-        self.print(f"loss {sum(losses):.3f} reward {means['reward']:.2f}")
+        logs = {name: self.all_gather(torch.stack([row[name] for row in rows])).nanmean() for name in rows[0]}
+        self.log_dict(logs | {"loss": total})
+        self.print(f"loss {total:.3f} reward {logs['reward']:.2f}")
 
     def configure_optimizers(self):
         """The reference stays as it is."""

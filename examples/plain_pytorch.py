@@ -24,17 +24,17 @@ optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
 for step in range(STEPS):
     prompts = torch.randint(1, 10, (PROMPTS, 2)).repeat_interleave(GROUP, 0)
     ids = model.generate(prompts, attention_mask=prompts > 0, do_sample=True, top_k=0, max_new_tokens=2)
-    answers, T = ids[:, 2:], ids.shape[1] - 2
+    answers, T, outs = ids[:, 2:], ids.shape[1] - 2, []
     rewards = (answers >= prompts.amax(1, keepdim=True)).all(1).float()
     mask = (answers == 0).cumsum(1).cumsum(1) <= 1  # through the first 0
     batch = ids, mask, group_advantages(rewards, GROUP), logps(model, ids, T), logps(reference, ids, T)
     settings = {"loss_type": "dapo", "epsilon_high": 0.28, "alpha": ALPHA, "num_items_in_batch": mask.sum()}
-    losses = []
     for ids, mask, advantages, old, ref in zip(*(tensor.split(MICRO_BATCH) for tensor in batch), strict=True):
         given = {"completion_mask": mask, "old_per_token_logps": old, "ref_per_token_logps": ref, **settings}
-        out = ace_loss(hidden_states_of(model, ids, length=T), Head.from_model(model), ids[:, -T:], advantages, **given)
-        out.loss.backward()
-        losses.append(out.loss.item())
+        hidden = hidden_states_of(model, ids, length=T)
+        outs.append(ace_loss(hidden, Head.from_model(model), ids[:, -T:], advantages, **given))
+        outs[-1].loss.backward()
     optimizer.step()
     optimizer.zero_grad()
-    print(f"step {step} loss {sum(losses):.3f} reward {rewards.mean():.2f}", out.metrics["ace/weight/mean"].item())
+    loss, weight = sum(out.loss for out in outs), max(out.metrics["ace/weight/max"] for out in outs)
+    print(f"step {step} loss {loss:.3f} reward {rewards.mean():.2f} largest weight {weight:.2f}")

@@ -7,15 +7,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from rlvr_ops import Head, ace_loss, group_advantages, hidden_states_of, token_logps
 
-SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-
 
 class Policy(torch.nn.Module):
     """A model whose forward is its ACE-DAPO loss, so that the hooks of DDP and FSDP run before its body and its head."""
 
     def __init__(self, alpha=1.0):
         super().__init__()
-        self.model = LlamaForCausalLM(LlamaConfig(vocab_size=10, pad_token_id=0, eos_token_id=0, **SIZES))
+        sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+        self.model = LlamaForCausalLM(LlamaConfig(vocab_size=10, pad_token_id=0, eos_token_id=0, **sizes))
         self.reference, self.alpha, self.metrics = copy.deepcopy(self.model).requires_grad_(False), alpha, []
 
     @torch.no_grad()
@@ -36,5 +35,6 @@ class Policy(torch.nn.Module):
         hidden = hidden_states_of(self.model, input_ids, length=labels.shape[1])
         batch |= {"completion_mask": labels != -100, "loss_type": "dapo", "epsilon_high": 0.28, "alpha": self.alpha}
         loss, metrics, _ = ace_loss(hidden, Head.from_model(self.model), labels, **batch)
+        metrics |= {k: torch.tensor(torch.nan) for k in metrics if "ace/" in k and not (batch["advantages"] < 0).any()}
         self.metrics.append(metrics | {"reward": rewards.mean()})
         return {"loss": loss}

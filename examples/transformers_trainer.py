@@ -11,9 +11,9 @@ class ACETrainer(Trainer):
     def log(self, logs, start_time=None):
         """Log the means over the micro-batches since the last log beside Trainer's own."""
         rows, self.model.metrics = self.model.metrics, []
-        means = {name: sum(row[name] for row in rows) / len(rows) for name in (rows[0] if rows else [])}
-        means = self.accelerator.reduce(means, "mean")
-        super().log(logs | {name: value.item() for name, value in means.items()}, start_time)
+        for name in rows[0] if rows else ():
+            logs[name] = self.accelerator.gather(torch.stack([row[name] for row in rows])).nanmean().item()
+        super().log(logs, start_time)
 
 
 torch.manual_seed(0)
