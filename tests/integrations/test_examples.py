@@ -1,6 +1,7 @@
 """The examples for one's own loop are short, listed in the README, right in their sums, and learn."""
 
 import contextlib
+import copy
 import csv
 import functools
 import io
@@ -13,6 +14,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.functional import pad
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -143,6 +147,29 @@ def test_the_policy_with_alpha_0_is_dapo():
     assert torch.equal(ours, theirs.loss)
     policy.alpha = 1.0
     assert policy(**batch)["loss"] > ours
+
+
+@pytest.fixture
+def mesh():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("layers", [False, True], ids=["root", "layers-and-root"])
+def test_the_policy_sharded_by_fsdp_has_the_plain_policys_gradient(layers, mesh):
+    """What is sharded beside the root must leave the lm_head in the root's group, as the README says."""
+    from policy import Policy
+
+    plain = Policy()
+    batch, sharded = plain.sample(torch.randint(1, 10, (8, 2))), copy.deepcopy(plain)
+    for layer in sharded.model.model.layers if layers else ():
+        fully_shard(layer, mesh=mesh)
+    fully_shard(sharded, mesh=mesh)
+    for policy in (plain, sharded):
+        policy(**batch)["loss"].backward()
+    for name, weight in sharded.model.named_parameters():
+        torch.testing.assert_close(weight.grad.full_tensor(), plain.model.get_parameter(name).grad)
 
 
 @pytest.fixture(scope="module")
