@@ -94,7 +94,8 @@ def test_the_twins_that_are_loaded_have_the_bits_of_ours_and_the_kernels_their_n
 
 
 def test_the_module_is_loaded_under_the_name_in_its_metadata(folder, loaded):
-    assert loaded["module"] == json.loads((folder / "build/torch-cpu/metadata.json").read_text())["id"]
+    variant = "torch-cuda" if torch.version.cuda else "torch-cpu"
+    assert loaded["module"] == json.loads((folder / "build" / variant / "metadata.json").read_text())["id"]
 
 
 def test_the_loader_accepts_the_project_and_the_digests(folder):
