@@ -2,7 +2,7 @@
 
     python -m tools.support .venv/bin/python .venvs/trl/bin/python ...     # run, record, and write the table
 
-An environment is an interpreter with rlvr_ops and pytest. What is installed there decides which tests run: the losses and the
+An environment is an interpreter with pytest and kernels. What is installed there decides which tests run: the losses and the
 kernels' twins everywhere, the kernels in Triton's interpreter with triton, models with transformers and peft, and TRL's or
 verl's own tests in the environment that `.ci/setup` makes for each. A row says which versions ran together and how many tests
 passed; a row with a failure, or with nothing that passed, is not recorded. Run all environments anew before a release: rows of
