@@ -158,13 +158,13 @@ def compare_once(model: Any, head: Any) -> None:
         TypeError: logits that differ, or states that depend on padding to the left.
     """
     if model not in _compared:
-        with torch.no_grad(), _evaluating(model):
+        with torch.no_grad(), evaluating(model):
             _compare(model, head)
         _compared.add(model)
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Without dropout, and then every module as before."""
     training = [module for module in model.modules() if module.training]
     model.eval()
@@ -187,19 +187,19 @@ def _compare(model: Any, head: Any) -> None:
     if ours.shape != theirs.shape:
         found = f"shape {tuple(ours.shape)} against its {tuple(theirs.shape)}"
     else:
-        found = _difference(ours, theirs, 1e-5 if exact else 1e-2)
+        found = difference(ours, theirs, 1e-5 if exact else 1e-2)
     if found:
         raise TypeError(
             f"cannot vouch for {name}: logits rebuilt from its hidden states, lm_head, bias, softcap {head.softcap} and logit "
             f"scale {head.logit_scale} are not the model's own: {found}"
         )
     padded, mask = nn.functional.pad(ids, (3, 0), value=1), nn.functional.pad(torch.ones_like(ids), (3, 0))
-    found = _difference(hidden_states_of(model, padded, mask)[:, 3:], hidden, 1e-4 if exact else 3e-2)
+    found = difference(hidden_states_of(model, padded, mask)[:, 3:], hidden, 1e-4 if exact else 3e-2)
     if found:
         raise TypeError(f"cannot vouch for {name}: padding on the left changes its hidden states: {found}")
 
 
-def _difference(ours: Tensor, theirs: Tensor, tolerance: float) -> str:
+def difference(ours: Tensor, theirs: Tensor, tolerance: float) -> str:
     """Say how far two tensors lie apart, or nothing if that is rounding."""
     error = float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-6))
     return "" if error <= tolerance else f"they differ by {error:.1e} of the largest"

@@ -15,10 +15,9 @@ import copy
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from rlvr_ops.integrations.settings import Settings
+from rlvr_ops.integrations.settings import Settings, weights
 from rlvr_ops.rollouts import Rollouts
 
 HOW = (
@@ -66,8 +65,7 @@ class ACELossFn:
         shown["advantages"] = data["advantages"].clone()
         shown["advantages"][:, 1:] = 0 if ours else weighted
         loss, metrics = self.loss_fn(next_token_logprobs, shown, global_valid_seqs, global_valid_toks)
-        factor = torch.where(rollouts.advantages < 0, weighted / rollouts.advantages, 1)
-        factor = factor.masked_fill(_mask(data) == 0, 0)
+        factor = weights(rollouts.advantages, weighted).masked_fill(_mask(data) == 0, 0)
         metrics |= {"ace/weight": float(factor.sum() / global_valid_toks)}
         if ours:
             token_level = self.loss_fn.loss_type.name == "TOKEN_LEVEL"

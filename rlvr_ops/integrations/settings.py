@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from rlvr_kernels.objective import Ace
 from torch import Tensor
 
@@ -134,6 +135,11 @@ class Settings:
         """The log-probabilities of the policy whose confidence counts."""
         old = rollouts.old_per_token_logps
         return old if self.confidence == "old" and old is not None else per_token_logps
+
+
+def weights(advantages: Tensor, weighted: Tensor) -> Tensor:
+    """What ACE has multiplied each advantage by, 1 where A >= 0; shaped like them."""
+    return torch.where(advantages < 0, weighted / advantages, 1)
 
 
 def check_reference(name: str, rollouts: Rollouts, per_token_logps: Tensor, wanted: str) -> None:

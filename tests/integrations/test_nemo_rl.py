@@ -9,7 +9,7 @@ import torch
 from framework_cases import SETTINGS, assert_same, make_batch, value_and_gradient
 from framework_stand_ins import installed, stand_in
 
-from rlvr_ops import ace_loss_from_logps
+from rlvr_ops import ace_advantages, ace_loss_from_logps
 from rlvr_ops.integrations.nemo_rl import ACELossFn
 from rlvr_ops.surrogates import SURROGATES
 
@@ -134,6 +134,24 @@ def test_micro_batches_add_up(token_level, settings):
     assert_same((parts[0][0] + parts[1][0], torch.cat([parts[0][1], parts[1][1]])), whole)
 
 
+def test_the_confidence_is_that_of_log_probabilities_before_top_k_and_top_p():
+    batch, wrapped = make_batch(), ACELossFn(clipped())
+    found = value_and_gradient(loss_of(batch, wrapped, curr_logprobs_unfiltered=batch.sampling), batch.logps)
+    chosen = ACELossFn(clipped(), alpha=0.0)
+    batch.advantages = ace_advantages(batch.advantages, batch.sampling, batch.ref, batch.mask)
+    assert_same(found, value_and_gradient(loss_of(batch, chosen), batch.logps))
+
+
+def test_on_policy_the_ratio_is_1_and_the_confidence_the_current_policys():
+    batch = make_batch()
+    settings = {"surrogate": "ppo_clip", "confidence": "old"}
+    found = value_and_gradient(
+        loss_of(batch, ACELossFn(clipped(force_on_policy_ratio=True), **settings)), batch.logps
+    )
+    batch.old = batch.logps
+    assert_same(found, value_and_gradient(wanted(batch, True, **settings), batch.logps))
+
+
 def test_a_dropped_sample_has_no_gradient():
     batch = make_batch()
     keep = torch.tensor([1.0, 0, 1, 1, 1, 1])
@@ -193,3 +211,11 @@ def test_the_data_is_left_as_it_was_and_the_weight_is_logged():
     assert metrics["ace/weight"] > 1
     _, metrics = ACELossFn(clipped(), alpha=0.0)(batch.logps, data, *counts)
     assert metrics["ace/weight"] == pytest.approx(1)
+
+
+def test_the_loss_that_is_logged_is_the_one_with_the_surrogate():
+    batch = make_batch()
+    loss, metrics = ACELossFn(clipped(), surrogate="sapo")(
+        batch.logps, data_of(batch), torch.tensor(6.0), batch.mask.sum().float()
+    )
+    assert metrics["loss"] == loss.item() != 0

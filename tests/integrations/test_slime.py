@@ -198,6 +198,41 @@ def test_the_weight_is_logged_in_slimes_units():
     batch = make_batch()
     _, logged = ace_loss(args_of(), data_of(batch), batch.logps.reshape(-1), reducer(batch))
     assert logged["ace/weight"] > len(batch.logps)
+    weights = rlvr_ops.ace_advantages(batch.advantages, batch.logps, batch.ref, batch.mask) / batch.advantages
+    torch.testing.assert_close(logged["ace/weight"], reducer(batch)(weights.reshape(-1)))
+
+
+def test_the_loss_that_is_logged_is_the_one_with_the_surrogate():
+    batch, args = make_batch(), args_of(ace_surrogate="sapo", kl_loss_coef=0.01)
+    loss, logged = ace_loss(args, data_of(batch), batch.logps.reshape(-1), reducer(batch))
+    args = args_of(ace_surrogate="sapo")
+    without_kl, _ = ace_loss(args, data_of(batch), batch.logps.reshape(-1), reducer(batch))
+    assert torch.equal(logged["loss"], loss)
+    torch.testing.assert_close(logged["pg_loss"], without_kl)
+
+
+def test_with_use_rollout_logprobs_the_loss_takes_the_engine_for_the_old_policy():
+    batch, settings = make_batch(), {"surrogate": "ppo_clip", "confidence": "old"}
+    args = args_of(use_rollout_logprobs=True, **prefixed(settings))
+    found = value_and_gradient(averaged(batch, args=args), batch.logps)
+    batch.old = batch.sampling
+    assert_same(found, value_and_gradient(wanted(batch, **settings), batch.logps))
+
+
+@pytest.mark.parametrize("surrogate", [None, "sapo"])
+def test_log_probabilities_are_scored_under_top_p_and_with_a_gradient_only_for_a_surrogate(surrogate, monkeypatch):
+    import slime.backends.megatron_utils.loss as module
+
+    seen, score = [], module.get_log_probs_and_entropy
+
+    def scored(logits, top_p=None, **others):
+        seen.append((top_p, torch.is_grad_enabled()))
+        return score(logits, **others)
+
+    monkeypatch.setattr(module, "get_log_probs_and_entropy", scored)
+    monkeypatch.setattr(module, "get_rollout_top_p_logprob_kwargs", lambda args, batch: {"top_p": batch["top_p"]})
+    loss_of(make_batch(), args=args_of(ace_surrogate=surrogate), top_p=0.9)(make_batch().logps)
+    assert seen[0] == (0.9, surrogate is not None)
 
 
 @pytest.mark.parametrize(
@@ -221,6 +256,10 @@ def test_log_probs_that_slime_skipped_are_refused_in_the_advantages():
         ({"context_parallel_size": 2}, "--context-parallel-size"),
         ({"ace_surrogate": "cispo", "use_tis": True}, "--use-tis"),
         ({"ace_surrogate": "cispo", "use_opsm": True}, "--use-opsm"),
+        (
+            {"ace_surrogate": "cispo", "custom_pg_loss_reducer_function_path": "a.b"},
+            "--custom-pg-loss-reducer-function-path",
+        ),
     ],
 )
 def test_what_does_not_go_together_is_refused(others, message):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rlvr_ops.head import in_forward
-from rlvr_ops.head.from_model import output_layer, unwrapped
+from rlvr_ops.head.from_model import difference, evaluating, output_layer, unwrapped
 from rlvr_ops.head.head import Head
 from rlvr_ops.head.token_logps import token_logps
 
@@ -61,20 +61,18 @@ def check(module: Any, device: Any) -> None:
     Raises:
         TypeError: they differ, for example by a scale that was not found in the model's configuration.
     """
-    ids = torch.arange(1, 9, device=device)[None]
+    model = unwrapped(module)
+    ids = torch.arange(1, 9, device=device)[None] % output_layer(model).out_features
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
-    training = module.training
-    module.eval()
-    logits = module(**inputs).logits[:, :-1]
-    ours = module(**inputs, temperature=1.0, with_entropy=False).log_probs[:, :-1]
-    module.train(training)
+    with evaluating(module):
+        logits = module(**inputs).logits[:, :-1]
+        ours = module(**inputs, temperature=1.0, with_entropy=False).log_probs[:, :-1]
     if hasattr(module, "reshard"):
         module.reshard()  # FSDP2 keeps the root's weights gathered for a backward that does not come
     theirs = logits.float().log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
-    error = float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-6))
-    if error > (1e-4 if logits.dtype == torch.float32 else 3e-2):
-        name = type(unwrapped(module)).__name__.removeprefix("FSDP")
+    found = difference(ours, theirs, 1e-4 if logits.dtype == torch.float32 else 3e-2)
+    if found:
         raise TypeError(
-            f"cannot vouch for {name}: log-probabilities of our head differ from those of its own "
-            f"logits by {error:.1e} of the largest: use verl's own head (unset VERL_ENGINE_VENDOR)"
+            f"cannot vouch for {type(model).__name__.removeprefix('FSDP')}: log-probabilities of our head are not those of "
+            f"its own logits: {found}: use verl's own head (unset VERL_ENGINE_VENDOR)"
         )

@@ -166,9 +166,10 @@ class PolicyLoss:
 
 def _corrected(objective: Objective) -> Objective:
     """The objective with the rollout correction's weights: of the advantages, or of a whole batch's token losses."""
-    if objective.function is not None and getattr(objective.function, "whole_batch", False):
-        return replace(objective, surrogate=WeighedTokens(objective.function))
-    return replace(objective, sampling=WEIGHTED)
+    corrected = replace(objective, sampling=WEIGHTED)  # raises for a surrogate that takes no correction
+    if getattr(objective.function, "whole_batch", False):
+        return replace(objective, surrogate=WeighedTokens(objective.function))  # type: ignore[arg-type]
+    return corrected
 
 
 def _items(mode: str, mask: Tensor, batch: dict[str, Any]) -> Any:

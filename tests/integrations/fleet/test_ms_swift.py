@@ -165,6 +165,39 @@ def test_micro_batches_add_up_over_two_accumulation_steps(settings):
     assert_same(mean, found(batch, chosen, loss_type="dapo"))
 
 
+@pytest.mark.parametrize("settings", [{}, {"surrogate": "cispo"}])
+def test_two_ranks_average_to_the_loss_over_all_tokens(settings):
+    batch, chosen = make_batch(), Settings(**settings)
+    two = SimpleNamespace(num_processes=2, gather_for_metrics=lambda values: values)
+    parts = [
+        found(batch, chosen, rows, loss_type="dapo", accelerator=two, model_accepts_loss_kwargs=True)
+        for rows in (slice(0, 2), slice(2, 6))
+    ]
+    mean = (parts[0][0] + parts[1][0]) / 2, torch.cat([parts[0][1], parts[1][1]]) / 2
+    assert_same(mean, found(batch, chosen, loss_type="dapo"))
+
+
+def test_dr_grpo_divides_by_ms_swifts_max_completion_length():
+    batch = make_batch()
+    ours = found(batch, Settings(surrogate="sapo"), loss_type="dr_grpo", max_completion_length=9)
+    assert_same(ours, wanted(batch, "dr_grpo", surrogate="sapo", max_completion_length=9))
+
+
+def test_scoring_a_batch_before_training_weights_nothing():
+    batch = make_batch()
+    trainer, grpo_batch = trainer_of(ms_swift.ace_trainer(GRPOTrainer, Settings())), batch_of(batch, ref=False)
+    trainer._get_per_token_logps_and_entropies(None, {"logps": batch.logps}, grpo_batch)
+    assert torch.equal(grpo_batch.advantages, batch.advantages)
+
+
+def test_an_evaluations_metrics_are_logged_apart():
+    batch = make_batch()
+    trainer = trainer_of(ms_swift.ace_trainer(GRPOTrainer, Settings()), model=SimpleNamespace(training=False))
+    trainer._compute_loss_and_metrics(None, {"logps": batch.logps}, batch_of(batch))
+    assert trainer._metrics["eval"]["ace/weight/mean"][0] > 1
+    assert "ace/weight/mean" not in trainer._metrics["train"]
+
+
 def test_the_surrogate_leaves_ms_swifts_kl_term():
     batch, chosen = make_batch(), Settings(surrogate="cispo")
     with_kl, without = (found(batch, chosen, beta=beta) for beta in (0.04, 1e-12))

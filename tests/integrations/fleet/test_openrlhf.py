@@ -107,6 +107,18 @@ def test_ace_is_among_the_metrics():
     assert {"ppo_clip_ratio", "ppo_kl", "ace/shift/mean"} <= metrics.keys()
 
 
+@pytest.mark.parametrize("token_level", [True, False])
+def test_without_counts_a_surrogate_is_averaged_over_the_rollouts_with_tokens_as_openrlhfs_loss_is(token_level):
+    batch, loss = make_batch(), PolicyLoss(token_level_loss=token_level)
+    batch.mask[2] = False
+    counts = {"dp_size": 2, "batch_num_tokens": None, "global_batch_size": None}
+    ours = step(batch, True, loss=loss, counts=counts, alpha=0.0, surrogate="ppo_clip")
+    theirs = step(batch, False, loss=loss, counts=counts)
+    assert_same(ours[:2], theirs[:2])
+    assert ours[2]["ppo_clip_ratio"] == pytest.approx(theirs[2]["ppo_clip_ratio"])
+    assert theirs[2]["ppo_clip_ratio"] > 0
+
+
 def test_a_missing_reference_is_refused():
     with pytest.raises(ValueError, match=r"base_action_log_probs is missing.*--algo\.kl\.use_loss"):
         step(make_batch(), True, ref=False)
@@ -132,12 +144,13 @@ def test_the_command_line_imports_an_actor_whose_trainer_has_ace(monkeypatch):
     assert issubclass(mine, theirs)
 
     def init(self, *_):
-        self.trainer = SimpleNamespace(actor_loss_fn=PolicyLoss(), training_step=None, args=arguments())
+        self.trainer = SimpleNamespace(actor_loss_fn=PolicyLoss(), training_step=lambda _: None, args=arguments())
 
     monkeypatch.setattr(theirs, "init_model_from_pretrained", init)
     actor = object.__new__(mine)
     actor.init_model_from_pretrained(None, None)
-    assert actor.trainer.training_step is not None
+    actor.trainer.training_step("experience")
+    assert actor.trainer.actor_loss_fn.args[0].alpha == 0.5
 
 
 def test_a_bad_setting_is_refused_before_anything_starts():

@@ -144,6 +144,27 @@ def test_the_trainer_weights_advantages_by_the_sampling_policy():
     assert trainer.all_metrics["ace/weight/mean"] > 1
 
 
+def test_without_the_old_policys_log_probabilities_the_samplers_count():
+    batch = make_batch()
+    data = training_batch(batch)
+    data["action_log_probs"], data["rollout_logprobs"] = None, batch.sampling
+    found = trainer_of(config(), confidence="old").compute_advantages_and_returns(data)["advantages"]
+    batch.old = batch.sampling
+    wanted = trainer_of(config(), confidence="old").compute_advantages_and_returns(training_batch(batch))
+    assert torch.equal(found, wanted["advantages"])
+    chosen, experience = Settings(surrogate="ppo_clip", confidence="old"), experience_of(batch)
+    losses = [
+        value_and_gradient(
+            lambda logps, old=old: ace_policy_loss(
+                chosen, None, experience, logps, old, batch.advantages, None, batch.mask, batch.sampling
+            )[0],
+            batch.logps,
+        )
+        for old in (None, batch.sampling)
+    ]
+    assert_same(*losses, tolerance=0)
+
+
 def test_with_the_current_policy_the_trainer_takes_a_worker_that_sees_the_reference(monkeypatch):
     built = []
     monkeypatch.setattr(RayPPOTrainer, "build_models", lambda self, *workers: built.append(workers))
@@ -173,9 +194,35 @@ def test_what_would_undo_ace_is_refused_when_models_are_built(settings, algorith
         trainer_of(config(**algorithm), **settings).build_models(PolicyWorker, None, None)
 
 
-def test_a_correction_that_a_surrogate_would_ignore_is_refused():
+@pytest.mark.parametrize(
+    ("part", "name", "value"), [("generator", "step_wise_trajectories", True), ("trainer", "strategy", "megatron")]
+)
+def test_a_rollout_in_rows_and_another_strategy_are_refused(part, name, value):
     chosen = config()
-    chosen.trainer.algorithm.off_policy_correction.tis_ratio_type = "token"
+    setattr(getattr(chosen, part), name, value)
+    with pytest.raises(ValueError, match=rf"{part}\.{name}"):
+        trainer_of(chosen).build_models(PolicyWorker, None, None)
+
+
+def test_a_reference_for_the_reward_will_do(monkeypatch):
+    monkeypatch.setattr(RayPPOTrainer, "build_models", lambda self, *workers: workers)
+    chosen = config(use_kl_loss=False, use_kl_in_reward=True)
+    assert trainer_of(chosen, confidence="old").build_models(PolicyWorker, 1, 2) == (PolicyWorker, 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("tis_ratio_type", "token"),
+        ("sequence_mask_metric", "product"),
+        ("outlier_token_is_threshold_low", 0.1),
+        ("outlier_token_is_threshold_high", 9.0),
+        ("token_mask_is_threshold_low", 0.1),
+    ],
+)
+def test_a_correction_that_a_surrogate_would_ignore_is_refused(name, value):
+    chosen = config()
+    setattr(chosen.trainer.algorithm.off_policy_correction, name, value)
     with pytest.raises(ValueError, match="sampling_correction"):
         trainer_of(chosen, surrogate="cispo").build_models(PolicyWorker, None, None)
 

@@ -5,6 +5,7 @@ import tiny
 import torch
 import transformers
 from torch.distributed.tensor import DTensor
+from verl.models.transformers.dense_common import CausalLMOutputForPPO
 
 import rlvr_ops.integrations.verl.engine as ours
 from rlvr_ops import Ace
@@ -195,3 +196,23 @@ def test_a_head_of_another_kind_is_refused(models):
     model.lm_head = torch.nn.Sequential(model.lm_head)
     with pytest.raises(TypeError, match=r"must be an nn\.Linear, got Sequential"):
         head.install(model, dict)
+
+
+def test_the_check_leaves_each_module_training_or_not_as_it_was(models):
+    model = transformers.AutoModelForCausalLM.from_pretrained(models()).train()
+    frozen = model.model.layers[0].eval()
+    head.install(model, CausalLMOutputForPPO)
+    head.check(model, "cpu")
+    assert model.training
+    assert model.lm_head.training
+    assert not any(module.training for module in frozen.modules())
+
+
+@pytest.mark.parametrize("vocabulary", [5, tiny.VOCABULARY])
+def test_the_check_takes_any_vocabulary_and_no_nan(models, vocabulary):
+    model = transformers.AutoModelForCausalLM.from_pretrained(models(vocab_size=vocabulary))
+    head.install(model, CausalLMOutputForPPO)
+    head.check(model, "cpu")
+    model.lm_head.weight.data[3] = float("nan")
+    with pytest.raises(TypeError, match="cannot vouch for Qwen2ForCausalLM: .*differ by nan of the largest"):
+        head.check(model, "cpu")

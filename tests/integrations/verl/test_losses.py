@@ -3,11 +3,11 @@
 import pytest
 import tiny
 import torch
-from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY
+from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY, get_policy_loss_fn
 from verl.workers.utils import losses
 
 from rlvr_ops import Ace, ace_loss_from_logps, surrogates
-from rlvr_ops.integrations.verl.losses import METHODS, NAMES
+from rlvr_ops.integrations.verl.losses import METHODS, NAMES, Method, PolicyLoss
 from rlvr_ops.integrations.verl.reference import ppo_loss
 from rlvr_ops.integrations.verl.settings import say_once
 
@@ -100,6 +100,18 @@ def test_a_loss_of_the_whole_batch_is_verls(name, numbers, weights, logps):
     data = tiny.batch(weights=weights)
     theirs = run(name.replace("-", "_"), data, logps, loss=losses.ppo_loss, numbers=numbers)
     close(run(f"rlvr-{name}", data, logps, numbers=numbers), theirs)
+
+
+def test_real_has_no_name_and_takes_neither_ace_nor_rollout_weights(logps, monkeypatch):
+    with pytest.raises(ValueError, match="Unsupported loss mode: rlvr-real"):
+        get_policy_loss_fn("rlvr-real")
+    method = Method(lambda config: surrogates.Real(2))
+    for name in ("rlvr-mine", "ace-mine"):
+        monkeypatch.setitem(POLICY_LOSS_REGISTRY, name, PolicyLoss(name, method, with_ace=name.startswith("ace")))
+    run("rlvr-mine", tiny.batch(), logps)
+    for name, weights in (("rlvr-mine", True), ("ace-mine", False), ("ace-mine", True)):
+        with pytest.raises(ValueError, match=r"alpha > 0 and sampling_correction do not go with surrogate Real"):
+            run(name, tiny.batch(weights=weights), logps, Ace())
 
 
 def test_verls_geo_mean_counts_a_rollout_without_tokens_and_gmpo_leaves_it_out(data, logps):
