@@ -219,3 +219,10 @@ def test_packed_with_as_many_tokens_as_rollouts_the_rewards_are_one_per_rollout(
 def test_the_rollouts_of_a_group_that_has_only_been_certain_count_alike():
     certain = torch.zeros(2, 1), torch.ones(2, 1)
     assert otb_advantages(torch.tensor([1.0, 0.0]), *certain, group_size=2)[:, 0].tolist() == [0.5, -0.5]
+
+
+def test_a_rollout_that_has_ended_is_in_no_baseline_of_a_group_that_was_certain():
+    """Two of three reach the second token: their mean is 1/2, not 1/3."""
+    certain, mask = (torch.zeros(3, 2), torch.ones(3, 2)), torch.tensor([[1, 1], [1, 1], [1, 0]])
+    got = otb_advantages(torch.tensor([1.0, 0.0, 1.0]), *certain, mask, group_size=3)
+    assert got[:, 1].tolist() == [0.5, -0.5, 0.0]
