@@ -145,9 +145,7 @@ def test_the_confidence_is_that_of_log_probabilities_before_top_k_and_top_p():
 def test_on_policy_the_ratio_is_1_and_the_confidence_the_current_policys():
     batch = make_batch()
     settings = {"surrogate": "ppo_clip", "confidence": "old"}
-    found = value_and_gradient(
-        loss_of(batch, ACELossFn(clipped(force_on_policy_ratio=True), **settings)), batch.logps
-    )
+    found = value_and_gradient(loss_of(batch, ACELossFn(clipped(force_on_policy_ratio=True), **settings)), batch.logps)
     batch.old = batch.logps
     assert_same(found, value_and_gradient(wanted(batch, True, **settings), batch.logps))
 

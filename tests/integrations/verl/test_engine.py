@@ -214,5 +214,5 @@ def test_the_check_takes_any_vocabulary_and_no_nan(models, vocabulary):
     head.install(model, CausalLMOutputForPPO)
     head.check(model, "cpu")
     model.lm_head.weight.data[3] = float("nan")
-    with pytest.raises(TypeError, match="cannot vouch for Qwen2ForCausalLM: .*differ by nan of the largest"):
+    with pytest.raises(TypeError, match=r"cannot vouch for Qwen2ForCausalLM: .*differ by nan of the largest"):
         head.check(model, "cpu")
