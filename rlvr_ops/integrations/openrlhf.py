@@ -49,12 +49,14 @@ def attach(trainer: Any, **settings: Any) -> None:
     """Make an ActorPPOTrainer's loss `ace_policy_loss` around its own.
 
     Raises:
-        TypeError, ValueError: a bad setting, or arguments under which no reference reaches training.
+        TypeError, ValueError: a bad setting, a surrogate that OpenRLHF's shuffling breaks, or no reference in training.
     """
     chosen, own, step = Settings(**settings), trainer.actor_loss_fn, trainer.training_step
     kl = trainer.args.algo.kl
     if chosen.alpha > 0 and not (kl.use_loss and kl.init_coef > 0):
         raise ValueError(f"no reference reaches training: {HOW}, or alpha=0 to leave ACE out")
+    if hasattr(chosen.surrogate, "group_size"):
+        raise ValueError(f"surrogate={chosen.surrogate!r} compares the rollouts of a group, and OpenRLHF shuffles them")
     if chosen.surrogate is not None and own.is_correction_level != "off":
         raise ValueError(
             "--algo.advantage.is_correction_level changes OpenRLHF's own loss, which the surrogate replaces: leave it off and "

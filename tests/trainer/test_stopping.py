@@ -31,6 +31,14 @@ def assert_same(run, finished):
         assert found == wanted, name
 
 
+@pytest.fixture(autouse=True)
+def hangups_are_heard():
+    """Under nohup SIGHUP is ignored, by a run as well."""
+    own = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, own)
+
+
 @pytest.fixture
 def signal_at(monkeypatch):
     """Gives a function that has a signal come in the n-th forward pass from then on."""

@@ -62,8 +62,8 @@ def check(module: Any, device: Any) -> None:
         TypeError: they differ, for example by a scale that was not found in the model's configuration.
     """
     model = unwrapped(module)
-    vocabulary: int = output_layer(model).out_features  # type: ignore[assignment]
-    ids = torch.arange(1, 9, device=device)[None] % vocabulary
+    layer: Any = output_layer(model)
+    ids = torch.arange(1, 9, device=device)[None] % layer.out_features
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
     with evaluating(module):
         logits = module(**inputs).logits[:, :-1]

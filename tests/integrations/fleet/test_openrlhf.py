@@ -10,7 +10,7 @@ from openrlhf.models import PolicyLoss
 from openrlhf.trainer.ppo_utils.experience import Experience
 from openrlhf.trainer.ray import ppo_actor
 
-from rlvr_ops import ace_loss_from_logps
+from rlvr_ops import Real, ace_loss_from_logps
 from rlvr_ops.integrations import openrlhf
 from rlvr_ops.surrogates import SURROGATES
 
@@ -134,6 +134,11 @@ def test_a_correction_that_a_surrogate_would_ignore_is_refused():
     loss = PolicyLoss(is_correction_level="token")
     with pytest.raises(ValueError, match=r"is_correction_level.*sampling_correction"):
         step(make_batch(), True, loss=loss, surrogate="cispo")
+
+
+def test_a_surrogate_of_groups_is_refused():
+    with pytest.raises(ValueError, match=r"surrogate=Real.*OpenRLHF shuffles"):
+        step(make_batch(), True, alpha=0.0, surrogate=Real(2))
 
 
 def test_the_command_line_imports_an_actor_whose_trainer_has_ace(monkeypatch):
