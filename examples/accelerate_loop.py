@@ -31,7 +31,9 @@ for step in range(STEPS):
     optimizer.step()
     optimizer.zero_grad()
     rows, policy.metrics = policy.metrics, []
-    logs = {name: accelerator.gather(torch.stack([row[name] for row in rows])).nanmean() for name in rows[0]}
+    seen = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+    logs = {name: accelerator.reduce(torch.stack([x.nansum(), x.isfinite().sum()])) for name, x in seen.items()}
+    logs = {name: total / count for name, (total, count) in logs.items()}
     logs["loss"] = accelerator.reduce(sum(losses))
     accelerator.log({name: value.item() for name, value in logs.items()}, step)
     accelerator.print(f"step {step} loss {logs['loss']:.3f} reward {logs['reward']:.2f}")

@@ -35,6 +35,6 @@ class Policy(torch.nn.Module):
         hidden = hidden_states_of(self.model, input_ids, length=labels.shape[1])
         batch |= {"completion_mask": labels != -100, "loss_type": "dapo", "epsilon_high": 0.28, "alpha": self.alpha}
         loss, metrics, _ = ace_loss(hidden, Head.from_model(self.model), labels, **batch)
-        metrics |= {k: torch.tensor(torch.nan) for k in metrics if "ace/" in k and not (batch["advantages"] < 0).any()}
-        self.metrics.append(metrics | {"reward": rewards.mean()})
+        ace = 1.0 if (batch["advantages"] < 0).any() else torch.nan  # these are means over wrong answers
+        self.metrics.append({"reward": rewards.mean()} | {k: x * ace if "ace/" in k else x for k, x in metrics.items()})
         return {"loss": loss}

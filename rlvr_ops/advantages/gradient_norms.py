@@ -23,7 +23,7 @@ def squared_gradient_norms(
     The gradient of log p_t(y) with respect to the head is (e_y - p_t) h_t^T, and |e_y - p|^2 = 1 - 2 p_y + sum_j p_j^2. The
     sum leaves out the rest of the model and the products between tokens: it is exact for a rollout of one token and the
     head's weight alone. Without `hidden_states` it is sum_t |e_y - p_t|^2, the squared gradient with respect to the logits,
-    as in verl's optimal token baseline. Only ratios within a group matter. A constant to any gradient.
+    as in verl's optimal token baseline. Only ratios within a group matter. A constant to any gradient. One host sync.
 
     `per_token_logps` is (B, T), or packed (N,) with `cu_seqlens`, in nats; `hidden_states` has one more dimension, H.
     `sum_p_squared`, of the same shape, holds sum_j p_tj^2 = exp(logsumexp(2 z_t) - 2 logsumexp(z_t)) of the same logits, as
@@ -54,7 +54,7 @@ def squared_gradient_norms(
 
 
 def squared_logit_gradients(logps: Tensor, sum_p_squared: Tensor, layout: Layout, dtype: torch.dtype) -> Tensor:
-    """|e_y - p_t|^2 of every token, in the batch's shape; anything where masked. Raises if the two cannot be a policy's."""
+    """|e_y - p_t|^2 of every token, in the batch's shape; anything where masked. Raises if shapes differ or logps exceed 0."""
     check_tensor("sum_p_squared", sum_p_squared, logps.device)
     if tuple(sum_p_squared.shape) != layout.shape:
         raise ValueError(

@@ -35,11 +35,11 @@ def otb_advantages(
     where `completion_mask` is nonzero, so what a tool wrote moves nothing (verl's tir_optimal_token_baseline). A token that no
     other rollout of the group reaches has no baseline: its advantage is G_t.
 
-    `rewards` is (B,), one at the end of each rollout, or one per token, grouped as in `group_advantages`. Packed with N = B
-    means one per rollout, as for the advantages of a loss. `per_token_logps`
-    (B, T), or packed (N,) with `cu_seqlens`, in nats, and `sum_p_squared` of the same shape come from the policy that
-    sampled: `token_logps(with_sum_p_squared=True)`. `importance_sampling_ratio`, of that shape too, multiplies a token's
-    squared gradient by its square.
+    `rewards` is (B,), one at the end of each rollout, or one per token, grouped as in `group_advantages`. If a packed batch has
+    as many tokens as rollouts, they are read as one per rollout, like the advantages of a loss. `per_token_logps` (B, T), or
+    packed (N,) with `cu_seqlens`, in nats, and `sum_p_squared` of the same shape come from the policy that sampled:
+    `token_logps(with_sum_p_squared=True)`. `importance_sampling_ratio`, of that shape too, multiplies a token's squared
+    gradient by its square.
 
     The result has the shape of `per_token_logps` and the dtype of floating `rewards`, else float32; masked tokens get 0, and
     so do tokens at which all that reach it have the same G. A constant to any gradient.

@@ -107,7 +107,7 @@ def check(trainer: Any, chosen: Settings) -> None:
     """Refuse arguments that do not go with ACE or with a surrogate of ours."""
     if chosen.alpha > 0 and trainer.beta == 0:
         raise ValueError(f"--beta is 0, so no reference is scored: {HOW}, or alpha=0 to leave ACE out")
-    if chosen.alpha > 0 and trainer.loss_type == "real":
+    if chosen.alpha > 0 and chosen.surrogate is None and trainer.loss_type == "real":
         raise ValueError(
             "--loss_type real reads the advantages' signs alone, which ACE leaves as they are: take another, or alpha=0"
         )

@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
-from rlvr_ops.integrations.settings import Settings, weights
+from rlvr_ops.integrations.settings import Settings, ace_factor
 from rlvr_ops.rollouts import Rollouts
 
 HOW = (
@@ -61,11 +61,13 @@ class ACELossFn:
         self.settings.check_reference("reference_policy_logprobs", rollouts, whole, HOW)
         weighted = self.settings.advantages(whole, rollouts)
         ours = self.settings.surrogate is not None
+        if len(next_token_logprobs) == 1:
+            self.settings.refuse_whole_batches("NeMo-RL hands over one sequence: turn sequence packing off")
         shown = copy.copy(data)
         shown["advantages"] = data["advantages"].clone()
         shown["advantages"][:, 1:] = 0 if ours else weighted
         loss, metrics = self.loss_fn(next_token_logprobs, shown, global_valid_seqs, global_valid_toks)
-        factor = weights(rollouts.advantages, weighted).masked_fill(_mask(data) == 0, 0)
+        factor = ace_factor(rollouts.advantages, weighted).masked_fill(_mask(data) == 0, 0)
         metrics |= {"ace/weight": float(factor.sum() / global_valid_toks)}
         if ours:
             token_level = self.loss_fn.loss_type.name == "TOKEN_LEVEL"

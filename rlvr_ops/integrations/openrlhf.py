@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from rlvr_ops.integrations.settings import Settings
+from rlvr_ops.objectives.real import Real
 from rlvr_ops.rollouts import Rollouts
 
 HOW = "give --algo.kl.use_loss and --algo.kl.init_coef above 0 (1e-8 adds no term to speak of)"
@@ -55,7 +56,7 @@ def attach(trainer: Any, **settings: Any) -> None:
     kl = trainer.args.algo.kl
     if chosen.alpha > 0 and not (kl.use_loss and kl.init_coef > 0):
         raise ValueError(f"no reference reaches training: {HOW}, or alpha=0 to leave ACE out")
-    if hasattr(chosen.surrogate, "group_size"):
+    if isinstance(chosen.surrogate, Real):
         raise ValueError(f"surrogate={chosen.surrogate!r} compares the rollouts of a group, and OpenRLHF shuffles them")
     if chosen.surrogate is not None and own.is_correction_level != "off":
         raise ValueError(

@@ -137,7 +137,7 @@ class Settings:
         return old if self.confidence == "old" and old is not None else per_token_logps
 
 
-def weights(advantages: Tensor, weighted: Tensor) -> Tensor:
+def ace_factor(advantages: Tensor, weighted: Tensor) -> Tensor:
     """What ACE has multiplied each advantage by, 1 where A >= 0; shaped like them."""
     return torch.where(advantages < 0, weighted / advantages, 1)
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlvr_ops.integrations.settings import Settings, weights
+from rlvr_ops.integrations.settings import Settings, ace_factor
 from rlvr_ops.rollouts import Rollouts
 
 PREFIX = "ace_"
@@ -100,7 +100,7 @@ def ace_loss(
     own = torch.zeros_like(weighted) if ours else weighted
     shown = {**batch, "advantages": list(own.split(batch["response_lengths"]))}
     loss, reported = policy_loss_function(args, shown, logits, sum_of_sample_mean)
-    reported = {**reported, "ace/weight": sum_of_sample_mean(weights(rollouts.advantages, weighted))}
+    reported = {**reported, "ace/weight": sum_of_sample_mean(ace_factor(rollouts.advantages, weighted))}
     if ours:
         scaled = replace(rollouts, advantages=weighted * _weights(sum_of_sample_mean, logps))
         pg_loss = settings.loss(logps, scaled, "dapo").loss

@@ -116,11 +116,12 @@ class Objective(TokenObjective):
                     f"importance_sampling_level={level!r} does not go with a surrogate function, which makes its own ratios: "
                     "see SurrogateRows.rollout_mean"
                 )
-            weighted = self.ace.alpha > 0 or self.sampling is not None or self.entropy.top_quantile < 1
-            if getattr(surrogate, "signs_only", False) and weighted:
+            given = {"alpha > 0": self.ace.alpha > 0, "sampling_correction": self.sampling is not None}
+            given["top_entropy_quantile < 1"] = self.entropy.top_quantile < 1
+            if getattr(surrogate, "signs_only", False) and any(given.values()):
                 raise ValueError(
-                    f"alpha > 0 and sampling_correction do not go with surrogate {surrogate}, which reads the advantages' signs "
-                    "alone, nor does top_entropy_quantile < 1: pass alpha=0.0, no correction, and a quantile of 1"
+                    f"{' and '.join(name for name in given if given[name])}: surrogate {surrogate} reads the advantages' signs "
+                    "alone, and whole rollouts: pass alpha=0.0, no correction, and a quantile of 1"
                 )
             return
         form = surrogate.form

@@ -17,8 +17,8 @@ class Real:
 
     s is the mean of logp - old over a rollout's tokens, where one that is not finite counts 0. A rollout is right where its
     advantages' mean is above 0, wrong where it is below; one at 0 has no label. A group without both kinds has no loss. Every
-    token gets its group's loss, times group_size over the group's rollouts that have tokens, so that loss_type="grpo" makes it
-    the mean over groups. The size of an advantage is not read, and a rollout is read whole: neither ACE nor a sampling
+    token gets its group's loss, so that loss_type="grpo" makes it the mean over groups, where a rollout without tokens counts as
+    one without a loss. The size of an advantage is not read, and a rollout is read whole: neither ACE nor a sampling
     correction nor an entropy quantile goes with it.
 
     group_size: rollouts of a prompt, one group after another, as in `group_advantages`.
@@ -47,8 +47,7 @@ class Real:
         score = total / tokens.clamp(min=1) / self.tau
         losses = _softplus_of_sum(score, label < 0) + _softplus_of_sum(-score, label > 0)
         mixed = (label < 0).any(1) & (label > 0).any(1)
-        losses = torch.where(mixed, losses, 0) * self.group_size / (tokens > 0).sum(1).clamp(min=1)
-        return losses.repeat_interleave(self.group_size)[rows.rollout]
+        return torch.where(mixed, losses, 0).repeat_interleave(self.group_size)[rows.rollout]
 
 
 def _softplus_of_sum(logits: Tensor, chosen: Tensor) -> Tensor:

@@ -128,14 +128,20 @@ def test_fipo_still_punishes_an_extreme_token_at_eight_tenths():
     assert coef[0, 0].item() == pytest.approx(0.8 * 5)
 
 
-def test_real_is_the_mean_over_groups_whatever_rollouts_have_no_token():
-    """The group's third rollout is empty: its loss is that of the two others, log(1 + 1) + log(1 + 1)."""
-    logps = torch.full((3, 2), -1.0)
-    mask = torch.tensor([[1, 1], [1, 1], [0, 0]])
-    given = {"completion_mask": mask, "loss_type": "grpo", "num_items_in_batch": None}
+@pytest.mark.parametrize(
+    ("how", "share"),
+    [
+        ({"loss_type": "grpo"}, 2 / 3), ({"loss_type": "grpo", "num_items_in_batch": 2}, 1),
+        ({"loss_type": "dapo", "num_items_in_batch": 3}, 1), ({"loss_type": "bnpo"}, 1),
+    ],
+)  # fmt: skip
+def test_of_a_group_with_an_empty_rollout_real_is_the_others_loss_averaged_like_any_loss(how, share):
+    """The loss of the two others is log(1 + 1) + log(1 + 1); grpo counts three rollouts unless it is told how many."""
+    logps, mask = torch.full((3, 2), -1.0), torch.tensor([[1, 1], [1, 0], [0, 0]])
+    given = {"completion_mask": mask, "num_items_in_batch": None, **how}
     loss, coef = loss_and_coef(logps, logps, [1.0, -1.0, -1.0], Real(3), **given)
-    assert loss == pytest.approx(2 * LN(2))
-    assert coef.tolist() == [pytest.approx([-0.5, -0.5]), pytest.approx([0.5, 0.5]), [0.0, 0.0]]
+    assert loss == pytest.approx(share * 2 * LN(2))
+    assert not bool(coef[2].any())
 
 
 @pytest.mark.parametrize("advantages", [[1.0, 1.0, 1.0], [-1.0, -1.0, -1.0], [1.0, 1.0, 0.0], [-1.0, -1.0, 0.0]])
