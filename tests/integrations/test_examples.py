@@ -226,3 +226,14 @@ def test_two_processes_of_the_accelerate_loop_sample_and_learn_what_one_does(fir
     shared = [batch for turn in zip(*(process["batches"] for process in pair), strict=True) for batch in turn]
     torch.testing.assert_close(shared, alone["batches"], rtol=0, atol=0)
     torch.testing.assert_close(pair[0]["gradients"], alone["gradients"], rtol=1e-5, atol=1e-7)
+
+
+def test_the_accelerate_loop_logs_where_processes_have_unequal_micro_batches(tmp_path):
+    text = (EXAMPLES / "accelerate_loop.py").read_text()
+    assert text.count("= 30, 4, 2") == 1
+    (tmp_path / "loop.py").write_text(text.replace("= 30, 4, 2", "= 1, 4, 2"))
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "1", "PYTHONPATH": str(EXAMPLES)}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3", "loop.py"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=250)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(printed_numbers("reward", done.stdout)) == 1

@@ -150,6 +150,13 @@ def test_on_policy_the_ratio_is_1_and_the_confidence_the_current_policys():
     assert_same(found, value_and_gradient(wanted(batch, True, **settings), batch.logps))
 
 
+@pytest.mark.parametrize("surrogate", ["clip_cov", "kl_cov"])
+def test_a_surrogate_of_a_whole_batch_is_refused_where_one_sequence_comes(surrogate):
+    batch, one = make_batch(), slice(0, 1)
+    with pytest.raises(ValueError, match=f"surrogate='{surrogate}' compares .*one sequence: turn sequence packing off"):
+        loss_of(batch, ACELossFn(clipped(), surrogate=surrogate), one)(batch.logps[one])
+
+
 def test_a_dropped_sample_has_no_gradient():
     batch = make_batch()
     keep = torch.tensor([1.0, 0, 1, 1, 1, 1])

@@ -134,12 +134,15 @@ def test_real_is_ms_swifts():
 
 
 def test_real_labels_no_rollout_without_tokens_and_ms_swift_calls_it_wrong():
-    """At a ratio of 1 and beside one right and one wrong rollout, it makes log(1 + 1 + 1) of log(1 + 1), for one group of two."""
+    """At a ratio of 1 and beside one right and one wrong rollout, it makes log(1 + 1 + 1) of log(1 + 1), for one group of two.
+
+    It also counts the group in full, and we the two rollouts of three that have tokens.
+    """
     batch = make_batch()
     batch.logps = batch.old.clone()
     batch.mask[2] = False
     ours, theirs = (f(batch, **given)[0] for f, given in ((wanted, REAL), (found, SWIFTS_REAL)))
-    assert (theirs - ours).item() == pytest.approx(math.log(3 / 2) / 2, rel=1e-5)
+    assert (theirs - ours).item() == pytest.approx(math.log(3 / 2) / 2 + math.log(4) / 3 / 2, rel=1e-5)
 
 
 @pytest.mark.parametrize("settings", [{}, {"surrogate": "sapo"}])
@@ -254,6 +257,8 @@ def test_ace_with_a_loss_of_signs_is_refused():
     with pytest.raises(ValueError, match="--loss_type real reads the advantages' signs alone"):
         ms_swift.check(trainer_of(loss_type="real"), Settings())
     ms_swift.check(trainer_of(loss_type="real"), Settings(alpha=0.0))
+    with pytest.raises(ValueError, match="--loss_type must be one of"):  # the surrogate takes REAL's place
+        ms_swift.check(trainer_of(loss_type="real"), Settings(surrogate="cispo"))
 
 
 def test_rlhf_type_grpo_finds_our_trainer(monkeypatch):
