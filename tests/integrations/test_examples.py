@@ -209,7 +209,7 @@ def test_gradients_of_micro_batches_and_processes_add_up_to_the_batchs(name, pro
     from policy import Policy
 
     seen = first_steps(processes)[name]
-    batches = [batch for process in seen for batch in process["batches"]]
+    batches = [dict(batch) for process in seen for batch in process["batches"]]  # other tests read them too
     counts = {int(batch.pop("num_items_in_batch")) for batch in batches}
     batch, policy = joined(batches), Policy()
     policy.load_state_dict(seen[0]["weights"])
