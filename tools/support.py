@@ -75,8 +75,10 @@ def run(interpreter: Path) -> Row:
     versions = json.loads(
         subprocess.run([interpreter, "-c", VERSIONS], capture_output=True, text=True, check=True).stdout
     )
-    if interpreter.parent.parent.name == ".venv":  # verl is there without what it needs, and only its losses are called
-        versions["verl"] = ""
+    # Not what was tested: beside the losses stands verl without what it needs, and in the fleet the TRL that ms-swift wants.
+    beside = {".venv": "verl", "fleet": "trl"}.get(interpreter.parent.parent.name)
+    if beside:
+        versions[beside] = ""
     passed = {name: _passed(interpreter, name, arguments) for name, arguments in suites(interpreter, versions).items()}
     return Row(datetime.date.today().isoformat(), **versions, passed=passed)
 
