@@ -346,3 +346,9 @@ def dense_batch(dtype=torch.float32):
     hidden, weight = torch.randn(4, 6, 8, generator=g, dtype=dtype), torch.randn(50, 8, generator=g, dtype=dtype)
     ids = torch.randint(50, (4, 6), generator=g)
     return hidden, weight, ids, torch.tensor([1.0, -1.0, 0.5, -0.5]), -3 - torch.rand(4, 6, generator=g)
+
+
+READY_MADE = [
+    surrogates.clip_cov(share=0.2, low=0.05, high=9.0), surrogates.kl_cov(share=0.2), surrogates.fipo(half_life=2.0),
+    surrogates.fipo(influence=(0.5, 2.0), delta=1.3, safe_ratio=1.1), rlvr_ops.Real(2),
+]  # fmt: skip
