@@ -84,7 +84,9 @@ def digits():
 def untrained() -> Policy:
     """A `tiny` nobody has taught anything; not to be trained, it is shared."""
     config = load(None, [*SMALL, "policy.warm_start_steps=0"])
-    return load_policy(config, DigitTask())
+    policy = load_policy(config, DigitTask())
+    policy.start_sampler(config)
+    return policy
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,7 @@ from rlvr_kernels.objective import AGAINST, CONFIDENCES, ESTIMATORS, IMPORTANCE_
 import rlvr_ops
 from rlvr_ops import Head, Objective, Plan, Rollouts
 from rlvr_ops.objectives.objective import AGGREGATIONS, VERL_NAMES
+from rlvr_ops.objectives.sampling import CORRECTIONS
 from rlvr_trainer.parsing import ConfigError
 from rlvr_trainer.surrogate import load_surrogate
 
@@ -25,21 +26,22 @@ CHOICES = {
     "shape": SHAPES,
     "kl_estimator": ESTIMATORS,
     "kl_against": AGAINST,
+    "sampling_correction": ("auto", "none", *CORRECTIONS),
 }
 """The names that a key takes, for messages that say which was meant. `bnpo` is none: a batch is one update here, and its tokens
 are what dapo divides by."""
 TYPES = {"surrogate": str, **{key: Literal[names] for key, names in CHOICES.items()}}
-DEFAULTS = {"alpha": 0.0}  # ACE is in the presets that begin with ace-
+DEFAULTS = {"alpha": 0.0, "sampling_correction": "auto"}  # ACE is in the presets that begin with ace-
 DEFAULT_NAME = "ace-grpo"
 
 
 def _loss_keys() -> dict[str, tuple[Any, Any]]:
     """Type and default of the keywords of `ace_loss` that say which loss it is.
 
-    The others are about data, head and plan, come from `rollout.max_new_tokens`, or correct for another engine's sampling.
+    The others are about data, head and plan, or come from `rollout.max_new_tokens`.
     """
     elsewhere = {item.name for record in (Rollouts, Head, Plan) for item in fields(record)} | {
-        "lm_head_bias", "max_completion_length", "sampling_correction", "sampling_clip_max", "sampling_clip_min",
+        "lm_head_bias", "max_completion_length",
     }  # fmt: skip
     keywords = (p for p in inspect.signature(rlvr_ops.ace_loss).parameters.values() if p.kind == p.KEYWORD_ONLY)
     return {
@@ -60,7 +62,8 @@ class AlgorithmConfig(LossSettings):
     """From rewards to a loss. The inherited keys are explained in `rlvr_ops.ace_loss`.
 
     surrogate is a name, or a function of the user's: package.module:function, or path/to/file.py:function. Its numbers are
-    surrogate_parameters. The quantile of top_entropy_quantile is taken in every micro-batch.
+    surrogate_parameters. The quantile of top_entropy_quantile is taken in every micro-batch. sampling_correction is auto
+    (token_truncate where the sampler's log-probabilities are not the trainer's), none, or a correction by name.
     """
 
     surrogate_parameters: dict[str, Any] = field(default_factory=dict)
@@ -74,23 +77,30 @@ class AlgorithmConfig(LossSettings):
 
     def __post_init__(self) -> None:
         """Refuse what the loss would refuse, before anything is loaded."""
-        self.objective(max_completion_length=1)
+        self.objective(max_completion_length=1, off_policy_sampler=True)
 
     def title(self) -> str:
         """The name, and the surrogate if it is not the one that the name stands for."""
         own = self.surrogate if self.surrogate != PRESETS[self.name].get("surrogate", "ppo_clip") else ""
         return f"{self.name} with surrogate {own}" if own else self.name
 
-    def objective(self, max_completion_length: int) -> Objective:
-        """The loss that these settings mean.
+    def objective(self, max_completion_length: int, off_policy_sampler: bool) -> Objective:
+        """The loss that these settings mean, for a sampler that rounds as the trainer does or not.
 
         Raises:
             ConfigError: the library refuses it.
         """
         try:
-            return rlvr_ops.ACELoss(**self.policy(), max_completion_length=max_completion_length).objective
+            keywords = {**self.policy(), "sampling_correction": self._correction(off_policy_sampler)}
+            return rlvr_ops.ACELoss(**keywords, max_completion_length=max_completion_length).objective
         except (TypeError, ValueError) as error:
             raise ConfigError(f"algorithm.{error}") from error
+
+    def _correction(self, off_policy_sampler: bool) -> str | None:
+        """The name that the library has for it."""
+        if self.sampling_correction == "auto":
+            return "token_truncate" if off_policy_sampler else None
+        return None if self.sampling_correction == "none" else self.sampling_correction
 
     def policy(self) -> dict[str, Any]:
         """The keywords of `rlvr_ops.ace_loss` that say which loss it is."""
@@ -105,8 +115,9 @@ class AlgorithmConfig(LossSettings):
         """
         logps = torch.tensor([[-0.5, -1.0], [-1.5, -2.0]], requires_grad=True)
         constant = logps.detach() - 0.1
-        rollouts = Rollouts(None, torch.tensor([1.0, -1.0]), constant, constant)
-        objective, entropies = self.objective(max_completion_length=2), torch.ones(2, 2)
+        objective, entropies = self.objective(max_completion_length=2, off_policy_sampler=True), torch.ones(2, 2)
+        sampling = constant if objective.sampling else None
+        rollouts = Rollouts(None, torch.tensor([1.0, -1.0]), constant, constant, sampling)
         try:
             out = rlvr_ops.policy_loss_from_logps(logps, rollouts, objective, per_token_entropies=entropies)
             out.loss.backward()
@@ -117,7 +128,8 @@ class AlgorithmConfig(LossSettings):
 def _own_defaults(loss: str) -> dict[str, Any]:
     """The keywords in which a named loss's signature differs from the defaults here."""
     parameters = inspect.signature(getattr(rlvr_ops, f"{loss}_loss")).parameters
-    return {key: p.default for key, p in parameters.items() if key in LOSS_KEYS and p.default != LOSS_KEYS[key][1]}
+    own = {key: p.default for key, p in parameters.items() if key in LOSS_KEYS and key not in DEFAULTS}
+    return {key: default for key, default in own.items() if default != LOSS_KEYS[key][1]}
 
 
 FIXED: dict[str, dict[str, Any]] = {

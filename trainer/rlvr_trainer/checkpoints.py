@@ -134,7 +134,6 @@ def restore(checkpoint: Checkpoint, policy: Policy, optimizer: torch.optim.Optim
     state, settings = checkpoint.state, [dict(group) for group in optimizer.param_groups]
     weights = state.get("weights") or _weights(checkpoint.folder, policy)
     policy.model.load_state_dict(weights)
-    policy.refresh_sampler()
     optimizer.load_state_dict(state["optimizer"])
     for group, given in zip(optimizer.param_groups, settings, strict=True):
         group |= {key: value for key, value in given.items() if key != "params"}  # the settings may have changed

@@ -10,6 +10,7 @@ from typing import NoReturn
 from rlvr_trainer.judging import WorkerError, command
 from rlvr_trainer.parsing import ConfigError, nearest
 from rlvr_trainer.printing import mute
+from rlvr_trainer.sampling.sampler import SamplerError
 from rlvr_trainer.stopping import Signalled
 from rlvr_trainer.writing import WriteError
 
@@ -44,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
         return code
     except ConfigError as error:
         return _fail(str(error), 2)
-    except (WriteError, WorkerError, FloatingPointError) as error:
+    except (WriteError, WorkerError, SamplerError, FloatingPointError) as error:
         return _fail(str(error), 1)
     except ModuleNotFoundError as error:
         if error.name not in NEEDED:

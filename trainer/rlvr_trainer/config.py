@@ -3,6 +3,7 @@
 A preset (`algorithm.name`) fills in the keys of the `algorithm` section that nobody set; whatever is written wins.
 """
 
+import re
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -69,6 +70,11 @@ class PolicyConfig:
 class RolloutConfig:
     """How completions are sampled."""
 
+    backend: Literal["transformers", "vllm", "vllm-server"] = "transformers"
+    servers: list[str] = field(default_factory=list)  # of vllm-server: http://host:port, one or several
+    server_timeout: float = 300.0  # seconds to wait for a server that is starting
+    memory_share: float = 0.3  # of the device's memory, for vLLM's weights and cache in the trainer's process
+    asynchronous: bool = False  # sample the next batch while this one trains: one step off policy
     prompts: int = 8
     group_size: int = 8  # completions per prompt
     max_new_tokens: int = 20
@@ -149,6 +155,7 @@ class Config:
             "rollout.max_new_tokens": self.rollout.max_new_tokens,
             "rollout.temperature": self.rollout.temperature,
             "rollout.batch_size": self.rollout.batch_size,
+            "rollout.server_timeout": self.rollout.server_timeout,
             "optim.learning_rate": self.optim.learning_rate,
             "optim.max_grad_norm": self.optim.max_grad_norm,
             "optim.micro_batch": self.optim.micro_batch,
@@ -186,6 +193,7 @@ class Config:
         if not 0 <= self.algorithm.overlong_fraction < 1:
             raise ConfigError(f"algorithm.overlong_fraction must be in [0, 1), got {self.algorithm.overlong_fraction}")
         self._check_advantages()
+        self._check_backend()
         parts = parts_of(self.task)
         if parts and not any(part.held_out for _, part in parts):
             raise ConfigError("task.mixture: no part has held_out > 0, so nothing could be evaluated")
@@ -201,6 +209,7 @@ class Config:
             raise ConfigError(f"optim.betas must hold two numbers in [0, 1), got {self.optim.betas}")
         if not 0 <= self.policy.warm_start_noise <= 1:
             raise ConfigError(f"policy.warm_start_noise must be in [0, 1], got {self.policy.warm_start_noise}")
+        self.algorithm.objective(self.rollout.max_new_tokens, self.off_policy_sampler)
 
     def _check_every_number(self) -> None:
         """Refuse what is not finite, and counts of thousands of millions: whatever they are, they are a slip."""
@@ -212,6 +221,20 @@ class Config:
             if isinstance(value, int) and name != "seed" and value >= 2**31:
                 raise ConfigError(f"{key} must be below 2**31, got {value}")
 
+    def _check_backend(self) -> None:
+        """Refuse servers that nobody asks, and a share that is none."""
+        rollout = self.rollout
+        if (rollout.backend == "vllm-server") != bool(rollout.servers):
+            wanted = "needs rollout.servers=[http://host:port]" if not rollout.servers else "asks no rollout.servers"
+            raise ConfigError(f"rollout.backend={rollout.backend} {wanted}")
+        for url in rollout.servers:
+            if not re.fullmatch(r"https?://[^/\s?#]+/?", str(url)):
+                raise ConfigError(f"rollout.servers must hold addresses like http://host:8000, got {url!r}")
+        if len(set(rollout.servers)) < len(rollout.servers):
+            raise ConfigError(f"rollout.servers holds one server twice: {rollout.servers}")
+        if not 0 < rollout.memory_share <= 1:
+            raise ConfigError(f"rollout.memory_share must be in (0, 1], got {rollout.memory_share}")
+
     def _check_advantages(self) -> None:
         """Refuse an estimator that counts right answers where rewards are something else."""
         shaped = "task.reward=score" if self.task.reward == "score" else "algorithm.overlong_fraction > 0"
@@ -222,10 +245,15 @@ class Config:
                 f"algorithm.advantages={self.algorithm.advantages} needs rewards of 0 and 1, and {shaped} gives others"
             )
 
+    @property
+    def off_policy_sampler(self) -> bool:
+        """Whether completions come from other log-probabilities than the trainer's: another engine, precision or step."""
+        return self.rollout.backend != "transformers" or self.policy.precision == "mixed" or self.rollout.asynchronous
+
     @cached_property
     def objective(self) -> Objective:
         """The loss, built once."""
-        return self.algorithm.objective(self.rollout.max_new_tokens)
+        return self.algorithm.objective(self.rollout.max_new_tokens, self.off_policy_sampler)
 
     def to_yaml(self) -> str:
         """Every key with its value, presets resolved: reading it back gives an equal `Config`."""

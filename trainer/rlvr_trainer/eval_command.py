@@ -11,7 +11,7 @@ from rlvr_trainer.evaluation import Answers, answer
 from rlvr_trainer.parsing import ConfigError
 from rlvr_trainer.policies import load_policy
 from rlvr_trainer.prompt_limit import fit_prompts
-from rlvr_trainer.rollouts import cpu_threads
+from rlvr_trainer.sampling.generate import cpu_threads
 from rlvr_trainer.tasks import make_task
 from rlvr_trainer.writing import write_text, writing
 
@@ -83,6 +83,10 @@ def _answers(config: Config) -> Answers:
             for notice in (*task.notices, dropped):
                 if notice:
                     print(notice, file=sys.stderr)
-            return answer(policy, task, config)
+            policy.start_sampler(config)
+            try:
+                return answer(policy, task, config)
+            finally:
+                policy.close()
     finally:
         task.close()

@@ -162,12 +162,9 @@ def answer(policy: Policy, task: Task, config: Config) -> Answers:
     `rollout.batch_size`.
     """
     n, temperature = config.evaluation.samples, config.evaluation.temperature
-    devices = [policy.device] if policy.device.type != "cpu" else []
     state = random.getstate()
     try:
-        with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(config.evaluation.seed)
-            rollouts = sample(policy, task.held_out, config, n, temperature)
+        rollouts = sample(policy, task.held_out, config, n, temperature, config.evaluation.seed)
         confidences, stated = confidences_of(policy, rollouts, temperature, config.rollout.batch_size)
         verdicts = task.score(rollouts.problems, rollouts.texts)
     finally:

@@ -4,7 +4,7 @@
     -> loss on micro-batches over the global denominator -> step -> log -> evaluate -> checkpoint
 
 All mathematics is `rlvr_ops`: advantages, scores, losses, Pass@k. What this loop leaves out on purpose: more than one
-process, sampling by another engine, replay of old rollouts.
+training process, replay of old rollouts.
 """
 
 import shlex
@@ -29,6 +29,7 @@ from rlvr_trainer.prompt_limit import fit_prompts
 from rlvr_trainer.report import summarise
 from rlvr_trainer.resuming import changed_settings, refuse_others
 from rlvr_trainer.rollouts import Batch, Rollouts, collect
+from rlvr_trainer.sampling.mismatch import Mismatch
 from rlvr_trainer.scoring import hidden_states_of, scores_of
 from rlvr_trainer.session import INITIAL_POLICY, Clock, claimed, drop_results, start_anew
 from rlvr_trainer.stopping import Stop, Stopped, asked_to_stop
@@ -44,6 +45,7 @@ class MicroBatch:
     advantages: Tensor
     ref_per_token_logps: Tensor
     old_per_token_logps: Tensor | None
+    sampling_per_token_logps: Tensor | None
 
 
 @dataclass
@@ -95,7 +97,7 @@ def train(
     notes = changed_settings(run, config) if resume else []
     with claimed(run, resume=resume, overwrite=overwrite), asked_to_stop() as stop:
         checkpoint = checkpoints.find(run, start_from) if resume else None
-        clock, task = Clock(), None
+        clock, task, learner = Clock(), None, None
         try:
             with stop.at_once():
                 task = make_task(config.task, config.run.seed)  # before the model: bad data should not cost its loading
@@ -119,6 +121,8 @@ def train(
             go_on = f"go on from {last[0]} with: {_resuming(config)}" if last else "there is no checkpoint yet"
             raise WriteError(f"{error}; {go_on}") from error
         finally:
+            if learner is not None:
+                learner.policy.close()
             if task is not None:
                 task.close()
 
@@ -151,6 +155,7 @@ def _begin(config: Config, task: Task, checkpoint: Checkpoint | None, quiet: boo
     )
     torch.manual_seed(config.run.seed)
     place = Place() if checkpoint is None else checkpoints.restore(checkpoint, policy, optimizer)
+    policy.start_sampler(config)  # last: an engine takes its time, and what it holds is given back by `train`
     return Learner(policy, reference, optimizer, task.fingerprint(), place, notices)
 
 
@@ -179,6 +184,7 @@ def _learn(learner: Learner, task: Task, config: Config, log: RunLog, stop: Stop
             drop_results(run)  # of a run that had come to its end: they would be taken for those of this one
             learner.whole = False
             values = update(learner.policy, learner.reference, learner.optimizer, batch, config, step)
+            learner.policy.refresh_sampler()
             learner.place, learner.whole = Place(step + 1, cursor), True
             values["perf/seconds_step"] = clock.lap("train")
             values["perf/tokens_per_second"] = values["num_tokens"] / values["perf/seconds_step"]
@@ -235,12 +241,15 @@ def update(
         group["lr"] = rate
     parts = list(micro_batches(policy, reference, batch, config))
     items = max(tokens, 1.0) if config.objective.aggregation == "dapo" else float(len(batch.rollouts))
-    for _ in range(config.optim.updates_per_batch):
+    mismatch = Mismatch(config.objective.sampling)
+    for again in range(config.optim.updates_per_batch):
         metrics, total = StepMetrics(), torch.zeros((), device=policy.device)
         for part in parts:
             output = loss_of(policy, part, config, items)
             output.loss.backward()
             total += output.loss.detach()
+            if not again:
+                mismatch.add(output.per_token_logps, part.rollouts.sampling_logps, part.rollouts.completion_mask)
             metrics.add(
                 output.metrics,
                 tokens=float(part.rollouts.completion_mask.sum()),
@@ -252,13 +261,13 @@ def update(
             raise FloatingPointError(f"the gradient norm of step {step + 1} is {norm}: this update was not made")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    policy.refresh_sampler()
-    return {**values, "loss": float(total), "grad_norm": norm, **metrics.result()}
+    return {**values, "loss": float(total), "grad_norm": norm, **metrics.result(), **mismatch.metrics()}
 
 
 def micro_batches(policy: Policy, reference: Policy, batch: Batch, config: Config) -> Iterator[MicroBatch]:
-    """The batch in parts, scored by the reference, and by the policy itself if several updates make it move."""
-    off_policy = config.optim.updates_per_batch > 1
+    """The batch in parts, scored by the reference, and by the policy itself if it moves, or something else sampled."""
+    corrected = config.objective.sampling is not None
+    scored = corrected or config.optim.updates_per_batch > 1
     for start in range(0, len(batch.rollouts), config.optim.micro_batch):
         rows = list(range(start, min(start + config.optim.micro_batch, len(batch.rollouts))))
         rollouts = batch.rollouts.select(rows)
@@ -266,7 +275,8 @@ def micro_batches(policy: Policy, reference: Policy, batch: Batch, config: Confi
             rollouts=rollouts,
             advantages=batch.advantages[rows],
             ref_per_token_logps=scores_of(reference, rollouts, config.rollout.temperature),
-            old_per_token_logps=scores_of(policy, rollouts, config.rollout.temperature) if off_policy else None,
+            old_per_token_logps=scores_of(policy, rollouts, config.rollout.temperature) if scored else None,
+            sampling_per_token_logps=rollouts.sampling_logps if corrected else None,
         )
 
 
@@ -277,6 +287,7 @@ def loss_of(policy: Policy, part: MicroBatch, config: Config, items: float) -> r
         part.advantages,
         ref_per_token_logps=part.ref_per_token_logps,
         old_per_token_logps=part.old_per_token_logps,
+        sampling_per_token_logps=part.sampling_per_token_logps,
         completion_mask=part.rollouts.completion_mask,
         num_items_in_batch=items,
     )

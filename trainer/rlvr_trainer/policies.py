@@ -16,6 +16,7 @@ from rlvr_trainer import tiny
 from rlvr_trainer.config import Config
 from rlvr_trainer.parsing import ConfigError, nearest
 from rlvr_trainer.prompts import PromptFormat
+from rlvr_trainer.sampling import Sampler, start_sampler
 from rlvr_trainer.tasks import Prompt, Task
 
 NAMED = ("tiny", "smollm2-135m")
@@ -31,10 +32,16 @@ class Policy:
     head: Head
     mixed: bool
     eos_ids: list[int]
-    sampler: Any  # the copy that generates: bf16 under mixed precision, else the model itself
     prompts: PromptFormat = field(default_factory=PromptFormat)
     dtype: torch.dtype = torch.float32  # that it came in, and is saved in
     generation_defaults: Any = None  # those that it came with, which sampling here forgets
+    started: Sampler | None = None
+
+    @property
+    def sampler(self) -> Sampler:
+        """The engine that samples from this policy."""
+        assert self.started is not None, "start_sampler comes first"
+        return self.started
 
     @property
     def device(self) -> torch.device:
@@ -52,14 +59,24 @@ class Policy:
     def frozen(self) -> "Policy":
         """A copy that never changes: the reference."""
         model = copy.deepcopy(self.model).requires_grad_(False)
-        return replace(self, model=model, head=Head.from_model(model), sampler=model)
+        return replace(self, model=model, head=Head.from_model(model), started=None)
 
-    @torch.no_grad()
+    def start_sampler(self, config: Config) -> None:
+        """Start the engine that the settings name, with the weights as they are.
+
+        Raises:
+            SamplerError: it cannot be started or reached, or serves another model.
+        """
+        self.started = start_sampler(self, config)
+
     def refresh_sampler(self) -> None:
-        """Copy the weights to the sampler after an update."""
-        if self.sampler is not self.model:
-            for ours, theirs in zip(self.model.parameters(), self.sampler.parameters(), strict=True):
-                theirs.copy_(ours)
+        """Sample with the weights of now."""
+        self.sampler.update(self.model.state_dict())
+
+    def close(self) -> None:
+        """Give back what the sampler holds."""
+        if self.started is not None:
+            self.started.close()
 
     def texts(self, prompts: list[Prompt]) -> list[str]:
         """Prompts as the model wants to see them: through its chat template if it has one."""
@@ -67,8 +84,8 @@ class Policy:
 
     def save(self, folder: Path) -> None:
         """Model and tokenizer in a folder that `policy.name` can point to, with the type and the defaults it came with."""
-        alike = [model for model in (self.model, self.sampler) if model.dtype == self.dtype]
-        (alike[0] if alike else copy.deepcopy(self.model).to(self.dtype)).save_pretrained(folder)
+        model = self.model if self.model.dtype == self.dtype else copy.deepcopy(self.model).to(self.dtype)
+        model.save_pretrained(folder)
         if self.generation_defaults is not None:  # written without transformers' checks: what came in goes out
             self.generation_defaults.to_json_file(folder / "generation_config.json")
         self.tokenizer.save_pretrained(folder)
@@ -97,14 +114,12 @@ def load_policy(config: Config, task: Task, made: Path | None = None) -> Policy:
     eos_ids = _forget_sampling_defaults(model, tokenizer)
     model.to(_device(config.policy.device)).eval()  # eval for good: dropout would make ratios of noise
     mixed = config.policy.precision == "mixed"
-    sampler = copy.deepcopy(model).to(torch.bfloat16).requires_grad_(False) if mixed else model
     return Policy(
         model,
         tokenizer,
         _head(model),
         mixed,
         eos_ids,
-        sampler,
         prompts,
         dtype=getattr(model, "stored_dtype", torch.float32),
         generation_defaults=generation_defaults,

@@ -1,11 +1,9 @@
-"""Completions by `generate`, judged, and laid out as the loss wants them.
+"""Completions of the policy's sampler, judged, and laid out as the loss wants them.
 
 Prompts are padded on the left and completions on the right, so the completion is the last T columns of every row.
 """
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -19,7 +17,9 @@ from rlvr_trainer.judging.verdict import Verdict, counts
 from rlvr_trainer.parsing import ConfigError
 from rlvr_trainer.policies import Policy
 from rlvr_trainer.prompt_limit import PromptLimit, positions
-from rlvr_trainer.stop_texts import StopTexts
+from rlvr_trainer.prompts import encode
+from rlvr_trainer.sampling import Completion, Sampling
+from rlvr_trainer.sampling.generate import pad_left, pad_right
 from rlvr_trainer.tasks import Problem, Task
 
 
@@ -31,6 +31,7 @@ class Rollouts:
     attention_mask: Tensor  # (B, P + T)
     completion_ids: Tensor  # (B, T), the last T columns of input_ids
     completion_mask: Tensor  # (B, T), 1 up to and including the first end; 0 under `rollout.mask_truncated` without one
+    sampling_logps: Tensor  # (B, T), of every token under the distribution it was drawn from; NaN where there is none
     ended: Tensor  # (B,), whether there was one: an end token, or a text of `rollout.stop`
     problems: list[Problem]
     texts: list[str]  # what the assistant said, its given prefix included
@@ -55,6 +56,7 @@ class Rollouts:
         part["input_ids"], part["attention_mask"] = part["input_ids"][:, first:end], attended[:, first:end]
         part["completion_ids"] = part["completion_ids"][:, :length]
         part["completion_mask"] = part["completion_mask"][:, :length]
+        part["sampling_logps"] = part["sampling_logps"][:, :length]
         return Rollouts(**part)
 
 
@@ -68,78 +70,58 @@ class Batch:
     metrics: dict[str, float]
 
 
-@torch.no_grad()
-def sample(policy: Policy, problems: list[Problem], config: Config, group_size: int, temperature: float) -> Rollouts:
+def sample(
+    policy: Policy,
+    problems: list[Problem],
+    config: Config,
+    group_size: int,
+    temperature: float,
+    seed: int | None = None,
+) -> Rollouts:
     """`group_size` completions of every problem, by the policy's sampler at `temperature`, nothing truncated.
+
+    Without a `seed` one is drawn from torch's generator, and nothing else is.
 
     Raises:
         ConfigError: prompt and completion together are longer than the model's positions.
+        SamplerError: the engine failed.
     """
     length = config.rollout.max_new_tokens
-    texts = policy.texts([problem.prompt for problem in problems])
-    special = policy.tokenizer.chat_template is None  # a chat template writes its own special tokens
-    encoded = policy.tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=special)
-    prompt_ids = encoded.input_ids.to(policy.device).repeat_interleave(group_size, 0)
-    prompt_mask = encoded.attention_mask.to(policy.device).repeat_interleave(group_size, 0)
-    limit = positions(policy)
-    if limit and prompt_ids.shape[1] + length > limit:
+    prompts = encode(policy.tokenizer, policy.texts([problem.prompt for problem in problems]))
+    limit, longest = positions(policy), max(map(len, prompts))
+    if limit and longest + length > limit:
         raise ConfigError(
-            f"a prompt of {prompt_ids.shape[1]} tokens and rollout.max_new_tokens = {length} exceed"
+            f"a prompt of {longest} tokens and rollout.max_new_tokens = {length} exceed"
             f" the model's {limit} positions: shorten one of them."
         )
-    pieces, stops = [], []
-    for ids, mask in zip(
-        prompt_ids.split(config.rollout.batch_size), prompt_mask.split(config.rollout.batch_size), strict=True
-    ):
-        stop = StopTexts(policy.tokenizer, config.rollout.stop, ids)
-        with cpu_threads(config.rollout.threads):
-            output = policy.sampler.generate(
-                input_ids=ids,
-                attention_mask=mask,
-                do_sample=True,
-                temperature=temperature,
-                top_k=0,
-                top_p=1.0,
-                max_new_tokens=length,
-                stopping_criteria=stop.criteria(),
-            )
-        new = output[:, ids.shape[1] :]
-        pieces.append(torch.nn.functional.pad(new, (0, length - new.shape[1]), value=policy.tokenizer.pad_token_id))
-        stops.append(stop.ends(length))
-    repeated = [problem for problem in problems for _ in range(group_size)]
-    return _lay_out(policy, prompt_ids, prompt_mask, torch.cat(pieces), repeated, torch.cat(stops))
-
-
-@contextmanager
-def cpu_threads(count: int) -> Iterator[None]:
-    """Compute on `count` CPU threads for a while; 0 changes nothing."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+    drawn = int(torch.randint(2**48, ())) if seed is None else seed
+    asked = Sampling(length, temperature, group_size, drawn, tuple(config.rollout.stop))
+    completions = policy.sampler.sample(prompts, asked)
+    repeated = [i for i in range(len(problems)) for _ in range(group_size)]
+    return _lay_out(policy, [prompts[i] for i in repeated], completions, [problems[i] for i in repeated], length)
 
 
 def _lay_out(
-    policy: Policy,
-    prompt_ids: Tensor,
-    prompt_mask: Tensor,
-    completion_ids: Tensor,
-    problems: list[Problem],
-    stops: Tensor | None = None,
+    policy: Policy, prompts: list[list[int]], completions: list[Completion], problems: list[Problem], length: int
 ) -> Rollouts:
-    """`stops` (B, T) is true where a stop text was complete: behind it is padding, which may be an end token itself."""
-    is_end = torch.isin(completion_ids, torch.tensor(policy.eos_ids, device=completion_ids.device))
-    is_end = is_end if stops is None else is_end | stops
-    ended = is_end.any(1)
-    mask = ((is_end.cumsum(1) - is_end.int()) == 0).long()  # no end token before this one; the pad may be one too
+    """B prompts, completions and problems as tensors, the completions `length` wide."""
+    pad = policy.tokenizer.pad_token_id
+    prompt_ids, prompt_mask = pad_left(prompts, pad)
+    completion_ids = pad_right([found.token_ids for found in completions], pad, length)
+    mask = pad_right([[1] * len(found.token_ids) for found in completions], 0, length)
     texts = [
-        policy.prompts.assistant_prefix + policy.tokenizer.decode(ids[keep.bool()], skip_special_tokens=True)
-        for ids, keep in zip(completion_ids, mask, strict=True)
+        policy.prompts.assistant_prefix + policy.tokenizer.decode(found.token_ids, skip_special_tokens=True)
+        for found in completions
     ]
-    whole = torch.cat([prompt_ids, completion_ids], 1)
-    return Rollouts(whole, torch.cat([prompt_mask, mask], 1), completion_ids, mask, ended, problems, texts)
+    tensors = [
+        torch.cat([prompt_ids, completion_ids], 1),
+        torch.cat([prompt_mask, mask], 1),
+        completion_ids,
+        mask,
+        pad_right([found.logps for found in completions], float("nan"), length),
+        torch.tensor([found.finish_reason != "length" for found in completions]),
+    ]
+    return Rollouts(*(tensor.to(policy.device) for tensor in tensors), problems, texts)
 
 
 def collect(policy: Policy, task: Task, cursor: int, config: Config) -> tuple[Batch, int]:
@@ -239,6 +221,7 @@ def _merge(parts: list[Rollouts], policy: Policy) -> Rollouts:
         "attention_mask": [],
         "completion_ids": [],
         "completion_mask": [],
+        "sampling_logps": [],
         "ended": [],
     }
     for part in parts:
@@ -249,6 +232,7 @@ def _merge(parts: list[Rollouts], policy: Policy) -> Rollouts:
         columns["attention_mask"].append(grow(part.attention_mask, (left, right)))
         columns["completion_ids"].append(grow(part.completion_ids, (0, right), value=pad))
         columns["completion_mask"].append(grow(part.completion_mask, (0, right)))
+        columns["sampling_logps"].append(grow(part.sampling_logps, (0, right), value=float("nan")))
         columns["ended"].append(part.ended)
     tensors = {name: torch.cat(values) for name, values in columns.items()}
     return Rollouts(

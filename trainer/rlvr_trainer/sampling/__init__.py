@@ -1,0 +1,52 @@
+"""Engines that sample completions, behind one interface: `Sampler`."""
+
+from typing import TYPE_CHECKING
+
+from rlvr_trainer.sampling.sampler import Completion, Sampler, SamplerError, Sampling
+
+if TYPE_CHECKING:
+    from rlvr_trainer.config import Config
+    from rlvr_trainer.policies import Policy
+
+__all__ = ["Completion", "Sampler", "SamplerError", "Sampling", "start_sampler"]
+
+
+def start_sampler(policy: "Policy", config: "Config") -> Sampler:
+    """The engine that `rollout.backend` names, with the policy's weights.
+
+    Raises:
+        SamplerError: it cannot be started or reached, or serves another model.
+    """
+    import torch
+
+    rollout = config.rollout
+    dtype = torch.bfloat16 if policy.mixed else torch.float32
+    if rollout.backend == "transformers":
+        from rlvr_trainer.sampling.generate import GenerateSampler
+
+        copied = policy.mixed or rollout.asynchronous  # what is trained meanwhile must not change under the sampler
+        return GenerateSampler(
+            policy.model,
+            policy.tokenizer,
+            policy.eos_ids,
+            dtype=dtype if copied else None,
+            batch_size=rollout.batch_size,
+            threads=rollout.threads,
+        )
+    if rollout.backend == "vllm":
+        from rlvr_trainer.sampling.vllm_engine import VllmSampler
+
+        return VllmSampler(
+            policy.model,
+            policy.tokenizer,
+            policy.eos_ids,
+            dtype=dtype,
+            memory_share=rollout.memory_share,
+            max_model_len=rollout.max_prompt_tokens + rollout.max_new_tokens if rollout.max_prompt_tokens else None,
+            sleeps=not rollout.asynchronous,
+        )
+    from rlvr_trainer.sampling.vllm_server import ServerSampler
+
+    return ServerSampler(
+        rollout.servers, policy.model, policy.tokenizer, policy.eos_ids, patience=rollout.server_timeout
+    )

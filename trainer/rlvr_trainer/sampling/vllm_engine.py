@@ -1,0 +1,209 @@
+"""Sampling by vLLM in the trainer's own process: weights go over by reference, and nothing is written to a disk.
+
+One process means one device: for tensor parallelism, or a device of the sampler's own, there are servers.
+"""
+
+import os
+import random
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlvr_trainer.sampling.sampler import (
+    Completion,
+    Sampler,
+    SamplerError,
+    Sampling,
+    Weights,
+    number,
+    refuse_other_weights,
+    shapes_of,
+)
+
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine in this process
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+ON_A_CPU = {
+    "TORCH_COMPILE_DISABLE": "1",
+    "OMP_WAIT_POLICY": "PASSIVE",
+}  # compiling wants g++; threads that spin starve others
+
+
+class VllmSampler:
+    """An engine that starts with made-up weights and is given the policy's at once.
+
+    Args:
+        model: the policy's, of transformers.
+        tokenizer: the policy's; the engine looks for stop texts with it.
+        eos_ids: the end tokens.
+        dtype: that the engine computes in.
+        memory_share: of the device's memory, for weights and KV cache together.
+        max_model_len: tokens of prompt and completion; None for all positions of the model.
+        sleeps: whether to give its memory to the trainer between two calls, where the platform can.
+
+    Raises:
+        SamplerError: vLLM is not installed, or cannot run this model here.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        eos_ids: list[int],
+        *,
+        dtype: torch.dtype,
+        memory_share: float,
+        max_model_len: int | None,
+        sleeps: bool,
+    ) -> None:
+        self.model, self.eos_ids, self.shapes = model, eos_ids, shapes_of(model.state_dict())
+        with own_random_state(), tempfile.TemporaryDirectory(prefix="rlvr-ops-") as folder:
+            vllm = _import_vllm()
+            from vllm.platforms import current_platform
+
+            on_a_cpu = current_platform.is_cpu()
+            self.sleeps = sleeps and current_platform.is_sleep_mode_available()
+            write_model(Path(folder), model.config, tokenizer)
+            try:
+                self.engine: Any = vllm.LLM(
+                    folder,
+                    dtype=str(dtype).removeprefix("torch."),
+                    load_format="dummy",
+                    logprobs_mode="processed_logprobs",
+                    generation_config="vllm",
+                    enforce_eager=on_a_cpu,
+                    gpu_memory_utilization=memory_share,
+                    max_model_len=max_model_len,
+                    enable_sleep_mode=self.sleeps,
+                    seed=0,
+                )
+            except Exception as error:
+                raise SamplerError(f"vLLM cannot sample with this policy: {reason(error)}") from error
+        self.update(model.state_dict())
+
+    def sample(self, prompts: list[list[int]], sampling: Sampling) -> list[Completion]:
+        """See `Sampler.sample`."""
+        from vllm import SamplingParams
+
+        parameters = [
+            SamplingParams(
+                n=sampling.n,
+                seed=sampling.seed + i * sampling.n,  # vLLM counts on from there for the other n - 1
+                temperature=sampling.temperature,
+                max_tokens=sampling.max_new_tokens,
+                stop=list(sampling.stop),
+                stop_token_ids=self.eos_ids,
+                skip_special_tokens=False,  # a stop text may be one
+                detokenize=bool(sampling.stop),
+                logprobs=0,
+            )
+            for i in range(len(prompts))
+        ]
+        with self._awake(), own_random_state():
+            try:
+                answers = self._engine().generate(
+                    [{"prompt_token_ids": ids} for ids in prompts], parameters, use_tqdm=False
+                )
+            except Exception as error:
+                raise SamplerError(f"vLLM failed while sampling: {reason(error)}") from error
+        return [self._completion(output) for answer in answers for output in answer.outputs]
+
+    def _completion(self, output: Any) -> Completion:
+        ids = list(output.token_ids)
+        logps = [number(found[token].logprob) for found, token in zip(output.logprobs, ids, strict=True)]
+        return Completion(ids, logps, finish_reason(output.finish_reason, output.stop_reason))
+
+    def update(self, weights: Weights) -> None:
+        """See `Sampler.update`. The prefix cache is emptied: it belongs to the old weights."""
+        refuse_other_weights(weights, self.shapes)
+        with self._awake(), own_random_state():
+            try:
+                pairs = iter(by_checkpoint_name(self.model, weights).items())
+                self._engine().collective_rpc("reload_weights", kwargs={"weights_iterator": pairs})
+                self.engine.reset_prefix_cache()
+            except Exception as error:
+                raise SamplerError(f"vLLM could not take the weights: {reason(error)}") from error
+
+    def _engine(self) -> Any:
+        if self.engine is None:
+            raise SamplerError("the sampler has been closed")
+        return self.engine
+
+    @contextmanager
+    def _awake(self) -> Iterator[None]:
+        """Between two calls a sleeping engine's weights are in main memory, and its KV cache is given up."""
+        if self.sleeps and self._engine().llm_engine.is_sleeping():
+            self.engine.wake_up()
+        yield
+        if self.sleeps:
+            self.engine.sleep(level=1)
+
+    def close(self) -> None:
+        """See `Sampler.close`."""
+        if self.engine is not None:
+            engine, self.engine = self.engine, None
+            engine.llm_engine.engine_core.shutdown()
+
+
+def by_checkpoint_name(model: Any, weights: Weights) -> dict[str, Tensor]:
+    """A model's weights by the names that they have in a checkpoint, which is what vLLM reads."""
+    given = {name: value.detach() for name, value in weights.items()}
+    try:
+        from transformers.core_model_loading import revert_weight_conversion
+    except ImportError:  # a version that loads under the names of the file
+        return given
+    found: dict[str, Tensor] = revert_weight_conversion(model, given)
+    return found
+
+
+def finish_reason(reason: str | None, stopped_by: object) -> Any:
+    """vLLM's finish and stop reasons in our words: a stop *text* is a string there, an end token a number or nothing."""
+    return "length" if reason == "length" else "stop" if isinstance(stopped_by, str) else "end"
+
+
+def write_model(folder: Path, config: Any, tokenizer: Any) -> None:
+    """All of a model but its weights, for an engine that is given those later."""
+    config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def reason(error: BaseException) -> str:
+    """The first line of what went wrong."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def _import_vllm() -> Any:
+    from importlib.util import find_spec
+
+    if find_spec("vllm") is None:
+        raise SamplerError('rollout.backend=vllm needs vLLM: pip install "rlvr-ops[train,vllm]"')
+    settings = ENVIRONMENT if torch.cuda.is_available() else ENVIRONMENT | ON_A_CPU
+    for name, value in settings.items():
+        os.environ.setdefault(name, value)
+    try:
+        import vllm
+    except Exception as error:  # built for another torch, or another platform
+        raise SamplerError(f"vLLM is installed and cannot be imported: {reason(error)}") from error
+    return vllm
+
+
+@contextmanager
+def own_random_state() -> Iterator[None]:
+    """Whatever is drawn or seeded inside, the trainer's generators go on where they were."""
+    import numpy
+
+    python, arrays = random.getstate(), numpy.random.get_state()
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        random.setstate(python)
+        numpy.random.set_state(arrays)
