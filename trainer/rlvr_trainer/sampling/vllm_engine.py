@@ -16,7 +16,6 @@ from torch import Tensor
 
 from rlvr_trainer.sampling.sampler import (
     Completion,
-    Sampler,
     SamplerError,
     Sampling,
     Weights,
