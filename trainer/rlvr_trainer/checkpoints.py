@@ -10,6 +10,7 @@ import torch
 
 from rlvr_trainer.parsing import ConfigError
 from rlvr_trainer.policies import Policy
+from rlvr_trainer.rollouts import Batch
 from rlvr_trainer.writing import UNFINISHED, remove, whole_folder
 
 CHECKPOINTS, STATE = "checkpoints", "state.pt"
@@ -28,6 +29,7 @@ class Place:
     step: int = 0
     cursor: int = 0  # of the task's problems
     random: dict[str, Any] = field(default_factory=random_state)
+    ahead: tuple[Batch, int] | None = None  # a batch that was sampled and not learned from, and the cursor behind it
 
 
 @dataclass
@@ -67,6 +69,8 @@ def save(
         with whole_folder(folder) as unfinished:
             policy.save(unfinished)
             state = {"step": place.step, "cursor": place.cursor, "random": place.random, "fingerprint": fingerprint}
+            if place.ahead is not None:
+                state["ahead"] = place.ahead[0].state(), place.ahead[1]
             state["optimizer"] = optimizer.state_dict()
             if policy.dtype != policy.model.dtype:  # rounded in model.safetensors, which is for others
                 state["weights"] = policy.model.state_dict()
@@ -142,7 +146,8 @@ def restore(checkpoint: Checkpoint, policy: Policy, optimizer: torch.optim.Optim
         if int(later.name[5:]) > checkpoint.step:
             remove(later)
     set_random_state(state["random"])
-    return Place(checkpoint.step, int(state["cursor"]), state["random"])
+    ahead = (Batch.of(state["ahead"][0], policy.device), int(state["ahead"][1])) if "ahead" in state else None
+    return Place(checkpoint.step, int(state["cursor"]), state["random"], ahead)
 
 
 def set_random_state(state: dict[str, Any]) -> None:

@@ -24,7 +24,8 @@ RELIABILITY_BINS = 10
 class Evaluation:
     """How many of `samples` answers were correct per held-out problem; None where it could not be judged.
 
-    `reasons` counts the answers that were not simply right or wrong. `confidences` and `verdicts` are of every answer, the
+    `reasons` counts the answers that were not simply right or wrong. `most_likely` says of each problem whether the answer
+    with the largest mean log-probability was right. `confidences` and `verdicts` are of every answer, the
     `samples` of a problem next to each other, and a verdict is None where it could not be judged. `stated` of the
     confidences were written into the answers, the others are mean token probabilities.
     """
@@ -33,6 +34,7 @@ class Evaluation:
     correct: list[int | None]
     reasons: dict[str, float]
     mean_length: float
+    most_likely: list[bool | None] | None = None
     confidences: list[float] | None = None
     verdicts: list[bool | None] | None = None
     stated: int = 0
@@ -64,6 +66,9 @@ class Evaluation:
             for k in powers_of_two(self.samples):
                 mean, low, high = self.pass_at(k)
                 found |= {f"eval/pass@{k}": mean, f"eval/pass@{k}/low": low, f"eval/pass@{k}/high": high}
+        best = [right for right in self.most_likely or [] if right is not None]
+        if best:
+            found[f"eval/best_of@{self.samples}"] = sum(best) / len(best)
         return found | self.of_parts() | self.calibration()
 
     def of_parts(self) -> dict[str, float]:
@@ -138,6 +143,14 @@ class Answers:
             for p, text, verdict, q in together
         ]
 
+    def _most_likely(self, samples: int) -> list[bool | None]:
+        """Whether the answer that the sampler found likeliest was right: best-of-n without a judge."""
+        mask = self.rollouts.completion_mask
+        logps = self.rollouts.sampling_logps.nan_to_num(nan=-torch.inf).masked_fill(mask == 0, 0).sum(1) / mask.sum(1)
+        best = logps.reshape(-1, samples).argmax(1).tolist()
+        scores = [self.verdicts[i * samples + j].score for i, j in enumerate(best)]
+        return [None if score is None else score == 1 for score in scores]
+
     def evaluation(self, samples: int) -> Evaluation:
         """A problem that cannot be judged is not counted at all, neither as solved nor as missed."""
         scores = [verdict.score for verdict in self.verdicts]
@@ -148,6 +161,7 @@ class Answers:
             correct=[None if None in group else sum(score == 1 for score in group) for group in groups],
             reasons=counts(self.verdicts),
             mean_length=float(self.rollouts.completion_mask.sum(1).float().mean()),
+            most_likely=self._most_likely(samples),
             confidences=[round(value, 6) for value in self.confidences],
             verdicts=[None if score is None else score == 1 for score in scores],
             stated=self.stated,

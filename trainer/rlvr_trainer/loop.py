@@ -29,6 +29,7 @@ from rlvr_trainer.prompt_limit import fit_prompts
 from rlvr_trainer.report import summarise
 from rlvr_trainer.resuming import changed_settings, refuse_others
 from rlvr_trainer.rollouts import Batch, Rollouts, collect
+from rlvr_trainer.sampling.ahead import Ahead
 from rlvr_trainer.sampling.mismatch import Mismatch
 from rlvr_trainer.scoring import hidden_states_of, scores_of
 from rlvr_trainer.session import INITIAL_POLICY, Clock, claimed, drop_results, start_anew
@@ -180,15 +181,21 @@ def _learn(learner: Learner, task: Task, config: Config, log: RunLog, stop: Stop
             if step == config.run.steps:
                 break
             with stop.at_once():
-                batch, cursor = collect(learner.policy, task, learner.place.cursor, config)
+                batch, cursor = learner.place.ahead or collect(learner.policy, task, learner.place.cursor, config)
             drop_results(run)  # of a run that had come to its end: they would be taken for those of this one
             learner.whole = False
+            ahead = _sample_ahead(learner, task, cursor, config) if step + 1 < config.run.steps else None
             values = update(learner.policy, learner.reference, learner.optimizer, batch, config, step)
-            learner.policy.refresh_sampler()
-            learner.place, learner.whole = Place(step + 1, cursor), True
+            learner.place, learner.whole = Place(step + 1, cursor, ahead=ahead.wait() if ahead else None), True
             values["perf/seconds_step"] = clock.lap("train")
             values["perf/tokens_per_second"] = values["num_tokens"] / values["perf/seconds_step"]
-            _log_step(values, batch, config, log, step + 1)
+            try:
+                if ahead and ahead.error:
+                    raise ahead.error
+                learner.policy.refresh_sampler()
+            finally:  # a sampler that is gone takes no finished step with it
+                values["perf/seconds_push"] = clock.lap("push")
+                _log_step(values, batch, config, log, step + 1)
     except Stopped as stopped:
         saved = learner.save(config, best)
         log.say(f"interrupted: saved {saved}; continue with: {_resuming(config)}")
@@ -206,6 +213,13 @@ def _learn(learner: Learner, task: Task, config: Config, log: RunLog, stop: Stop
         learner.policy.save(folder)
     clock.lap("save")
     return summarise(run, config, log, step, clock.total, best)
+
+
+def _sample_ahead(learner: Learner, task: Task, cursor: int, config: Config) -> Ahead[tuple[Batch, int]] | None:
+    """The batch of the step after this one, by the weights that this one begins with; None unless that is asked for."""
+    if not config.rollout.asynchronous:
+        return None
+    return Ahead(lambda: collect(learner.policy, task, cursor, config, policy_lag=1))
 
 
 def _best(log: RunLog, config: Config, step: int) -> tuple[int, float] | None:

@@ -5,6 +5,7 @@ Prompts are padded on the left and completions on the right, so the completion i
 
 import time
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,6 +40,11 @@ class Rollouts:
     def __len__(self) -> int:
         return len(self.texts)
 
+    def to(self, device: torch.device) -> "Rollouts":
+        """All tensors on a device."""
+        tensors: dict[str, Any] = {n: value.to(device) for n, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **tensors)
+
     def lengths(self) -> Tensor:
         """(B,), tokens of every completion, whether they are masked or not."""
         return self.attention_mask[:, -self.completion_ids.shape[1] :].sum(1)
@@ -68,6 +74,20 @@ class Batch:
     rewards: Tensor  # (B,) float32, shaped
     advantages: Tensor  # (B,) float32
     metrics: dict[str, float]
+
+    def state(self) -> dict[str, Any]:
+        """Everything in tensors, numbers and texts; of a problem only what is logged, for it has been judged."""
+        rollouts = {f.name: getattr(self.rollouts, f.name) for f in fields(Rollouts)}
+        rollouts["problems"] = [(p.prompt, p.answers, p.where, p.task) for p in self.rollouts.problems]
+        return {**vars(self), "rollouts": rollouts}
+
+    @classmethod
+    def of(cls, state: dict[str, Any], device: torch.device) -> "Batch":
+        """The batch that gave this `state`, on a device."""
+        rows = state["rollouts"]
+        problems = [Problem(prompt, answers, {}, where, task) for prompt, answers, where, task in rows["problems"]]
+        rollouts = Rollouts(**{**rows, "problems": problems}).to(device)
+        return cls(**{**state, "rollouts": rollouts, "advantages": state["advantages"].to(device)})
 
 
 def sample(
@@ -113,19 +133,23 @@ def _lay_out(
         policy.prompts.assistant_prefix + policy.tokenizer.decode(found.token_ids, skip_special_tokens=True)
         for found in completions
     ]
-    tensors = [
-        torch.cat([prompt_ids, completion_ids], 1),
-        torch.cat([prompt_mask, mask], 1),
-        completion_ids,
-        mask,
-        pad_right([found.logps for found in completions], float("nan"), length),
-        torch.tensor([found.finish_reason != "length" for found in completions]),
-    ]
-    return Rollouts(*(tensor.to(policy.device) for tensor in tensors), problems, texts)
+    rollouts = Rollouts(
+        input_ids=torch.cat([prompt_ids, completion_ids], 1),
+        attention_mask=torch.cat([prompt_mask, mask], 1),
+        completion_ids=completion_ids,
+        completion_mask=mask,
+        sampling_logps=pad_right([found.logps for found in completions], float("nan"), length),
+        ended=torch.tensor([found.finish_reason != "length" for found in completions]),
+        problems=problems,
+        texts=texts,
+    )
+    return rollouts.to(policy.device)
 
 
-def collect(policy: Policy, task: Task, cursor: int, config: Config) -> tuple[Batch, int]:
+def collect(policy: Policy, task: Task, cursor: int, config: Config, policy_lag: int = 0) -> tuple[Batch, int]:
     """One step's rollouts with rewards and advantages, and the cursor behind the problems used.
+
+    The weights that learn from them will be `policy_lag` steps ahead of those that sample.
 
     A group whose reference cannot be read is left out whole. Under dynamic sampling groups of accuracy 0 or 1 are left
     out too, and replaced while `max_resamples` allows.
@@ -162,6 +186,7 @@ def collect(policy: Policy, task: Task, cursor: int, config: Config) -> tuple[Ba
         scores.append(score[rows])
     metrics = {
         "sampling/rollouts": float(len(verdicts)),
+        "sampling/policy_lag": float(policy_lag),
         **counts(verdicts),
         "sampling/prompts_dropped": float(dropped),
         "sampling/groups_uninformative": float(uninformative),

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlvr_trainer.sampling.sampler import Completion, Sampling, Weights, refuse_other_weights, shapes_of
+from rlvr_trainer.sampling.sampler import Completion, FinishReason, Sampling, Weights, refuse_other_weights, shapes_of
 from rlvr_trainer.stop_texts import StopTexts
 
 
@@ -66,7 +66,7 @@ class GenerateSampler:
         ended = next((i + 1 for i, token in enumerate(ids) if token in self.eos_ids), 0)
         ends = [length for length in (ended, stopped) if length]
         length = min(ends, default=len(ids))
-        reason = "length" if not ends else "end" if length == ended else "stop"
+        reason: FinishReason = "length" if not ends else "end" if length == ended else "stop"
         return Completion(ids[:length], logps[:length], reason)
 
     @torch.no_grad()

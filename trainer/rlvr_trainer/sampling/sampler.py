@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Weights = Mapping[str, "Tensor"]
+FinishReason = Literal["end", "stop", "length"]
 
 
 class SamplerError(Exception):
@@ -32,7 +33,7 @@ class Completion:
 
     token_ids: list[int]
     logps: list[float]  # of every token under the distribution that it was drawn from; NaN where the engine gave none
-    finish_reason: Literal["end", "stop", "length"]  # an end token, a text of `stop`, or neither
+    finish_reason: FinishReason  # an end token, a text of `stop`, or neither
 
 
 class Sampler(Protocol):

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rlvr_trainer.sampling.sampler import (
     Completion,
+    FinishReason,
     SamplerError,
     Sampling,
     Weights,
@@ -162,7 +163,7 @@ def by_checkpoint_name(model: Any, weights: Weights) -> dict[str, Tensor]:
     return found
 
 
-def finish_reason(reason: str | None, stopped_by: object) -> Any:
+def finish_reason(reason: str | None, stopped_by: object) -> FinishReason:
     """vLLM's finish and stop reasons in our words: a stop *text* is a string there, an end token a number or nothing."""
     return "length" if reason == "length" else "stop" if isinstance(stopped_by, str) else "end"
 
