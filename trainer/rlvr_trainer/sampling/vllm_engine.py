@@ -6,6 +6,7 @@ One process means one device: for tensor parallelism, or a device of the sampler
 import os
 import random
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -44,7 +45,7 @@ class VllmSampler:
         tokenizer: the policy's; the engine looks for stop texts with it.
         eos_ids: the end tokens.
         dtype: that the engine computes in.
-        memory_share: of the device's memory, for weights and KV cache together.
+        memory_share: of the device's memory, for weights and KV cache together; on a CPU for the KV cache alone.
         max_model_len: tokens of prompt and completion; None for all positions of the model.
         sleeps: whether to give its memory to the trainer between two calls, where the platform can.
 
@@ -64,7 +65,7 @@ class VllmSampler:
         sleeps: bool,
     ) -> None:
         self.model, self.eos_ids, self.shapes = model, eos_ids, shapes_of(model.state_dict())
-        with own_random_state(), tempfile.TemporaryDirectory(prefix="rlvr-ops-") as folder:
+        with own_random_state(), own_threads(), tempfile.TemporaryDirectory(prefix="rlvr-ops-") as folder:
             vllm = _import_vllm()
             from vllm.platforms import current_platform
 
@@ -79,7 +80,7 @@ class VllmSampler:
                     logprobs_mode="processed_logprobs",
                     generation_config="vllm",
                     enforce_eager=on_a_cpu,
-                    gpu_memory_utilization=memory_share,
+                    **memory(memory_share, on_a_cpu),
                     max_model_len=max_model_len,
                     enable_sleep_mode=self.sleeps,
                     seed=0,
@@ -87,6 +88,11 @@ class VllmSampler:
             except Exception as error:
                 raise SamplerError(f"vLLM cannot sample with this policy: {reason(error)}") from error
         self.update(model.state_dict())
+        try:
+            self.sample([eos_ids], Sampling(1))  # a head that no kernel takes is found out here
+        except SamplerError as error:
+            self.close()
+            raise SamplerError(f"vLLM cannot sample with this policy: {reason(error.__cause__ or error)}") from error
 
     def sample(self, prompts: list[list[int]], sampling: Sampling) -> list[Completion]:
         """See `Sampler.sample`."""
@@ -152,6 +158,15 @@ class VllmSampler:
             engine.llm_engine.engine_core.shutdown()
 
 
+def memory(share: float, on_a_cpu: bool) -> dict[str, Any]:
+    """How vLLM is told its share. On a CPU it would take the trainer's own memory for its weights."""
+    if not on_a_cpu:
+        return {"gpu_memory_utilization": share}
+    import psutil
+
+    return {"kv_cache_memory_bytes": int(share * psutil.virtual_memory().total)}
+
+
 def by_checkpoint_name(model: Any, weights: Weights) -> dict[str, Tensor]:
     """A model's weights by the names that they have in a checkpoint, which is what vLLM reads."""
     given = {name: value.detach() for name, value in weights.items()}
@@ -192,6 +207,18 @@ def _import_vllm() -> Any:
     except Exception as error:  # built for another torch, or another platform
         raise SamplerError(f"vLLM is installed and cannot be imported: {reason(error)}") from error
     return vllm
+
+
+@contextmanager
+def own_threads() -> Iterator[None]:
+    """On a CPU vLLM takes `torch.set_num_threads` away from everybody, and warns of what others are to blame for."""
+    own = torch.set_num_threads
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        torch.set_num_threads = own
 
 
 @contextmanager

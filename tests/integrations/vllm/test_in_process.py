@@ -1,0 +1,131 @@
+"""vLLM in the trainer's process: the real engine, compared with transformers token by token and to 1e-4."""
+
+import math
+import random
+
+import pytest
+import torch
+from models import MODELS, make_policy, nudge, scores
+from rlvr_trainer.config import load
+from rlvr_trainer.sampling import SamplerError, Sampling, start_sampler
+from rlvr_trainer.sampling.generate import GenerateSampler
+from rlvr_trainer.sampling.sampler import number
+
+PROMPTS = [list(range(5, 5 + n)) for n in (11, 40, 70)]
+CONFIG = ["rollout.backend=vllm", "rollout.memory_share=0.05", "policy.precision=full"]
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def policy(request, tmp_path_factory):
+    policy = make_policy(request.param, tmp_path_factory.mktemp("model"))
+    policy.start_sampler(load(None, CONFIG))
+    yield policy
+    policy.close()
+
+
+def transformers_of(policy):
+    return GenerateSampler(policy.model, policy.tokenizer, policy.eos_ids)
+
+
+def test_greedy_tokens_are_those_of_transformers_after_each_of_three_updates(policy):
+    greedy = Sampling(24, temperature=0)
+    before = None
+    for _ in range(3):
+        nudge(policy.model)
+        policy.refresh_sampler()
+        found = policy.sampler.sample(PROMPTS, greedy)
+        expected = transformers_of(policy).sample(PROMPTS, greedy)
+        assert [c.token_ids for c in found] == [c.token_ids for c in expected]
+        assert [c.finish_reason for c in found] == [c.finish_reason for c in expected]
+        assert [c.token_ids for c in found] != before  # the weights did change what is said
+        before = [c.token_ids for c in found]
+
+
+def test_logps_are_those_of_the_trainer(policy):
+    for temperature in (0.7, 1.0):
+        found = policy.sampler.sample(PROMPTS, Sampling(24, temperature, n=2, seed=5))
+        for prompt, completion in zip([p for p in PROMPTS for _ in range(2)], found, strict=True):
+            expected = scores(policy, prompt, completion.token_ids, temperature)
+            assert (torch.tensor(completion.logps) - expected).abs().max() <= 1e-4
+
+
+def test_a_completion_depends_on_its_seed_alone(policy):
+    whole = policy.sampler.sample(PROMPTS, Sampling(12, n=2, seed=7))
+    assert policy.sampler.sample(PROMPTS, Sampling(12, n=2, seed=7)) == whole
+    for i, prompt in enumerate([p for p in PROMPTS for _ in range(2)]):
+        (alone,) = policy.sampler.sample([prompt], Sampling(12, seed=7 + i))
+        assert alone.token_ids == whole[i].token_ids
+    assert len({tuple(c.token_ids) for c in policy.sampler.sample([PROMPTS[0]] * 4, Sampling(12, n=2, seed=1))}) > 4
+
+
+def test_completions_end_where_transformers_ends_them(policy):
+    """Longer than most completions, with texts of one and of two characters that stop: every reason occurs."""
+    stop = ("7", "ab", "<unk>")
+    reasons = set()
+    for seed in range(4):
+        for found in policy.sampler.sample(PROMPTS, Sampling(40, 1.3, n=4, seed=16 * seed, stop=stop)):
+            reasons.add(found.finish_reason)
+            texts = [policy.tokenizer.decode(found.token_ids[: i + 1]) for i in range(len(found.token_ids))]
+            stopped = [any(text in said for text in stop) for said in texts]
+            ended = [token in policy.eos_ids for token in found.token_ids]
+            assert not any(stopped[:-1]) and not any(ended[:-1])
+            assert found.finish_reason == ("stop" if stopped[-1] else "end" if ended[-1] else "length")
+            assert len(found.token_ids) == len(found.logps) <= 40
+    assert reasons == {"stop", "end", "length"} or reasons == {"stop", "length"}
+
+
+def test_the_trainers_random_state_is_its_own(policy):
+    torch.manual_seed(3)
+    random.seed(3)
+    expected = torch.rand(3), random.random()
+    torch.manual_seed(3)
+    random.seed(3)
+    policy.sampler.sample(PROMPTS, Sampling(4))
+    policy.refresh_sampler()
+    assert torch.equal(torch.rand(3), expected[0])
+    assert random.random() == expected[1]
+
+
+def test_threads_are_still_the_trainers_to_set(policy):
+    before = torch.get_num_threads()
+    torch.set_num_threads(before + 1)
+    assert torch.get_num_threads() == before + 1
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("fault", ["missing", "unknown", "shape"])
+def test_wrong_weights_are_named_and_the_engine_goes_on(policy, fault):
+    greedy = Sampling(8, temperature=0)
+    before = policy.sampler.sample(PROMPTS, greedy)
+    weights = dict(policy.model.state_dict())
+    name = "model.norm.weight"
+    if fault == "missing":
+        del weights[name]
+    elif fault == "unknown":
+        weights["model.extra.weight"] = weights[name]
+    else:
+        weights[name] = weights[name][:-1]
+    wanted = {"missing": "model.norm.weight is missing", "unknown": "none called model.extra.weight", "shape": "has shape"}
+    with pytest.raises(SamplerError, match=wanted[fault]):
+        policy.sampler.update(weights)
+    assert policy.sampler.sample(PROMPTS, greedy) == before
+
+
+def test_what_is_no_number_counts_as_unknown():
+    assert math.isnan(number(None))
+    assert math.isnan(number(math.nan))
+    assert number(-1.5) == -1.5
+
+
+def test_a_closed_sampler_says_so_and_closes_again(policy):
+    other = start_sampler(policy, load(None, CONFIG))
+    other.close()
+    other.close()
+    with pytest.raises(SamplerError, match="has been closed"):
+        other.sample(PROMPTS, Sampling(4))
+
+
+def test_a_model_that_vllm_cannot_run_is_one_sentence(tmp_path):
+    policy = make_policy("head_dim 24", tmp_path)
+    with pytest.raises(SamplerError, match="vLLM cannot sample with this policy: "):
+        policy.start_sampler(load(None, CONFIG))
