@@ -17,6 +17,7 @@ from rlvr_trainer.config import Config
 from rlvr_trainer.parsing import ConfigError, nearest
 from rlvr_trainer.prompts import PromptFormat
 from rlvr_trainer.sampling import Sampler, start_sampler
+from rlvr_trainer.sampling.agreement import refuse_disagreement
 from rlvr_trainer.tasks import Prompt, Task
 
 NAMED = ("tiny", "smollm2-135m")
@@ -68,6 +69,12 @@ class Policy:
             SamplerError: it cannot be started or reached, or serves another model.
         """
         self.started = start_sampler(self, config)
+        if config.rollout.backend != "transformers":
+            try:
+                refuse_disagreement(self.started, self, self.started.dtype)
+            except BaseException:
+                self.close()
+                raise
 
     def refresh_sampler(self) -> None:
         """Sample with the weights of now."""

@@ -1,4 +1,4 @@
-"""Policies small enough for an engine to start in seconds: untied and tied heads, and one that no engine takes."""
+"""Policies small enough for an engine to start in seconds: untied and tied heads, and two that vLLM does not get right."""
 
 import torch
 from rlvr_trainer import tiny
@@ -10,8 +10,9 @@ MODELS = ("llama", "tied qwen2")
 
 def make_policy(kind, folder):
     """A policy loaded from `folder`, with weights large enough that its tokens differ."""
-    from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+    import transformers
 
+    architecture = {"tied qwen2": "Qwen2", "qwen3 moe": "Qwen3Moe"}.get(kind, "Llama")
     tokenizer = tiny.make_tokenizer()
     heads = 4 if kind == "head_dim 24" else 3
     shape = {
@@ -27,8 +28,11 @@ def make_policy(kind, folder):
         "bos_token_id": 1,
         "eos_token_id": 2,
     }
+    if kind == "qwen3 moe":
+        shape |= {"moe_intermediate_size": 64, "num_experts": 4, "num_experts_per_tok": 2, "head_dim": 32}
     torch.manual_seed(0)
-    model = Qwen2ForCausalLM(Qwen2Config(**shape)) if "qwen2" in kind else LlamaForCausalLM(LlamaConfig(**shape))
+    config = getattr(transformers, f"{architecture}Config")(**shape)
+    model = getattr(transformers, f"{architecture}ForCausalLM")(config)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(3 if parameter.ndim > 1 else 1)

@@ -31,6 +31,7 @@ class GenerateSampler:
     ) -> None:
         self.shared = dtype is None
         self.model = model if dtype is None else copy.deepcopy(model).to(dtype).requires_grad_(False)
+        self.dtype: torch.dtype = self.model.dtype
         self.tokenizer, self.eos_ids = tokenizer, eos_ids
         self.batch_size, self.threads = batch_size, threads
 

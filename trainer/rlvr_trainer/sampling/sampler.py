@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 Weights = Mapping[str, "Tensor"]
@@ -37,7 +38,9 @@ class Completion:
 
 
 class Sampler(Protocol):
-    """An engine with a copy of the policy's weights."""
+    """An engine with a copy of the policy's weights, which computes in `dtype`."""
+
+    dtype: "torch.dtype"
 
     def sample(self, prompts: list[list[int]], sampling: Sampling) -> list[Completion]:
         """`sampling.n` completions of every prompt of token ids, those of a prompt next to each other.

@@ -64,6 +64,7 @@ class VllmSampler:
         max_model_len: int | None,
         sleeps: bool,
     ) -> None:
+        self.dtype = dtype
         self.model, self.eos_ids, self.shapes = model, eos_ids, shapes_of(model.state_dict())
         with own_random_state(), own_threads(), tempfile.TemporaryDirectory(prefix="rlvr-ops-") as folder:
             vllm = _import_vllm()
@@ -88,11 +89,6 @@ class VllmSampler:
             except Exception as error:
                 raise SamplerError(f"vLLM cannot sample with this policy: {reason(error)}") from error
         self.update(model.state_dict())
-        try:
-            self.sample([eos_ids], Sampling(1))  # a head that no kernel takes is found out here
-        except SamplerError as error:
-            self.close()
-            raise SamplerError(f"vLLM cannot sample with this policy: {reason(error.__cause__ or error)}") from error
 
     def sample(self, prompts: list[list[int]], sampling: Sampling) -> list[Completion]:
         """See `Sampler.sample`."""
