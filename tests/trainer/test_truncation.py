@@ -6,14 +6,13 @@ import pytest
 import torch
 from rlvr_trainer.console import read_jsonl
 from rlvr_trainer.loop import train, update
-from rlvr_trainer.policies import load_policy
 from rlvr_trainer.rollouts import collect
 
 
 @pytest.mark.parametrize("algorithm", ["grpo", "dapo", "dr_grpo", "luspo"])
-def test_a_step_in_which_nothing_ended_changes_no_weight(small, digits, algorithm):
+def test_a_step_in_which_nothing_ended_changes_no_weight(small, ready, digits, algorithm):
     config = small(f"algorithm.name={algorithm}", "algorithm.dynamic_sampling=false", "rollout.mask_truncated=true")
-    policy = load_policy(config, digits())
+    policy = ready(config)
     policy.eos_ids = [0]  # the pad: no completion that was sampled in full ends
     policy.model.generation_config.eos_token_id = [0]
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=1.0, weight_decay=0.0)
@@ -26,13 +25,13 @@ def test_a_step_in_which_nothing_ended_changes_no_weight(small, digits, algorith
     assert all(map(torch.equal, before, policy.model.parameters()))
 
 
-def test_truncated_completions_give_no_gradient_and_stay_in_the_denominator(small, digits):
+def test_truncated_completions_give_no_gradient_and_stay_in_the_denominator(small, ready, digits):
     """The gradient of GRPO with the others alone over the count of all of them, TRL's `mask_truncated_completions`."""
     torch.manual_seed(3)
     config = small(
         "rollout.mask_truncated=true", "rollout.group_size=16", "rollout.max_new_tokens=40", "optim.micro_batch=7"
     )
-    policy = load_policy(config, digits())
+    policy = ready(config)
     batch, _ = collect(policy, digits(), 0, config)
     ended = batch.rollouts.ended
     assert 0 < ended.sum() < len(ended)
