@@ -6,15 +6,17 @@ import pytest
 import torch
 from rlvr_trainer.console import read_jsonl
 from rlvr_trainer.loop import train, update
+from rlvr_trainer.policies import load_policy
 from rlvr_trainer.rollouts import collect
 
 
 @pytest.mark.parametrize("algorithm", ["grpo", "dapo", "dr_grpo", "luspo"])
-def test_a_step_in_which_nothing_ended_changes_no_weight(small, ready, digits, algorithm):
+def test_a_step_in_which_nothing_ended_changes_no_weight(small, digits, algorithm):
     config = small(f"algorithm.name={algorithm}", "algorithm.dynamic_sampling=false", "rollout.mask_truncated=true")
-    policy = ready(config)
+    policy = load_policy(config, digits())
     policy.eos_ids = [0]  # the pad: no completion that was sampled in full ends
     policy.model.generation_config.eos_token_id = [0]
+    policy.start_sampler(config)
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=1.0, weight_decay=0.0)
     torch.manual_seed(0)
     batch, _ = collect(policy, digits(), 0, config)
