@@ -80,13 +80,22 @@ def digits():
     return DigitTask
 
 
-@pytest.fixture(scope="session")
-def untrained() -> Policy:
-    """A `tiny` nobody has taught anything; not to be trained, it is shared."""
-    config = load(None, [*SMALL, "policy.warm_start_steps=0"])
+def load_ready(config: Config) -> Policy:
+    """A policy that can sample, for `DigitTask`."""
     policy = load_policy(config, DigitTask())
     policy.start_sampler(config)
     return policy
+
+
+@pytest.fixture
+def ready():
+    return load_ready
+
+
+@pytest.fixture(scope="session")
+def untrained() -> Policy:
+    """A `tiny` nobody has taught anything; not to be trained, it is shared."""
+    return load_ready(load(None, [*SMALL, "policy.warm_start_steps=0"]))
 
 
 @pytest.fixture(scope="session")

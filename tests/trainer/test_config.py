@@ -365,9 +365,10 @@ def test_every_hyper_parameter_of_the_loss_is_a_key_with_its_default():
         "backend",
     }
     parameters = inspect.signature(ACELoss).parameters.values()
-    wanted = {p.name: p.default for p in parameters if p.name not in elsewhere and not p.name.startswith("sampling_")}
+    wanted = {p.name: p.default for p in parameters if p.name not in elsewhere}
     algorithm = AlgorithmConfig()
-    assert {key: getattr(algorithm, key) for key in wanted} == {**wanted, "alpha": 0.0}
+    own = {"alpha": 0.0, "sampling_correction": "auto"}
+    assert {key: getattr(algorithm, key) for key in wanted} == {**wanted, **own}
 
 
 def test_the_objective_is_built_once_with_the_length_of_the_rollouts():

@@ -10,7 +10,6 @@ from rlvr_trainer.console import read_jsonl
 from rlvr_trainer.judging.verdict import TIME, Verdict
 from rlvr_trainer.metrics import StepMetrics
 from rlvr_trainer.parsing import ConfigError
-from rlvr_trainer.policies import load_policy
 from rlvr_trainer.rollouts import collect
 
 
@@ -22,7 +21,7 @@ def without_clocks(rows):
     return [{k: v for k, v in row.items() if not k.startswith("perf/")} for row in rows]
 
 
-def test_a_policy_learns_what_is_rewarded(small, digits):
+def test_a_policy_learns_what_is_rewarded(small, ready, digits):
     """From one answer in ten to nearly all: sampling, verification, loss and optimiser pull the same way."""
     config = small(
         "policy.warm_start_steps=0",
@@ -32,23 +31,24 @@ def test_a_policy_learns_what_is_rewarded(small, digits):
         "optim.learning_rate=5e-3",
         "optim.micro_batch=48",
     )
-    policy, task = load_policy(config, digits()), digits()
+    policy, task = ready(config), digits()
     reference, optimizer = policy.frozen(), optimizer_of(policy)
     torch.manual_seed(0)
     rewards, cursor = [], 0
     for step in range(20):
         batch, cursor = collect(policy, task, cursor, config)
         rewards.append(loop.update(policy, reference, optimizer, batch, config, step)["reward"])
+        policy.refresh_sampler()
     assert rewards[0] < 0.3
     assert min(rewards[-3:]) > 0.8
 
 
 @pytest.mark.parametrize("name", ["ace-grpo", "ace-dapo", "dr_grpo", "ace-luspo", "cispo", "ace-vespo"])
-def test_the_size_of_micro_batches_does_not_change_the_update(small, digits, name):
+def test_the_size_of_micro_batches_does_not_change_the_update(small, ready, digits, name):
     found = []
     for size in (1, 5, 100):
         config = small(f"algorithm.name={name}", "algorithm.dynamic_sampling=false", f"optim.micro_batch={size}")
-        policy = load_policy(config, digits())
+        policy = ready(config)
         reference = policy.frozen()
         torch.manual_seed(0)
         batch, _ = collect(policy, digits(), 0, config)
@@ -63,9 +63,9 @@ def test_the_size_of_micro_batches_does_not_change_the_update(small, digits, nam
 
 
 @pytest.mark.parametrize("name", [name for name in PRESETS if not name.startswith("ace-")])
-def test_every_preset_makes_off_policy_updates(small, digits, name):
+def test_every_preset_makes_off_policy_updates(small, ready, digits, name):
     config = small(f"algorithm.name={name}", "algorithm.dynamic_sampling=false", "optim.updates_per_batch=2")
-    policy = load_policy(config, digits())
+    policy = ready(config)
     torch.manual_seed(0)
     batch, _ = collect(policy, digits(), 0, config)
     before = [p.detach().clone() for p in policy.model.parameters()]
@@ -74,12 +74,12 @@ def test_every_preset_makes_off_policy_updates(small, digits, name):
     assert any(not torch.equal(a, b) for a, b in zip(before, policy.model.parameters(), strict=True))
 
 
-def test_a_surrogate_of_ones_own_trains_as_the_one_that_it_writes_out(small, digits, tmp_path):
+def test_a_surrogate_of_ones_own_trains_as_the_one_that_it_writes_out(small, ready, digits, tmp_path):
     (tmp_path / "mine.py").write_text("def loss(logps, rows):\n    return -rows.advantages * logps\n")
     found = []
     for name in ("reinforce", f"{tmp_path}/mine.py:loss"):
         config = small("algorithm.name=ace-grpo", f"algorithm.surrogate={name}", "optim.updates_per_batch=2")
-        policy = load_policy(config, digits())
+        policy = ready(config)
         torch.manual_seed(0)
         batch, _ = collect(policy, digits(), 0, config)
         optimizer = torch.optim.SGD(policy.model.parameters(), lr=0.1)
@@ -89,9 +89,9 @@ def test_a_surrogate_of_ones_own_trains_as_the_one_that_it_writes_out(small, dig
     torch.testing.assert_close(found[0][1], found[1][1], rtol=0, atol=1e-6)
 
 
-def test_at_the_first_update_policy_and_reference_agree_exactly(small, digits):
+def test_at_the_first_update_policy_and_reference_agree_exactly(small, ready, digits):
     config = small()
-    policy = load_policy(config, digits())
+    policy = ready(config)
     torch.manual_seed(0)
     batch, _ = collect(policy, digits(), 0, config)
     values = loop.update(policy, policy.frozen(), optimizer_of(policy), batch, config, 0)
@@ -100,18 +100,18 @@ def test_at_the_first_update_policy_and_reference_agree_exactly(small, digits):
     assert values["ace/frac_exploratory"] == 1.0
 
 
-def test_several_updates_on_a_batch_are_off_policy(small, digits):
+def test_several_updates_on_a_batch_are_off_policy(small, ready, digits):
     config = small("optim.updates_per_batch=3", "algorithm.epsilon_low=1e-6", "algorithm.epsilon_high=1e-6")
-    policy = load_policy(config, digits())
+    policy = ready(config)
     torch.manual_seed(0)
     batch, _ = collect(policy, digits(), 0, config)
     values = loop.update(policy, policy.frozen(), optimizer_of(policy), batch, config, 0)
     assert values["clip_ratio/region_mean"] > 0.0
 
 
-def test_a_batch_without_groups_changes_nothing(small, digits):
+def test_a_batch_without_groups_changes_nothing(small, ready, digits):
     config = small()
-    policy = load_policy(config, digits())
+    policy = ready(config)
     before = policy.head.weight.clone()
     batch, _ = collect(policy, digits(broken=tuple(f"problem {i}" for i in range(3))), 0, config)
     values = loop.update(policy, policy.frozen(), optimizer_of(policy), batch, config, 0)
@@ -119,9 +119,9 @@ def test_a_batch_without_groups_changes_nothing(small, digits):
     assert values["num_tokens"] == 0.0
 
 
-def test_a_gradient_that_is_not_finite_stops_the_run(small, digits):
+def test_a_gradient_that_is_not_finite_stops_the_run(small, ready, digits):
     config = small()
-    policy = load_policy(config, digits())
+    policy = ready(config)
     reference = policy.frozen()
     torch.manual_seed(0)
     batch, _ = collect(policy, digits(), 0, config)
@@ -131,9 +131,9 @@ def test_a_gradient_that_is_not_finite_stops_the_run(small, digits):
         loop.update(policy, reference, optimizer_of(policy), batch, config, 3)
 
 
-def test_the_learning_rate_warms_up(small, digits):
+def test_the_learning_rate_warms_up(small, ready, digits):
     config = small("optim.warmup_steps=4")
-    policy = load_policy(config, digits())
+    policy = ready(config)
     batch, _ = collect(policy, digits(), 0, config)
     reference, optimizer = policy.frozen(), optimizer_of(policy)
     rates = [loop.update(policy, reference, optimizer, batch, config, s)["learning_rate"] for s in (0, 1, 3, 9)]

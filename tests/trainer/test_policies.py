@@ -55,14 +55,14 @@ def test_left_padding_changes_no_hidden_state(untrained):
     torch.testing.assert_close(hidden_states_of(untrained.model, padded, mask)[:, 3:], alone, rtol=1e-4, atol=1e-5)
 
 
-def test_mixed_precision_samples_from_a_bf16_copy_that_follows_the_weights(small, digits):
-    policy = load_policy(small("policy.precision=mixed"), digits())
+def test_mixed_precision_samples_from_a_bf16_copy_that_follows_the_weights(small, ready):
+    policy = ready(small("policy.precision=mixed"))
     assert policy.head.weight.dtype == torch.float32
-    assert policy.sampler.lm_head.weight.dtype == torch.bfloat16
+    assert policy.sampler.model.lm_head.weight.dtype == torch.bfloat16
     with torch.no_grad():
         policy.model.lm_head.weight.add_(1.0)
     policy.refresh_sampler()
-    assert torch.equal(policy.sampler.lm_head.weight, policy.model.lm_head.weight.bfloat16())
+    assert torch.equal(policy.sampler.model.lm_head.weight, policy.model.lm_head.weight.bfloat16())
     assert policy.autocast().fast_dtype == torch.bfloat16
 
 

@@ -1,6 +1,7 @@
 """Rollouts: where a completion ends, which groups are left out, and what is logged about it."""
 
 import typing
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,11 +17,11 @@ import rlvr_ops
 from rlvr_ops.advantages.estimators import ESTIMATORS
 
 
-def laid_out(policy, completions):
-    ids = torch.tensor(completions)
-    prompts = torch.full((len(ids), 2), 9)
-    problems = [Problem("p", "a")] * len(ids)
-    return _lay_out(policy, prompts, torch.ones_like(prompts), ids, problems)
+def laid_out(policy, generated):
+    """Prompts of two tokens and rows of one length, as `generate` gives them, as rollouts."""
+    completions = [policy.sampler._cut(row, [-1.0] * len(row), 0) for row in generated]
+    problems = [Problem("p", "a")] * len(generated)
+    return _lay_out(policy, [[9, 9]] * len(generated), completions, problems, len(generated[0]))
 
 
 def test_the_first_end_token_counts_and_nothing_behind_it(untrained):
@@ -30,11 +31,14 @@ def test_the_first_end_token_counts_and_nothing_behind_it(untrained):
     assert rollouts.ended.tolist() == [True, True, False]
     assert rollouts.texts == ["0", "", "0123"]
     assert torch.equal(rollouts.attention_mask[:, 2:], rollouts.completion_mask)
+    assert torch.equal(rollouts.sampling_logps.isnan(), rollouts.completion_mask == 0)
 
 
 def test_every_end_token_of_the_model_ends_a_completion(small, digits):
-    policy = load_policy(small("policy.warm_start_steps=0"), digits())
+    config = small("policy.warm_start_steps=0")
+    policy = load_policy(config, digits())
     policy.eos_ids = [2, 30]
+    policy.start_sampler(config)
     assert laid_out(policy, [[20, 30, 20]]).completion_mask.tolist() == [[1, 1, 0]]
 
 
@@ -53,6 +57,7 @@ def test_selecting_rows_drops_the_columns_that_are_padding_in_all_of_them(untrai
     part = rollouts.select([0])
     assert part.input_ids.tolist() == [[9, 20, 2]]
     assert part.completion_ids.tolist() == [[20, 2]]
+    assert part.sampling_logps.tolist() == [[-1.0, -1.0]]
     assert rollouts.select([]).completion_ids.shape == (0, 1)
 
 
@@ -156,8 +161,10 @@ def test_the_score_itself_can_be_the_reward(untrained, small, digits, monkeypatc
 
 def test_sampling_gives_the_threads_back(untrained, small, monkeypatch):
     seen = []
-    own = untrained.sampler.generate
-    monkeypatch.setattr(untrained.sampler, "generate", lambda **k: (seen.append(torch.get_num_threads()), own(**k))[1])
-    sample(untrained, [Problem("a", "x")], small("rollout.threads=2"), 2, 1.0)
+    config, policy = small("rollout.threads=2"), replace(untrained)
+    policy.start_sampler(config)
+    own = policy.model.generate
+    monkeypatch.setattr(policy.model, "generate", lambda **k: (seen.append(torch.get_num_threads()), own(**k))[1])
+    sample(policy, [Problem("a", "x")], config, 2, 1.0)
     assert seen == [2]
     assert torch.get_num_threads() == 1

@@ -26,11 +26,12 @@ def writes(untrained, small, monkeypatch):
         longest = max(map(len, rows))
         planned = torch.tensor([row + [40] * (longest - len(row)) for row in rows])
 
-        def generate(input_ids, stopping_criteria, max_new_tokens, **_):
+        def generate(input_ids, logits_processor, stopping_criteria, max_new_tokens, **_):
             """As transformers does it: finished rows go on with pads until every row has finished."""
             done = torch.zeros(len(rows), dtype=torch.bool)
             for column in planned[:, :max_new_tokens].unbind(1):
-                column = torch.where(done, pad, column)
+                certain = torch.full((len(rows), 101), -torch.inf).scatter(1, column[:, None], 0.0)
+                column = torch.where(done, pad, logits_processor[0](input_ids, certain).argmax(1))
                 input_ids = torch.cat([input_ids, column[:, None]], 1)
                 done |= torch.isin(column, torch.tensor(policy.eos_ids))
                 if stopping_criteria is not None:
@@ -39,8 +40,9 @@ def writes(untrained, small, monkeypatch):
                     break
             return input_ids
 
-        monkeypatch.setattr(policy.sampler, "generate", generate)
         config = small(f"rollout.max_new_tokens={longest}", f"rollout.stop={stop}")
+        policy.start_sampler(config)
+        monkeypatch.setattr(policy.sampler.model, "generate", generate)
         return sample(policy, [Problem(prompt, "x")], config, len(texts), 1.0)
 
     return make
@@ -81,7 +83,7 @@ def test_the_window_reaches_over_the_longest_stop_text(untrained):
     ids = torch.tensor([untrained.tokenizer("some words before it: " + long).input_ids])
     ends = [bool(stop(torch.cat([prompt, ids[:, :n]], 1), None)) for n in range(1, ids.shape[1] + 1)]
     assert ends == [False] * (len(ends) - 1) + [True]
-    assert stop.ends(len(ends)).nonzero().tolist() == [[0, len(ends) - 1]]
+    assert stop.lengths.tolist() == [len(ends)]
 
 
 def test_transformers_stops_where_we_say(untrained, small):

@@ -16,6 +16,7 @@ def test_a_step_in_which_nothing_ended_changes_no_weight(small, digits, algorith
     policy = load_policy(config, digits())
     policy.eos_ids = [0]  # the pad: no completion that was sampled in full ends
     policy.model.generation_config.eos_token_id = [0]
+    policy.start_sampler(config)
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=1.0, weight_decay=0.0)
     torch.manual_seed(0)
     batch, _ = collect(policy, digits(), 0, config)
@@ -26,13 +27,13 @@ def test_a_step_in_which_nothing_ended_changes_no_weight(small, digits, algorith
     assert all(map(torch.equal, before, policy.model.parameters()))
 
 
-def test_truncated_completions_give_no_gradient_and_stay_in_the_denominator(small, digits):
+def test_truncated_completions_give_no_gradient_and_stay_in_the_denominator(small, ready, digits):
     """The gradient of GRPO with the others alone over the count of all of them, TRL's `mask_truncated_completions`."""
     torch.manual_seed(3)
     config = small(
         "rollout.mask_truncated=true", "rollout.group_size=16", "rollout.max_new_tokens=40", "optim.micro_batch=7"
     )
-    policy = load_policy(config, digits())
+    policy = ready(config)
     batch, _ = collect(policy, digits(), 0, config)
     ended = batch.rollouts.ended
     assert 0 < ended.sum() < len(ended)

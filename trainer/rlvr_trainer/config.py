@@ -230,7 +230,7 @@ class Config:
         for url in rollout.servers:
             if not re.fullmatch(r"https?://[^/\s?#]+/?", str(url)):
                 raise ConfigError(f"rollout.servers must hold addresses like http://host:8000, got {url!r}")
-        if len(set(rollout.servers)) < len(rollout.servers):
+        if len({url.rstrip("/") for url in rollout.servers}) < len(rollout.servers):
             raise ConfigError(f"rollout.servers holds one server twice: {rollout.servers}")
         if not 0 < rollout.memory_share <= 1:
             raise ConfigError(f"rollout.memory_share must be in (0, 1], got {rollout.memory_share}")

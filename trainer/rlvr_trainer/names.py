@@ -18,6 +18,11 @@ MEANINGS = {
     "algorithm.loss_type": "loss_agg_mode aggregation loss_mode",
     "algorithm.dynamic_sampling": "filter_groups dynamic_filtering",
     "algorithm.overlong_fraction": "overlong_buffer overlong_buffer_len soft_punish_cache",
+    "algorithm.sampling_clip_max": "vllm_importance_sampling_clip_max vllm_importance_sampling_cap rollout_is_threshold"
+    " is_correction_threshold",
+    "algorithm.sampling_clip_min": "vllm_importance_sampling_clip_min",
+    "algorithm.sampling_correction": "vllm_importance_sampling_correction vllm_importance_sampling_mode rollout_is"
+    " is_correction_mode",
     "evaluation.every": "eval_steps test_freq eval_every eval_interval eval_freq",
     "evaluation.samples": "eval_n_samples_per_prompt val_n num_eval_samples eval_samples",
     "evaluation.temperature": "eval_temperature",
@@ -32,10 +37,15 @@ MEANINGS = {
     "policy.device": "use_cpu cuda gpu",
     "policy.name": "model model_name model_name_or_path model_path pretrain path",
     "policy.precision": "dtype torch_dtype bf16 fp16 mixed_precision param_dtype",
+    "rollout.asynchronous": "async_enable async_train",
+    "rollout.backend": "use_vllm vllm_mode rollout.name",
     "rollout.batch_size": "micro_rollout_batch_size per_device_eval_batch_size generation_batch_size",
     "rollout.group_size": "num_generations n n_samples_per_prompt num_samples_per_prompt num_samples generations",
     "rollout.max_new_tokens": "max_completion_length max_response_length generate_max_len max_tokens response_length",
+    "rollout.memory_share": "gpu_memory_utilization vllm_gpu_memory_utilization",
     "rollout.prompts": "train_batch_size rollout_batch_size num_prompts prompts_per_step prompts_per_batch",
+    "rollout.server_timeout": "vllm_server_timeout",
+    "rollout.servers": "vllm_server_base_url vllm_server_host vllm_server_port",
     "run.checkpoint_every": "save_steps save_freq save_every save_interval checkpoint_steps",
     "run.keep_checkpoints": "save_total_limit max_ckpt_num max_actor_ckpt_to_keep keep_last",
     "run.out": "output_dir output out_dir save_path ckpt_path default_local_dir logging_dir",
@@ -44,7 +54,8 @@ MEANINGS = {
     "task.held_out": "eval_size test_size num_eval val_size",
     "task.name": "dataset dataset_name train_files train_file prompt_data data env environment",
 }
-"""The words of other libraries for a setting; a letter's case, `-` and `_`, and the section before it do not matter."""
+"""The words of other libraries for a setting; a letter's case, `-` and `_` do not matter, nor does the section before a word
+that has none."""
 
 
 def settings_of(kind: type, prefix: str = "") -> dict[str, Any]:
@@ -89,8 +100,8 @@ def meant_by(key: str, known: Iterable[str]) -> list[str]:
     known = sorted(known)
     section, _, last = key.lower().replace("-", "_").rpartition(".")
     same = [name for name in known if name.endswith(f".{last}")]
-    found = [name for name in same if name == f"{section}.{last}"] or same
-    found = found or [name for name, words in MEANINGS.items() if last in words.split() and name in known]
+    exact = [name for name in same if name == f"{section}.{last}"]
+    found = exact or _meaning(f"{section.split('.')[-1]}.{last}", known) or same or _meaning(last, known)
     if found:
         return found
     near = {name.partition(".")[2]: name for name in known if name.startswith(f"{section}.")}
@@ -100,6 +111,10 @@ def meant_by(key: str, known: Iterable[str]) -> list[str]:
         if close
         else difflib.get_close_matches(key, known if section else [*known, *_sections(known)], n=1)
     )
+
+
+def _meaning(word: str, known: list[str]) -> list[str]:
+    return [name for name, words in MEANINGS.items() if word in words.split() and name in known]
 
 
 def _sections(known: Iterable[str]) -> list[str]:

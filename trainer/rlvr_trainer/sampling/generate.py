@@ -30,7 +30,7 @@ class GenerateSampler:
         threads: int = 0,
     ) -> None:
         self.shared = dtype is None
-        self.model = model if dtype is None else copy.deepcopy(model).to(dtype).requires_grad_(False)
+        self.model = model if dtype is None else rounded_copy(model, dtype)
         self.dtype: torch.dtype = self.model.dtype
         self.tokenizer, self.eos_ids = tokenizer, eos_ids
         self.batch_size, self.threads = batch_size, threads
@@ -49,10 +49,11 @@ class GenerateSampler:
 
     def _batch(self, ids: Tensor, mask: Tensor, sampling: Sampling, seed: int) -> list[Completion]:
         device = self.model.device
+        ids = ids.to(device)
         stop = StopTexts(self.tokenizer, list(sampling.stop), ids)
         draw = Draw(sampling, seed, len(ids), device)
         output = self.model.generate(
-            input_ids=ids.to(device),
+            input_ids=ids,
             attention_mask=mask.to(device),
             do_sample=False,  # `draw` has drawn already, and leaves one token
             logits_processor=[draw],
@@ -89,14 +90,12 @@ class Draw:
 
     def __init__(self, sampling: Sampling, seed: int, rows: int, device: torch.device) -> None:
         self.temperature = sampling.temperature
+        self.exact = torch.float32 if device.type == "mps" else torch.float64  # whose sums repeat to all that matters
         draws = [
-            torch.rand(sampling.max_new_tokens, generator=torch.Generator().manual_seed(seed + i), dtype=torch.float64)
+            torch.rand(sampling.max_new_tokens, generator=torch.Generator().manual_seed(seed + i), dtype=self.exact)
             for i in range(rows)
-        ]
-        self.exact = (
-            torch.float32 if device.type == "mps" else torch.float64
-        )  # sums of float64 repeat to all that matters
-        self.draws = torch.stack(draws).to(device, self.exact)
+        ]  # drawn in the type that they are used in: rounded to 1, one would choose what has no probability
+        self.draws = torch.stack(draws).to(device)
         self.logps: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -112,6 +111,14 @@ class Draw:
         below = logps.to(self.exact).exp_().cumsum(-1)
         wanted = self.draws[:, len(self.logps), None] * below[:, -1:]
         return torch.searchsorted(below, wanted, right=True).clamp_(max=logps.shape[1] - 1)
+
+
+def rounded_copy(model: Any, dtype: torch.dtype) -> Any:
+    """A frozen copy with its parameters in `dtype`. Buffers stay: rotary frequencies in bf16 turn far positions by radians."""
+    model = copy.deepcopy(model).requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
 
 
 def pad_left(rows: list[list[int]], pad: int) -> tuple[Tensor, Tensor]:
