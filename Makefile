@@ -10,9 +10,9 @@ PYTEST := $(BIN)/python -m pytest -q
 PARALLEL := -n auto --dist worksteal
 READY := .venv/.ready
 
-.PHONY: test demo bench docs lint types test-cpu test-parity test-interpret test-compile test-gpu test-trl test-verl test-fleet setup clean
+.PHONY: test demo bench docs lint types test-cpu test-parity test-interpret test-compile test-gpu test-trl test-verl test-fleet test-vllm setup clean
 
-test: lint types test-cpu test-parity test-interpret test-compile test-gpu test-trl test-verl test-fleet
+test: lint types test-cpu test-parity test-interpret test-compile test-gpu test-trl test-verl test-fleet test-vllm
 
 demo: $(READY)
 	$(BIN)/rlvr-ops demo --model $(MODEL) --seed $(SEED) --out runs/demo-$(MODEL)-$(SEED)
@@ -53,7 +53,7 @@ test-gpu: $(READY)
 	then $(PYTEST) -m gpu; else echo "no GPU here: the tests marked gpu are left out"; fi
 
 # Frameworks exclude one another: the tests of each run in an environment of its own.
-test-trl test-fleet: test-%: .venvs/%.ready
+test-trl test-fleet test-vllm: test-%: .venvs/%.ready
 	.venvs/$*/bin/python -m pytest -q tests/integrations/$*
 
 test-verl: .venvs/verl.ready
