@@ -94,7 +94,7 @@ def sample(
             f"a prompt of {longest} tokens and rollout.max_new_tokens = {length} exceed"
             f" the model's {limit} positions: shorten one of them."
         )
-    drawn = int(torch.randint(2**48, ())) if seed is None else seed
+    drawn = int(torch.randint(2**31, ())) if seed is None else seed
     asked = Sampling(length, temperature, group_size, drawn, tuple(config.rollout.stop))
     completions = policy.sampler.sample(prompts, asked)
     repeated = [i for i in range(len(problems)) for _ in range(group_size)]
