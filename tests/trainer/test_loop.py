@@ -17,6 +17,14 @@ def optimizer_of(policy):
     return torch.optim.AdamW(policy.model.parameters(), lr=1e-3)
 
 
+def informative_batch(policy, task, config):
+    """A step's rollouts, with right and wrong answers in two groups of three."""
+    torch.manual_seed(4)
+    batch, _ = collect(policy, task, 0, config)
+    assert (batch.rewards.reshape(3, -1).std(1) > 0).sum() == 2
+    return batch
+
+
 def without_clocks(rows):
     return [{k: v for k, v in row.items() if not k.startswith("perf/")} for row in rows]
 
@@ -50,8 +58,7 @@ def test_the_size_of_micro_batches_does_not_change_the_update(small, ready, digi
         config = small(f"algorithm.name={name}", "algorithm.dynamic_sampling=false", f"optim.micro_batch={size}")
         policy = ready(config)
         reference = policy.frozen()
-        torch.manual_seed(0)
-        batch, _ = collect(policy, digits(), 0, config)
+        batch = informative_batch(policy, digits(), config)
         optimizer = torch.optim.SGD(policy.model.parameters(), lr=1.0)
         values = loop.update(policy, reference, optimizer, batch, config, 0)
         found.append((values, torch.cat([p.detach().flatten() for p in policy.model.parameters()])))
@@ -66,8 +73,7 @@ def test_the_size_of_micro_batches_does_not_change_the_update(small, ready, digi
 def test_every_preset_makes_off_policy_updates(small, ready, digits, name):
     config = small(f"algorithm.name={name}", "algorithm.dynamic_sampling=false", "optim.updates_per_batch=2")
     policy = ready(config)
-    torch.manual_seed(0)
-    batch, _ = collect(policy, digits(), 0, config)
+    batch = informative_batch(policy, digits(), config)
     before = [p.detach().clone() for p in policy.model.parameters()]
     values = loop.update(policy, policy.frozen(), optimizer_of(policy), batch, config, 0)
     assert 0 <= values["grad_norm"] < float("inf")  # 0 where the first update went past a clip of 3e-4
@@ -80,8 +86,7 @@ def test_a_surrogate_of_ones_own_trains_as_the_one_that_it_writes_out(small, rea
     for name in ("reinforce", f"{tmp_path}/mine.py:loss"):
         config = small("algorithm.name=ace-grpo", f"algorithm.surrogate={name}", "optim.updates_per_batch=2")
         policy = ready(config)
-        torch.manual_seed(0)
-        batch, _ = collect(policy, digits(), 0, config)
+        batch = informative_batch(policy, digits(), config)
         optimizer = torch.optim.SGD(policy.model.parameters(), lr=0.1)
         values = loop.update(policy, policy.frozen(), optimizer, batch, config, 0)
         found.append((values["loss"], torch.cat([p.detach().flatten() for p in policy.model.parameters()])))
@@ -92,8 +97,7 @@ def test_a_surrogate_of_ones_own_trains_as_the_one_that_it_writes_out(small, rea
 def test_at_the_first_update_policy_and_reference_agree_exactly(small, ready, digits):
     config = small()
     policy = ready(config)
-    torch.manual_seed(0)
-    batch, _ = collect(policy, digits(), 0, config)
+    batch = informative_batch(policy, digits(), config)
     values = loop.update(policy, policy.frozen(), optimizer_of(policy), batch, config, 0)
     assert values["kl"] == 0.0
     assert values["ace/shift/mean"] == 0.0
@@ -103,8 +107,7 @@ def test_at_the_first_update_policy_and_reference_agree_exactly(small, ready, di
 def test_several_updates_on_a_batch_are_off_policy(small, ready, digits):
     config = small("optim.updates_per_batch=3", "algorithm.epsilon_low=1e-6", "algorithm.epsilon_high=1e-6")
     policy = ready(config)
-    torch.manual_seed(0)
-    batch, _ = collect(policy, digits(), 0, config)
+    batch = informative_batch(policy, digits(), config)
     values = loop.update(policy, policy.frozen(), optimizer_of(policy), batch, config, 0)
     assert values["clip_ratio/region_mean"] > 0.0
 
@@ -123,8 +126,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run(small, ready, digits):
     config = small()
     policy = ready(config)
     reference = policy.frozen()
-    torch.manual_seed(0)
-    batch, _ = collect(policy, digits(), 0, config)
+    batch = informative_batch(policy, digits(), config)
     with torch.no_grad():
         policy.head.weight[5] = float("nan")
     with pytest.raises(FloatingPointError, match="the gradient norm of step 4 is nan"):
