@@ -1,0 +1,149 @@
+"""`rlvr-ops serve`: vLLM's own server with what the trainer needs of it, and an eye on all of its processes."""
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from rlvr_trainer.checkpoints import list_checkpoints
+from rlvr_trainer.parsing import ConfigError
+from rlvr_trainer.sampling.sampler import SamplerError
+from rlvr_trainer.session import INITIAL_POLICY
+from rlvr_trainer.stopping import SIGNALS
+
+COMMAND = (
+    *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
+    *("--worker-extension-cls", "rlvr_trainer.sampling.worker.Extension"),
+    *("--logprobs-mode", "processed_logprobs"),  # of the distribution that is drawn from: after the temperature
+    *("--generation-config", "vllm"),  # a model's own top_k or repetition penalty would draw from another one
+    "--disable-uvicorn-access-log",
+)
+ENVIRONMENT = {
+    "VLLM_SERVER_DEV_MODE": "1",  # /collective_rpc, by which weights come
+    "VLLM_NO_USAGE_STATS": "1",
+}
+ON_A_CPU = ("--enforce-eager", "--gpu-memory-utilization", "0.3")  # it would take nine tenths of the main memory
+GRACE = 15.0  # seconds to end in by itself
+PR_SET_PDEATHSIG = 1
+
+
+def serve(model: str, *, host: str, port: int, dtype: str, arguments: list[str]) -> int:
+    """Serve until a signal comes or the server ends, and give an exit code. What `arguments` say to vLLM wins.
+
+    What vLLM can load is served with its own weights, for whoever asks before a trainer comes. `smollm2-135m` lies in a
+    file that vLLM cannot read, and has made-up ones until then.
+
+    Raises:
+        SamplerError: vLLM is not installed, or somebody killed the server.
+        ConfigError: a run that holds no model yet, or `smollm2-135m` without its package.
+    """
+    if find_spec("vllm") is None:
+        raise SamplerError('rlvr-ops serve needs vLLM: pip install "rlvr-ops[train,vllm]"')
+    import torch
+
+    from rlvr_trainer.sampling import vllm_engine
+
+    on_a_cpu = not torch.cuda.is_available()
+    environment = ENVIRONMENT | (vllm_engine.ON_A_CPU if on_a_cpu else {})
+    with tempfile.TemporaryDirectory(prefix="rlvr-ops-") as folder:
+        where = ["--host", host, "--port", str(port), "--dtype", dtype]
+        command = [*COMMAND, *_model(model, Path(folder)), *where, *(ON_A_CPU if on_a_cpu else ()), *arguments]
+        return _watch(command, {**environment, **os.environ})
+
+
+def _model(name: str, folder: Path) -> list[str]:
+    """vLLM's arguments for a model by the names that the trainer has for it, or for a run."""
+    if name == "smollm2-135m":
+        from rlvr_trainer.policies import _smollm2
+        from rlvr_trainer.sampling.vllm_engine import write_model
+
+        model, tokenizer = _smollm2()
+        write_model(folder, model.config, tokenizer)
+        return ["--model", str(folder), "--served-model-name", name, "--load-format", "dummy"]
+    path = Path(name)
+    if name == "tiny" or (path / "config.yaml").is_file():
+        inside = [path / "model", *reversed(list_checkpoints(path)), path / INITIAL_POLICY]
+        found = [place for place in inside if (place / "config.json").is_file()]
+        if not found:
+            hint = "is made for a task: give the folder of a run of it" if name == "tiny" else "holds no model yet"
+            raise ConfigError(f"{name} {hint} (rlvr-ops train ... run.steps=0 makes one)")
+        return ["--model", str(found[0])]
+    return ["--model", name]
+
+
+def _watch(command: list[str], environment: dict[str, str]) -> int:
+    """Run the server in a session of its own, and leave nothing of it when it or this process ends."""
+    received: list[int] = []
+    with _signals_to(received):
+        server = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=_end_with_parent)
+        try:
+            while server.poll() is None and not received:
+                time.sleep(0.1)
+        finally:
+            _end(server)
+    if received:
+        return 128 + received[0]
+    if server.returncode < 0:
+        raise SamplerError(f"the server was ended by {signal.Signals(-server.returncode).name}; nothing of it is left")
+    return server.returncode
+
+
+@contextmanager
+def _signals_to(received: list[int]) -> Iterator[None]:
+    def handle(number: int, frame: Any) -> None:
+        received.append(number)
+
+    before = {number: signal.signal(number, handle) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _end_with_parent() -> None:
+    """Ask the kernel for SIGTERM should `rlvr-ops serve` die: the server then ends its own processes."""
+    with suppress(OSError, AttributeError):  # not on Linux
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _end(server: subprocess.Popen[bytes]) -> None:
+    """End all of the server's processes, gently if its first one lives; Python's resource tracker then frees shared memory."""
+    if server.poll() is None:
+        server.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            server.wait(GRACE)
+    for spared in (True, False):  # the tracker ends when all who use it are gone
+        deadline = time.monotonic() + GRACE
+        while (left := _members(server.pid)) and time.monotonic() < deadline:
+            for pid in left:
+                if not (spared and _is_tracker(pid)):
+                    with suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
+            time.sleep(0.05)
+            server.poll()  # or it stays as a zombie
+
+
+def _members(session: int) -> list[int]:
+    found = []
+    for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
+        with suppress(OSError):
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            if int(state[3]) == session and state[0] != "Z":
+                found.append(pid)
+    return found
+
+
+def _is_tracker(pid: int) -> bool:
+    try:
+        return b"multiprocessing.resource_tracker" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
