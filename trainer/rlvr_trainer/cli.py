@@ -126,11 +126,17 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--keep-best", action="store_true", help="the same as run.keep_best=true")
     train.set_defaults(command=_train)
 
-    serve = commands.add_parser("serve", help="serve a model by vLLM, for rollout.backend=vllm-server", allow_abbrev=False)
+    serve = commands.add_parser(
+        "serve", help="serve a model by vLLM, for rollout.backend=vllm-server", allow_abbrev=False
+    )
     serve.add_argument("model", help="smollm2-135m, the folder of a run or of a model, or a name that vLLM can load")
-    serve.add_argument("--host", default="127.0.0.1", help="anybody who reaches it may change the weights (%(default)s)")
+    serve.add_argument(
+        "--host", default="127.0.0.1", help="anybody who reaches it may change the weights (%(default)s)"
+    )
     serve.add_argument("--port", type=int, default=8000, help="%(default)s")
-    serve.add_argument("--dtype", default="auto", help="bfloat16, float32, ... (%(default)s: as the weights are stored)")
+    serve.add_argument(
+        "--dtype", default="auto", help="bfloat16, float32, ... (%(default)s: as the weights are stored)"
+    )
     serve.epilog = "Behind -- come further options of vLLM's server: rlvr-ops serve MODEL -- --max-model-len 4096"
     serve.set_defaults(command=_serve)
 

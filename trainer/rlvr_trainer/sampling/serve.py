@@ -1,6 +1,5 @@
 """`rlvr-ops serve`: vLLM's own server with what the trainer needs of it, and an eye on all of its processes."""
 
-import ctypes
 import os
 import signal
 import subprocess
@@ -8,13 +7,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from rlvr_trainer.checkpoints import list_checkpoints
 from rlvr_trainer.parsing import ConfigError
+from rlvr_trainer.sampling.processes import ended_with_us
 from rlvr_trainer.sampling.sampler import SamplerError
 from rlvr_trainer.session import INITIAL_POLICY
 from rlvr_trainer.stopping import SIGNALS
@@ -31,18 +31,16 @@ ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
 }
 ON_A_CPU = ("--enforce-eager", "--gpu-memory-utilization", "0.3")  # it would take nine tenths of the main memory
-GRACE = 15.0  # seconds to end in by itself
-PR_SET_PDEATHSIG = 1
 
 
 def serve(model: str, *, host: str, port: int, dtype: str, arguments: list[str]) -> int:
-    """Serve until a signal comes or the server ends, and give an exit code. What `arguments` say to vLLM wins.
+    """Serve until a signal comes, and give the exit code for it. What `arguments` say to vLLM wins.
 
     What vLLM can load is served with its own weights, for whoever asks before a trainer comes. `smollm2-135m` lies in a
     file that vLLM cannot read, and has made-up ones until then.
 
     Raises:
-        SamplerError: vLLM is not installed, or somebody killed the server.
+        SamplerError: vLLM is not installed, or the server did not start, or it died.
         ConfigError: a run that holds no model yet, or `smollm2-135m` without its package.
     """
     if find_spec("vllm") is None:
@@ -83,17 +81,15 @@ def _watch(command: list[str], environment: dict[str, str]) -> int:
     """Run the server in a session of its own, and leave nothing of it when it or this process ends."""
     received: list[int] = []
     with _signals_to(received):
-        server = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=_end_with_parent)
-        try:
+        server = subprocess.Popen(command, env=environment, start_new_session=True)
+        with ended_with_us(server.pid):
             while server.poll() is None and not received:
                 time.sleep(0.1)
-        finally:
-            _end(server)
-    if received:
-        return 128 + received[0]
-    if server.returncode < 0:
-        raise SamplerError(f"the server was ended by {signal.Signals(-server.returncode).name}; nothing of it is left")
-    return server.returncode
+    if not received:
+        code = server.returncode
+        how = signal.Signals(-code).name if code < 0 else f"with exit code {code}"
+        raise SamplerError(f"the server ended ({how}), which nobody asked it to; nothing of it is left")
+    return 128 + received[0]
 
 
 @contextmanager
@@ -107,43 +103,3 @@ def _signals_to(received: list[int]) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _end_with_parent() -> None:
-    """Ask the kernel for SIGTERM should `rlvr-ops serve` die: the server then ends its own processes."""
-    with suppress(OSError, AttributeError):  # not on Linux
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
-def _end(server: subprocess.Popen[bytes]) -> None:
-    """End all of the server's processes, gently if its first one lives; Python's resource tracker then frees shared memory."""
-    if server.poll() is None:
-        server.terminate()
-        with suppress(subprocess.TimeoutExpired):
-            server.wait(GRACE)
-    for spared in (True, False):  # the tracker ends when all who use it are gone
-        deadline = time.monotonic() + GRACE
-        while (left := _members(server.pid)) and time.monotonic() < deadline:
-            for pid in left:
-                if not (spared and _is_tracker(pid)):
-                    with suppress(ProcessLookupError):
-                        os.kill(pid, signal.SIGKILL)
-            time.sleep(0.05)
-            server.poll()  # or it stays as a zombie
-
-
-def _members(session: int) -> list[int]:
-    found = []
-    for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
-        with suppress(OSError):
-            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-            if int(state[3]) == session and state[0] != "Z":
-                found.append(pid)
-    return found
-
-
-def _is_tracker(pid: int) -> bool:
-    try:
-        return b"multiprocessing.resource_tracker" in Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:
-        return False

@@ -7,7 +7,8 @@ one transfer, so that a server that was started again is a server like any other
 import os
 import secrets
 import socket
-from collections.abc import Iterable, Iterator, Mapping
+import threading
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
@@ -16,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroupGloo, TCPStore
+
+from rlvr_trainer.sampling.sampler import SamplerError
 
 SHARED_MEMORY = Path("/dev/shm")
 PREFIX = "rlvr-ops-"  # then the process's id
@@ -66,11 +69,23 @@ def has_room(weights: Mapping[str, Tensor]) -> bool:
 
 
 def write(path: Path, weights: Mapping[str, Tensor]) -> None:
-    """Write a safetensors file over the empty one at `path`."""
-    from safetensors.torch import save
+    """Write a safetensors file over the empty one at `path`.
 
-    # tied weights lie in the same memory, which the format does not know
-    path.write_bytes(save({name: value.cpu().contiguous().clone() for name, value in weights.items()}))
+    Raises:
+        SamplerError: there is no room for it.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    apart, seen = {}, set()
+    for name, value in weights.items():
+        here = value.cpu().contiguous()
+        apart[name] = here.clone() if here.data_ptr() in seen else here  # tied weights: the format knows none
+        seen.add(here.data_ptr())
+    try:
+        save_file(apart, path)
+    except (OSError, SafetensorError) as error:
+        raise SamplerError(f"weights: {SHARED_MEMORY} cannot be written: {error}") from error
 
 
 def layout_of(weights: Mapping[str, Tensor]) -> Layout:
@@ -78,17 +93,32 @@ def layout_of(weights: Mapping[str, Tensor]) -> Layout:
     return [(name, list(value.shape), str(value.dtype).removeprefix("torch.")) for name, value in weights.items()]
 
 
-def open_store(patience: float) -> TCPStore:
-    """Where sender and receivers find one another: a port of this machine."""
-    wait = timedelta(seconds=patience)
-    return TCPStore("localhost", 0, is_master=True, wait_for_workers=False, timeout=wait)
+@contextmanager
+def sending(weights: Mapping[str, Tensor], receivers: int, address: str, patience: float) -> Iterator[int]:
+    """Broadcast tensor by tensor, meanwhile, to those that `receive`; gives the port to join at.
 
+    `address` is this machine's, as they see it. The end waits for all to be sent, but not if something has failed.
 
-def send(store: TCPStore, weights: Iterable[Tensor], receivers: int, address: str, patience: float) -> None:
-    """Broadcast to as many `receivers`, tensor by tensor; `address` is this machine's, as they see it."""
-    group = _join(store, 0, 1 + receivers, address, patience)
-    for value in weights:
-        group.broadcast(_bytes_of(value.detach().cpu().contiguous()), 0).wait()
+    Raises:
+        SamplerError: it could not be sent.
+    """
+    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=patience))
+    failed: list[Exception] = []
+
+    def send() -> None:
+        try:
+            group = _join(store, 0, 1 + receivers, address, patience)
+            for value in weights.values():
+                group.broadcast(_bytes_of(value.cpu().contiguous()), 0).wait()
+        except Exception as error:
+            failed.append(error)
+
+    sender = threading.Thread(target=send, daemon=True)
+    sender.start()
+    yield store.port
+    sender.join()
+    if failed:
+        raise SamplerError(f"weights could not be sent from {address}: {failed[0]}") from failed[0]
 
 
 def receive(address: str, port: int, size: int, layout: Layout, patience: float) -> Iterator[tuple[str, Tensor]]:
