@@ -29,6 +29,7 @@ COMMAND = (
 ENVIRONMENT = {
     "VLLM_SERVER_DEV_MODE": "1",  # /collective_rpc, by which weights come
     "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "1",  # off, the server cannot tell that its engine died
 }
 ON_A_CPU = ("--enforce-eager", "--gpu-memory-utilization", "0.3")  # it would take nine tenths of the main memory
 
@@ -50,11 +51,11 @@ def serve(model: str, *, host: str, port: int, dtype: str, arguments: list[str])
     from rlvr_trainer.sampling import vllm_engine
 
     on_a_cpu = not torch.cuda.is_available()
-    environment = ENVIRONMENT | (vllm_engine.ON_A_CPU if on_a_cpu else {})
+    environment = {**(vllm_engine.ON_A_CPU if on_a_cpu else {}), **os.environ, **ENVIRONMENT}
     with tempfile.TemporaryDirectory(prefix="rlvr-ops-") as folder:
         where = ["--host", host, "--port", str(port), "--dtype", dtype]
         command = [*COMMAND, *_model(model, Path(folder)), *where, *(ON_A_CPU if on_a_cpu else ()), *arguments]
-        return _watch(command, {**environment, **os.environ})
+        return _watch(command, environment)
 
 
 def _model(name: str, folder: Path) -> list[str]:
