@@ -2,7 +2,7 @@
 
 import os
 
-os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "TORCH_COMPILE_DISABLE": "1"}  # before torch
 
 import signal
 import socket
@@ -87,3 +87,11 @@ def tiny_folder(tokenizer, tmp_path_factory):
     tiny.make_model(len(tokenizer)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def two_servers(tiny_folder, tmp_path_factory):
+    """Of the same model; whoever kills one is the last to ask for it."""
+    logs = tmp_path_factory.mktemp("logs")
+    with serving(*(Served(tiny_folder, logs / name) for name in ("first", "second"))) as servers:
+        yield servers
