@@ -1,23 +1,18 @@
 """`rollout.backend=vllm-server` against a server that fails in the ways that servers do. The real one: integrations/vllm."""
 
-import importlib.util
 import math
 import os
 import signal
 import stat
 import threading
 import time
-from pathlib import Path
 
+import fake_server
 import pytest
 import torch
 from rlvr_trainer import tiny
 from rlvr_trainer.sampling import SamplerError, Sampling, calls, connecting, transfer, vllm_server
 from rlvr_trainer.sampling.vllm_server import ServerSampler
-
-spec = importlib.util.spec_from_file_location("fake_server", Path(__file__).with_name("fake_server.py"))
-fake_server = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(fake_server)
 
 pytestmark = pytest.mark.skipif(not transfer.SHARED_MEMORY.is_dir(), reason="this system has no /dev/shm")
 PROMPTS = [[5, 6, 7], [8, 9], [10]]
@@ -228,7 +223,7 @@ def test_weights_that_are_not_the_policys_are_refused_before_anything_is_sent(st
     sampler = connect(server)
     asked = server.asked.copy()
     weights = model.state_dict()
-    with pytest.raises(SamplerError, match="lm_head.weight is missing"):
+    with pytest.raises(SamplerError, match=r"lm_head.weight is missing"):
         sampler.update({name: value for name, value in weights.items() if name != "lm_head.weight"})
     with pytest.raises(SamplerError, match=r"lm_head.weight has shape \(3, 3\)"):
         sampler.update({**weights, "lm_head.weight": torch.zeros(3, 3)})
@@ -240,7 +235,7 @@ def test_a_server_that_cannot_take_weights_is_not_sampled_from(start, connect, m
     server = start()
     sampler = connect(server)
     server.faults = {"/collective_rpc": [500]}
-    with pytest.raises(SamplerError, match=f"{server.url} answered with HTTP 500.*no weights to go on with"):
+    with pytest.raises(SamplerError, match=rf"{server.url} answered with HTTP 500.*no weights to go on with"):
         sampler.update(model.state_dict())
 
 
@@ -265,7 +260,7 @@ def test_a_server_that_is_starting_is_waited_for_and_that_is_said_once(start, co
 def test_a_server_that_never_starts_is_named(start, connect):
     server = start()
     server.stop()
-    with pytest.raises(SamplerError, match=f"{server.url} does not answer .connection refused.*rlvr-ops serve"):
+    with pytest.raises(SamplerError, match=rf"{server.url} does not answer .connection refused.*rlvr-ops serve"):
         connect(server, patience=0.1)
 
 
@@ -280,7 +275,7 @@ def test_a_server_without_what_training_needs_is_refused(start, connect, path, f
 def test_a_server_of_raw_log_probabilities_is_refused(start, connect):
     server = start()
     server.workers[0].mode = "raw_logprobs"
-    with pytest.raises(SamplerError, match="its --logprobs-mode is raw_logprobs.*start it with rlvr-ops serve"):
+    with pytest.raises(SamplerError, match=r"its --logprobs-mode is raw_logprobs.*start it with rlvr-ops serve"):
         connect(server)
 
 

@@ -88,9 +88,7 @@ def test_one_server_two_servers_and_the_engine_in_process_draw_the_same(connect,
 
 def test_a_policy_of_another_size_is_refused(two_servers, tokenizer):
     other = tiny.make_model(len(tokenizer), layers=3)
-    with pytest.raises(
-        SamplerError, match=f"{two_servers[0].url} serves a model with num_hidden_layers 2, and"
-    ):
+    with pytest.raises(SamplerError, match=f"{two_servers[0].url} serves a model with num_hidden_layers 2, and"):
         ServerSampler([two_servers[0].url], other, tokenizer, EOS, patience=5)
 
 

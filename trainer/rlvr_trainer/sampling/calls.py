@@ -116,8 +116,10 @@ class Calls:
 
 
 def _message_of(text: bytes) -> str:
-    """The first line of vLLM's message; what follows it may quote the request."""
-    plain = text.decode(errors="replace")
-    with suppress(ValueError, KeyError, TypeError):
-        plain = json.loads(plain)["error"]["message"]
-    return plain.strip().partition("\n")[0][:300]
+    """The first line of vLLM's message, and the parameter that it is about; what follows may quote the request."""
+    plain, about = text.decode(errors="replace"), None
+    with suppress(ValueError, KeyError, TypeError, AttributeError):
+        error = json.loads(plain)["error"]
+        plain, about = error["message"], error.get("param")
+    line = plain.strip().partition("\n")[0][:300]
+    return f"{line} {about}" if about else line

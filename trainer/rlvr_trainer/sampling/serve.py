@@ -29,6 +29,7 @@ COMMAND = (
 ENVIRONMENT = {
     "VLLM_SERVER_DEV_MODE": "1",  # /collective_rpc, by which weights come
     "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_MAX_STOP_STRINGS": "1024",  # of 4: `rollout.stop` takes any number
     "VLLM_ENABLE_V1_MULTIPROCESSING": "1",  # off, the server cannot tell that its engine died
 }
 ON_A_CPU = ("--enforce-eager", "--gpu-memory-utilization", "0.3")  # it would take nine tenths of the main memory
