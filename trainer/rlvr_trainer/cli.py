@@ -1,4 +1,4 @@
-"""`rlvr-ops train | eval | judge | plot | demo | doctor | env`. What is slow to import waits until a command needs it."""
+"""`rlvr-ops train | serve | eval | judge | plot | demo | doctor | env`. What is slow to import waits until a command needs it."""
 
 import argparse
 import os
@@ -79,9 +79,12 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    """Overrides may stand anywhere, behind an option too."""
+    """Overrides may stand anywhere, behind an option too. What `serve` gets behind -- is vLLM's."""
     parser = _parser()
-    parsed, rest = parser.parse_known_args(arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    end = arguments.index("--") if arguments[:1] == ["serve"] and "--" in arguments else len(arguments)
+    parsed, rest = parser.parse_known_args(arguments[:end])
+    parsed.behind = arguments[end + 1 :]
     if parsed.command is None:
         parser.error("which command?")
     overrides = [text for text in rest if "=" in text and not text.startswith("-")]
@@ -122,6 +125,20 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument("--keep-best", action="store_true", help="the same as run.keep_best=true")
     train.set_defaults(command=_train)
+
+    serve = commands.add_parser(
+        "serve", help="serve a model by vLLM, for rollout.backend=vllm-server", allow_abbrev=False
+    )
+    serve.add_argument("model", help="smollm2-135m, the folder of a run or of a model, or a name that vLLM can load")
+    serve.add_argument(
+        "--host", default="127.0.0.1", help="anybody who reaches it may change the weights (%(default)s)"
+    )
+    serve.add_argument("--port", type=int, default=8000, help="%(default)s")
+    serve.add_argument(
+        "--dtype", default="auto", help="bfloat16, float32, ... (%(default)s: as the weights are stored)"
+    )
+    serve.epilog = "Behind -- come further options of vLLM's server: rlvr-ops serve MODEL -- --max-model-len 4096"
+    serve.set_defaults(command=_serve)
 
     evaluate = commands.add_parser("eval", help="Pass@k on held-out problems", allow_abbrev=False)
     evaluate.add_argument(
@@ -206,6 +223,12 @@ def _overrides(parsed: argparse.Namespace) -> list[str]:
 def _exit_code(found: dict[str, object]) -> int:
     number = found.get("signal")
     return 128 + number if isinstance(number, int) else 0
+
+
+def _serve(parsed: argparse.Namespace) -> int:
+    from rlvr_trainer.sampling.serve import serve
+
+    return serve(parsed.model, host=parsed.host, port=parsed.port, dtype=parsed.dtype, arguments=parsed.behind)
 
 
 def _evaluate(parsed: argparse.Namespace) -> int:

@@ -1,0 +1,71 @@
+"""`rlvr-ops serve` and `rlvr-ops train` in processes of their own."""
+
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from rlvr_trainer.sampling.processes import members
+
+SMALL = ["--gpu-memory-utilization", "0.05", "--max-model-len", "256", "--max-num-seqs", "32"]
+COMMAND = [sys.executable, "-c", "from rlvr_trainer.cli import main; raise SystemExit(main())"]
+
+
+class Served:
+    """`rlvr-ops serve` in a process of its own, its log in a file."""
+
+    def __init__(self, model, log: Path, *options: str, port: int | None = None) -> None:
+        self.port, self.log = port or free_port(), log
+        self.url = f"http://127.0.0.1:{self.port}"
+        arguments = ["serve", str(model), "--port", str(self.port), "--dtype", "float32", "--", *SMALL, *options]
+        with open(log, "w") as file:
+            self.process = subprocess.Popen([*COMMAND, *arguments], stdout=file, stderr=file)
+
+    def wait(self) -> "Served":
+        for _ in range(1200):
+            with suppress(OSError):
+                urllib.request.urlopen(f"{self.url}/health", timeout=5).close()
+                return self
+            assert self.process.poll() is None, self.log.read_text()
+            time.sleep(0.1)
+        raise TimeoutError(self.log.read_text())
+
+    def sessions(self) -> list[int]:
+        """That of the server, and that of the process that waits for ours to die."""
+        return [
+            int(pid) for pid in Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        ]
+
+    def processes(self) -> dict[str, int]:
+        """Of the server, by what they are."""
+        found = {}
+        for pid in (pid for session in self.sessions() for pid in members(session)):
+            line = Path(f"/proc/{pid}/cmdline").read_bytes().decode()
+            found |= {kind: pid for kind in ("api_server", "EngineCore", "Worker") if kind in line}
+        return found
+
+    def stop(self) -> None:
+        self.process.send_signal(signal.SIGTERM)
+        self.process.wait(60)
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+@contextmanager
+def serving(*servers: Served):
+    """Wait for all, and stop all in the end."""
+    try:
+        for server in servers:
+            server.wait()
+        yield servers
+    finally:
+        for server in servers:
+            server.stop()

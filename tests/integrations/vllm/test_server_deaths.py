@@ -1,0 +1,132 @@
+"""Servers that are killed: the trainer says so and saves, and nothing is left of them. The last to ask for `two_servers`."""
+
+import json
+import os
+import signal
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from rlvr_trainer.sampling import SamplerError, Sampling, transfer
+from rlvr_trainer.sampling.processes import members
+from rlvr_trainer.sampling.vllm_server import ServerSampler
+from safetensors.torch import load_file
+from served import COMMAND, Served, serving
+from transformers import AutoModelForCausalLM
+
+RUN = [
+    "policy.precision=full",
+    "policy.device=cpu",
+    "task.parameters={min_terms: 2, max_terms: 2, min_digits: 1, max_digits: 1}",
+    "task.held_out=4",
+    "task.verifier_processes=1",
+    "rollout.backend=vllm-server",
+    "rollout.prompts=4",
+    "rollout.group_size=4",
+    "rollout.max_new_tokens=150",
+    "algorithm.overlong_fraction=0.95",  # shorter is better: something to learn for a policy that knows nothing
+    "optim.learning_rate=1e-3",
+    "evaluation.samples=1",
+    "run.steps=4",
+    "run.threads=1",
+]
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left():
+    """In shared memory, of what was not there before."""
+    before = set(transfer.SHARED_MEMORY.iterdir())
+    yield
+    _until(lambda: set(transfer.SHARED_MEMORY.iterdir()) <= before | set(_mapped()))
+
+
+def _mapped():
+    """The shared memory of processes that live."""
+    for maps in Path("/proc").glob("[0-9]*/maps"):
+        try:
+            lines = maps.read_text().splitlines()
+        except OSError:
+            continue
+        yield from (Path(line.split()[-1]) for line in lines if f"{transfer.SHARED_MEMORY}/" in line)
+
+
+def _until(met, seconds=20):
+    deadline = time.monotonic() + seconds
+    while not met():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def _gone(server, sessions):
+    """Wait for `rlvr-ops serve` to end, and for all that it started; its exit code."""
+    code = server.process.wait(30)
+    _until(lambda: not any(map(members, sessions)))
+    return code
+
+
+def _start(*arguments):
+    return subprocess.Popen([*COMMAND, "train", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def _weights(run):
+    return load_file(run / "model" / "model.safetensors")
+
+
+def test_a_run_whose_server_is_killed_saves_and_goes_on_with_a_new_one_to_the_same_weights(
+    two_servers, tiny_folder, tmp_path
+):
+    server = two_servers[0]
+    settings = [*RUN, f"policy.name={tiny_folder}", f"rollout.servers=[{server.url}]"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    undisturbed = _start(*settings, f"run.out={whole}")
+    assert undisturbed.wait(120) == 0, undisturbed.stderr.read()
+
+    run = _start(*settings, f"run.out={killed}")
+    _until(lambda: _steps(killed) >= 2, 60)
+    sessions = server.sessions()
+    os.kill(server.processes()["api_server"], signal.SIGKILL)
+    assert _gone(server, sessions) == 1
+    output, errors = run.communicate(timeout=60)
+    assert run.returncode == 1
+    assert f"rlvr-ops: the server at {server.url} does not answer any more (connection refused)" in errors
+    assert "Traceback" not in errors
+    assert f"rlvr-ops train --resume {killed}" in output
+
+    with serving(Served(tiny_folder, tmp_path / "log", port=server.port)):
+        resumed = _start("--resume", str(killed))
+        assert resumed.wait(120) == 0, resumed.stderr.read()
+    found, expected = _weights(killed), _weights(whole)
+    assert not torch.equal(expected["lm_head.weight"], load_file(tiny_folder / "model.safetensors")["lm_head.weight"])
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, atol=1e-5, rtol=0)
+
+
+def _steps(run):
+    metrics = run / "metrics.jsonl"
+    rows = metrics.read_text().splitlines() if metrics.exists() else []
+    return sum("loss" in json.loads(row) for row in rows)
+
+
+@pytest.mark.parametrize("kind", ["EngineCore", "Worker"])
+def test_a_server_without_its_engine_or_worker_ends_and_is_named(kind, two_servers, tiny_folder, tokenizer, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
+    server = two_servers[1] if kind == "EngineCore" else Served(tiny_folder, tmp_path / "log")
+    with serving(server):
+        sampler = ServerSampler([server.url], model, tokenizer, [2], patience=60)
+        threading.Timer(0.5, os.kill, (server.processes()[kind], signal.SIGKILL)).start()
+        began, sessions = time.monotonic(), server.sessions()
+        with pytest.raises(SamplerError, match=f"^the server at {server.url} .*$"):
+            sampler.sample([[5, 6, 7]] * 100, Sampling(200, n=4))
+        assert time.monotonic() - began < 30
+        assert _gone(server, sessions) == 1
+
+
+def test_nothing_is_left_of_a_server_whose_parent_is_killed_while_it_starts(tiny_folder, tmp_path):
+    server = Served(tiny_folder, tmp_path / "log")
+    _until(lambda: "EngineCore" in server.processes(), 60)
+    sessions = server.sessions()
+    server.process.kill()
+    assert _gone(server, sessions) == -signal.SIGKILL

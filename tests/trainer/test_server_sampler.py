@@ -1,0 +1,302 @@
+"""`rollout.backend=vllm-server` against a server that fails in the ways that servers do. The real one: integrations/vllm."""
+
+import math
+import os
+import signal
+import stat
+import threading
+import time
+
+import fake_server
+import pytest
+import torch
+from rlvr_trainer import tiny
+from rlvr_trainer.sampling import SamplerError, Sampling, calls, connecting, transfer, vllm_server
+from rlvr_trainer.sampling.vllm_server import ServerSampler
+
+pytestmark = pytest.mark.skipif(not transfer.SHARED_MEMORY.is_dir(), reason="this system has no /dev/shm")
+PROMPTS = [[5, 6, 7], [8, 9], [10]]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tiny.make_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    return tiny.make_model(len(tokenizer))
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(calls, "PAUSES", (0.01, 0.02))
+    monkeypatch.setattr(connecting, "POLL", 0.01)
+    yield
+    assert not fake_server.files()
+
+
+@pytest.fixture
+def start(model, tokenizer):
+    servers = []
+
+    def one(**options):
+        servers.append(fake_server.FakeServer(model.config, tokenizer, **options))
+        return servers[-1]
+
+    yield one
+    for server in servers:
+        server.stop()
+
+
+@pytest.fixture
+def connect(model, tokenizer):
+    def to(*servers, patience=5.0):
+        return ServerSampler([server.url for server in servers], model, tokenizer, [2], patience=patience)
+
+    return to
+
+
+def test_results_do_not_depend_on_how_many_servers_there_are(start, connect):
+    one, two = connect(start()), connect(start(), start())
+    asked = Sampling(8, n=2, seed=30)
+    assert one.sample(PROMPTS, asked) == two.sample(PROMPTS, asked)
+    drawn = [completion.token_ids for completion in one.sample(PROMPTS, asked)]
+    assert drawn == [[*PROMPTS[i // 2], 30 + i] for i in range(6)]
+
+
+def test_a_log_probability_that_the_server_has_none_for_is_nan(start, connect):
+    logps = connect(start()).sample([[5, 6]], Sampling(8))[0].logps
+    assert logps[:2] == [-1.0, -1.0]
+    assert math.isnan(logps[2])
+
+
+def test_greedy_completions_are_asked_for_once(start, connect):
+    server = start()
+    found = connect(server).sample([[5, 6]], Sampling(8, temperature=0.0, n=3))
+    assert len(found) == 3
+    assert [request["n"] for request in server.requests] == [1]
+
+
+@pytest.mark.parametrize("fault", [503, "drop"])
+def test_a_request_that_fails_once_is_made_again(start, connect, fault):
+    server = start()
+    sampler = connect(server)
+    server.faults = {"/v1/completions": [fault, fault]}
+    assert len(sampler.sample([[5, 6]], Sampling(8))) == 1
+    assert server.asked["/v1/completions"] == 3
+
+
+@pytest.mark.parametrize("fault", [503, "drop"])
+def test_a_request_that_always_fails_ends_with_the_name_of_the_server(start, connect, fault):
+    server = start()
+    sampler = connect(server)
+    server.faults = {"/v1/completions": [fault] * 9}
+    with pytest.raises(SamplerError, match=f"^the server at {server.url} .*$"):
+        sampler.sample([[5, 6]], Sampling(8))
+    assert server.asked["/v1/completions"] == 3
+
+
+@pytest.mark.parametrize("fault", [400, 500])
+def test_an_error_of_the_request_is_not_tried_again_and_the_request_is_not_repeated_in_the_message(
+    start, connect, fault
+):
+    server = start()
+    sampler = connect(server)
+    server.faults = {"/v1/completions": [fault]}
+    with pytest.raises(SamplerError, match=f"^the server at {server.url} answered with HTTP {fault}: fault {fault}$"):
+        sampler.sample([[5, 6]], Sampling(8))
+    assert server.asked["/v1/completions"] == 1
+
+
+def test_a_server_that_died_is_named(start, connect):
+    server = start()
+    sampler = connect(server)
+    server.stop()
+    with pytest.raises(
+        SamplerError, match=rf"^the server at {server.url} does not answer any more \(connection refused\)"
+    ):
+        sampler.sample([[5, 6]], Sampling(8))
+
+
+def test_a_server_that_hangs_while_it_samples_is_given_up(start, connect, monkeypatch):
+    monkeypatch.setattr(vllm_server, "LIVENESS", 0.1)
+    server = start()
+    sampler = connect(server, patience=0.5)
+    server.faults = {"/v1/completions": ["hang"], "/collective_rpc": ["hang"]}
+    with pytest.raises(SamplerError, match=f"{server.url} does not answer any more .timed out"):
+        sampler.sample([[5, 6]], Sampling(8))
+
+
+def test_a_slow_completion_is_waited_for_while_the_server_lives(start, connect, monkeypatch):
+    monkeypatch.setattr(vllm_server, "LIVENESS", 0.05)
+    server = start()
+    sampler = connect(server, patience=0.3)
+    answer = server.answer
+    server.answer = lambda path, body: (time.sleep(0.8 * (path == "/v1/completions")), answer(path, body))[1]
+    assert len(sampler.sample([[5, 6]], Sampling(8))) == 1
+
+
+def test_close_from_another_thread_ends_what_is_sampled(start, connect):
+    server = start()
+    sampler = connect(server)
+    server.faults = {"/v1/completions": ["hang"]}
+    threading.Timer(0.2, sampler.close).start()
+    began = time.monotonic()
+    with pytest.raises(SamplerError):
+        sampler.sample([[5, 6]], Sampling(8))
+    assert time.monotonic() - began < 2
+    assert server.hung_up.wait(2)  # which makes vLLM drop the request
+    with pytest.raises(SamplerError, match="closed"):
+        sampler.sample([[5, 6]], Sampling(8))
+    sampler.close()
+
+
+def test_ctrl_c_stops_at_once(start, connect):
+    server = start()
+    sampler = connect(server)
+    server.faults = {"/v1/completions": ["hang"]}
+    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        sampler.sample([[5, 6]], Sampling(8))
+    assert time.monotonic() - began < 2
+    assert server.hung_up.wait(2)
+
+
+def test_one_server_that_fails_gives_up_the_requests_to_the_others(start, connect):
+    good, bad = start(), start()
+    sampler = connect(good, bad)
+    good.faults, bad.faults = {"/v1/completions": ["hang"]}, {"/v1/completions": [500]}
+    with pytest.raises(SamplerError, match=bad.url):
+        sampler.sample([[5], [6]], Sampling(8))
+    assert good.hung_up.wait(2)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("near", [True, False])
+def test_weights_arrive_as_they_are(start, connect, model, monkeypatch, workers, near):
+    if not near:
+        monkeypatch.setattr(transfer, "has_room", lambda weights: False)
+    server = start(workers=workers)
+    sampler = connect(server)
+    assert sampler.servers[0].near == near
+    changed = {name: torch.randn_like(value).bfloat16() for name, value in model.state_dict().items()}
+    sampler.update(changed)
+    for worker in server.workers:
+        assert worker.weights.keys() == changed.keys()
+        assert all(torch.equal(worker.weights[name], value) for name, value in changed.items())
+
+
+def test_weights_tied_to_one_another_arrive_under_each_name(tokenizer, start, monkeypatch):
+    tied = tiny.make_model(len(tokenizer))
+    tied.config.tie_word_embeddings = True
+    tied.lm_head.weight = tied.model.embed_tokens.weight
+    server = start()
+    server.workers[0].config = tied.config
+    ServerSampler([server.url], tied, tokenizer, [2], patience=5)
+    assert torch.equal(server.workers[0].weights["lm_head.weight"], tied.lm_head.weight)
+    assert torch.equal(server.workers[0].weights["model.embed_tokens.weight"], tied.lm_head.weight)
+
+
+def test_a_server_on_another_machine_gets_weights_by_a_process_group(start, connect, monkeypatch):
+    monkeypatch.setattr(fake_server.Worker, "rlvr_sees", lambda self, path, content: {"seen": False})
+    sampler = connect(start())
+    assert not sampler.servers[0].near
+    assert len(sampler.sample([[5, 6]], Sampling(8))) == 1
+
+
+def test_the_file_in_shared_memory_is_for_this_user_alone(start, connect, monkeypatch):
+    seen = []
+    load = fake_server.Worker.rlvr_load
+    monkeypatch.setattr(
+        fake_server.Worker,
+        "rlvr_load",
+        lambda self, path, version: (seen.append(os.stat(path)), load(self, path, version)),
+    )
+    connect(start())
+    assert stat.S_IMODE(seen[0].st_mode) == 0o600
+
+
+def test_weights_that_are_not_the_policys_are_refused_before_anything_is_sent(start, connect, model):
+    server = start()
+    sampler = connect(server)
+    asked = server.asked.copy()
+    weights = model.state_dict()
+    with pytest.raises(SamplerError, match=r"lm_head.weight is missing"):
+        sampler.update({name: value for name, value in weights.items() if name != "lm_head.weight"})
+    with pytest.raises(SamplerError, match=r"lm_head.weight has shape \(3, 3\)"):
+        sampler.update({**weights, "lm_head.weight": torch.zeros(3, 3)})
+    assert server.asked == asked
+    assert len(sampler.sample([[5, 6]], Sampling(8))) == 1
+
+
+def test_a_server_that_cannot_take_weights_is_not_sampled_from(start, connect, model):
+    server = start()
+    sampler = connect(server)
+    server.faults = {"/collective_rpc": [500]}
+    with pytest.raises(SamplerError, match=rf"{server.url} answered with HTTP 500.*no weights to go on with"):
+        sampler.update(model.state_dict())
+
+
+def test_a_file_that_a_killed_process_left_is_removed(start, connect):
+    ended = os.fork()
+    if not ended:
+        os._exit(0)
+    os.waitpid(ended, 0)
+    left = transfer.SHARED_MEMORY / f"{transfer.PREFIX}{ended}-0123"
+    left.touch()
+    connect(start())
+    assert not left.exists()
+
+
+def test_a_server_that_is_starting_is_waited_for_and_that_is_said_once(start, connect, capsys):
+    server = start()
+    server.faults = {"/health": [503, "drop", 503]}
+    connect(server)
+    assert capsys.readouterr().out == f"waiting for the server at {server.url}\n"
+
+
+def test_a_server_that_never_starts_is_named(start, connect):
+    server = start()
+    server.stop()
+    with pytest.raises(SamplerError, match=rf"{server.url} does not answer .connection refused.*rlvr-ops serve"):
+        connect(server, patience=0.1)
+
+
+@pytest.mark.parametrize(("path", "fault"), [("/health", 404), ("/collective_rpc", 404), ("/collective_rpc", 500)])
+def test_a_server_without_what_training_needs_is_refused(start, connect, path, fault):
+    server = start()
+    server.faults = {path: [fault]}
+    with pytest.raises(SamplerError, match=f"{server.url} .*HTTP {fault} to {path}.*start it with rlvr-ops serve"):
+        connect(server)
+
+
+def test_a_server_of_raw_log_probabilities_is_refused(start, connect):
+    server = start()
+    server.workers[0].mode = "raw_logprobs"
+    with pytest.raises(SamplerError, match=r"its --logprobs-mode is raw_logprobs.*start it with rlvr-ops serve"):
+        connect(server)
+
+
+def test_a_server_with_another_model_is_refused_by_the_first_setting_that_differs(start, connect):
+    server = start()
+    server.workers[0].config = tiny.make_model(99).config
+    with pytest.raises(SamplerError, match=f"{server.url} serves a model with vocab_size 99, and the policy's is 100"):
+        connect(server)
+
+
+def test_a_server_with_another_vocabulary_is_refused(start, connect):
+    server = start()
+    server.tokenizer = tiny.make_tokenizer(["the same beginning, 1", "the same beginning, 2"])
+    server.tokenizer.decode = lambda ids: "another"
+    with pytest.raises(SamplerError, match=f"{server.url} has another vocabulary"):
+        connect(server)
+
+
+def test_a_server_that_was_started_again_or_serves_another_run_is_noticed(start, connect):
+    server = start()
+    first, second = connect(server), connect(server)
+    second.sample([[5, 6]], Sampling(8))
+    with pytest.raises(SamplerError, match=f"{server.url} has not the weights of this run any more"):
+        first.sample([[5, 6]], Sampling(8))
