@@ -17,7 +17,7 @@ class Worker(Extension):
         self.config, self.mode, self.weights = config, "processed_logprobs", {}
 
     def rlvr_describe(self):
-        return {"config": plain(self.config), "logprobs_mode": self.mode}
+        return {"config": plain(self.config), "dtype": "float32", "logprobs_mode": self.mode}
 
     def reload_weights(self, weights_iterator):
         self.weights = {name: value.clone() for name, value in weights_iterator}

@@ -141,7 +141,7 @@ def address_towards(host: str, port: int) -> str:
 
 
 def _join(store: TCPStore, rank: int, size: int, address: str, patience: float) -> Any:
-    options = ProcessGroupGloo._Options()
+    options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
     options._devices = [ProcessGroupGloo.create_device(hostname=address)]
     options._timeout = timedelta(seconds=patience)
     return ProcessGroupGloo(store, rank, size, options)

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
+import torch
+
 from rlvr_trainer.sampling import connecting, transfer
 from rlvr_trainer.sampling.calls import AnswerError, Calls
 from rlvr_trainer.sampling.sampler import (
@@ -39,6 +41,7 @@ class Server:
 
     url: str
     workers: int = 1
+    dtype: torch.dtype = torch.float32
     near: bool = False  # shares this machine's memory
 
 
@@ -66,6 +69,7 @@ class ServerSampler:
         self._running: list[Calls] = []
         transfer.remove_leftovers()
         self._all(self._connect, self.servers)
+        self.dtype = next((server.dtype for server in self.servers if server.dtype != torch.float32), torch.float32)
         self.update(weights)
 
     def sample(self, prompts: list[list[int]], sampling: Sampling) -> list[Completion]:
@@ -138,7 +142,7 @@ class ServerSampler:
             raise connecting.not_ours(server.url, f"HTTP {error.status} to /collective_rpc") from error
         connecting.check_model(server.url, answers, self.model.config)
         connecting.check_vocabulary(calls, server.url, self.tokenizer, self.eos_ids, self.patience)
-        server.workers = len(answers)
+        server.workers, server.dtype = len(answers), getattr(torch, answers[0]["dtype"])
         server.near = self.has_room and connecting.is_near(calls, server.url, self.patience)
 
     def _rpc(self, calls: Calls, server: Server, method: str, *arguments: Any) -> list[Any]:

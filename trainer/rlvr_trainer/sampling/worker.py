@@ -18,7 +18,8 @@ class Extension:
     def rlvr_describe(self) -> dict[str, Any]:
         """The served model, and of which distribution its log-probabilities are."""
         model: Any = self.vllm_config.model_config  # type: ignore[attr-defined]
-        return {"config": plain(model.hf_config), "logprobs_mode": model.logprobs_mode}
+        dtype = str(model.dtype).removeprefix("torch.")
+        return {"config": plain(model.hf_config), "dtype": dtype, "logprobs_mode": model.logprobs_mode}
 
     def rlvr_sees(self, path: str, content: str) -> dict[str, bool]:
         """Whether this machine has a file with this content: then it is the trainer's."""
