@@ -207,6 +207,13 @@ def test_means_are_weighted_by_what_they_are_means_of():
     assert metrics.result() == {"kl": 1.75, **wrong_alone, "head/rows": 12.0}
 
 
+def test_extremes_are_those_of_all_micro_batches():
+    metrics, name = StepMetrics(), "sampling/importance_sampling_ratio"
+    for low, high in ((0.5, 1.5), (0.9, 2.5), (0.7, 1.1)):
+        metrics.add({f"{name}/min": torch.tensor(low), f"{name}/max": torch.tensor(high)}, tokens=2, wrong=1)
+    assert metrics.result() == pytest.approx({f"{name}/min": 0.5, f"{name}/max": 2.5})
+
+
 def test_a_mean_over_nothing_is_left_out():
     metrics = StepMetrics()
     metrics.add({"ace/shift/mean": torch.tensor(0.0), "kl": torch.tensor(0.5)}, tokens=4, wrong=0)

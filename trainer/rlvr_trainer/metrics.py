@@ -3,7 +3,8 @@
 from torch import Tensor
 
 SUMMED = ("head/rows", "head/rows_scored", "head/rows_pulled_back")
-LARGEST = ("ace/weight/max",)
+LARGEST = ("ace/weight/max", "sampling/importance_sampling_ratio/max")
+LEAST = ("sampling/importance_sampling_ratio/min",)
 PER_WRONG_ROLLOUT = (
     "ace/",
     "off_policy/",
@@ -38,6 +39,6 @@ class StepMetrics:
         total = sum(weight for _, weight in weighted)
         if total == 0:
             return None
-        if name in LARGEST:
-            return max(value for value, weight in weighted if weight > 0)
+        if name in LARGEST + LEAST:
+            return (max if name in LARGEST else min)(value for value, weight in weighted if weight > 0)
         return sum(value * weight for value, weight in weighted if weight > 0) / total

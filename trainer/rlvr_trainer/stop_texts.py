@@ -34,8 +34,3 @@ class StopTexts:
         from transformers import StoppingCriteriaList
 
         return StoppingCriteriaList([self]) if self.texts else None
-
-    def ends(self, length: int) -> Tensor:
-        """(B, length), true at the token that completed a stop text."""
-        columns = torch.arange(1, length + 1, device=self.lengths.device)
-        return columns == self.lengths[:, None]
