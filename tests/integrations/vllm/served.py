@@ -11,7 +11,7 @@ from pathlib import Path
 
 from rlvr_trainer.sampling.processes import members
 
-SMALL = ["--gpu-memory-utilization", "0.05", "--max-model-len", "256", "--max-num-seqs", "32"]
+SMALL = ["--gpu-memory-utilization", "0.1", "--max-model-len", "256", "--max-num-seqs", "32"]
 COMMAND = [sys.executable, "-c", "from rlvr_trainer.cli import main; raise SystemExit(main())"]
 
 
