@@ -14,7 +14,7 @@ from rlvr_trainer.sampling import SamplerError, Sampling, transfer
 from rlvr_trainer.sampling.processes import members
 from rlvr_trainer.sampling.vllm_server import ServerSampler
 from safetensors.torch import load_file
-from served import COMMAND, Served, serving
+from served import COMMAND, Served
 from transformers import AutoModelForCausalLM
 
 RUN = [
@@ -78,13 +78,11 @@ def _weights(run):
 def test_a_run_whose_server_is_killed_saves_and_goes_on_with_a_new_one_to_the_same_weights(
     two_servers, tiny_folder, tmp_path
 ):
-    server = two_servers[0]
-    settings = [*RUN, f"policy.name={tiny_folder}", f"rollout.servers=[{server.url}]"]
+    server, other = two_servers
+    settings = [*RUN, f"policy.name={tiny_folder}"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    undisturbed = _start(*settings, f"run.out={whole}")
-    assert undisturbed.wait(120) == 0, undisturbed.stderr.read()
-
-    run = _start(*settings, f"run.out={killed}")
+    undisturbed = _start(*settings, f"rollout.servers=[{other.url}]", f"run.out={whole}")
+    run = _start(*settings, f"rollout.servers=[{server.url}]", f"run.out={killed}")
     _until(lambda: _steps(killed) >= 2, 60)
     sessions = server.sessions()
     os.kill(server.processes()["api_server"], signal.SIGKILL)
@@ -95,9 +93,10 @@ def test_a_run_whose_server_is_killed_saves_and_goes_on_with_a_new_one_to_the_sa
     assert "Traceback" not in errors
     assert f"rlvr-ops train --resume {killed}" in output
 
-    with serving(Served(tiny_folder, tmp_path / "log", port=server.port)):
-        resumed = _start("--resume", str(killed))
-        assert resumed.wait(120) == 0, resumed.stderr.read()
+    two_servers[0] = Served(tiny_folder, server.log.with_name("third"), port=server.port)  # `resumed` waits for it
+    resumed = _start("--resume", str(killed))
+    assert resumed.wait(120) == 0, resumed.stderr.read()
+    assert undisturbed.wait(120) == 0, undisturbed.stderr.read()
     found, expected = _weights(killed), _weights(whole)
     assert not torch.equal(expected["lm_head.weight"], load_file(tiny_folder / "model.safetensors")["lm_head.weight"])
     for name, value in expected.items():
@@ -110,18 +109,18 @@ def _steps(run):
     return sum("loss" in json.loads(row) for row in rows)
 
 
-@pytest.mark.parametrize("kind", ["EngineCore", "Worker"])
-def test_a_server_without_its_engine_or_worker_ends_and_is_named(kind, two_servers, tiny_folder, tokenizer, tmp_path):
+@pytest.mark.parametrize(("i", "kind"), [(0, "Worker"), (1, "EngineCore")])
+def test_a_server_without_its_engine_or_worker_ends_and_is_named(i, kind, two_servers, tiny_folder, tokenizer):
     model = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
-    server = two_servers[1] if kind == "EngineCore" else Served(tiny_folder, tmp_path / "log")
-    with serving(server):
-        sampler = ServerSampler([server.url], model, tokenizer, [2], patience=60)
-        threading.Timer(0.5, os.kill, (server.processes()[kind], signal.SIGKILL)).start()
-        began, sessions = time.monotonic(), server.sessions()
-        with pytest.raises(SamplerError, match=f"^the server at {server.url} .*$"):
-            sampler.sample([[5, 6, 7]] * 100, Sampling(200, n=4))
-        assert time.monotonic() - began < 30
-        assert _gone(server, sessions) == 1
+    server, prompt = two_servers[i].wait(), [*range(5, 25)]
+    sampler = ServerSampler([server.url], model, tokenizer, [2], patience=60)
+    threading.Timer(0.5, os.kill, (server.processes()[kind], signal.SIGKILL)).start()
+    began, sessions = time.monotonic(), server.sessions()
+    with pytest.raises(SamplerError, match=f"^the server at {server.url} .*$"):
+        sampler.sample([prompt] * 100, Sampling(200, n=4))
+    assert time.monotonic() - began < 30
+    assert _gone(server, sessions) == 1
+    assert str(prompt)[1:-1] not in server.log.read_text()
 
 
 def test_nothing_is_left_of_a_server_whose_parent_is_killed_while_it_starts(tiny_folder, tmp_path):

@@ -141,10 +141,11 @@ def address_towards(host: str, port: int) -> str:
 
 
 def _join(store: TCPStore, rank: int, size: int, address: str, patience: float) -> Any:
-    options = ProcessGroupGloo._Options()
-    options._devices = [ProcessGroupGloo.create_device(hostname=address)]
+    gloo: Any = ProcessGroupGloo  # whose options have no types
+    options = gloo._Options()
+    options._devices = [gloo.create_device(hostname=address)]
     options._timeout = timedelta(seconds=patience)
-    return ProcessGroupGloo(store, rank, size, options)
+    return gloo(store, rank, size, options)
 
 
 def _bytes_of(value: Tensor) -> Tensor:

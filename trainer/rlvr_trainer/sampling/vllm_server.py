@@ -110,7 +110,7 @@ class ServerSampler:
 
     def _all(self, work: Callable[[Calls, X], T], items: Sequence[X], watched: bool = False) -> list[T]:
         """Work on all items at once; results in order. The first failure, or an interruption, gives up the rest."""
-        calls, pool = Calls(), ThreadPoolExecutor(min(len(items), AT_ONCE))
+        calls, pool = Calls(), ThreadPoolExecutor(min(len(items), AT_ONCE) or 1)
         self._running.append(calls)
         try:
             if self._closed.is_set():
