@@ -9,17 +9,21 @@ from importlib.util import find_spec
 
 import pytest
 from rlvr_trainer import cli
-from rlvr_trainer.sampling import processes, serve, transfer
+from rlvr_trainer.sampling import processes, serve
+from rlvr_trainer.sampling.shared_memory import SHARED_MEMORY
 
 pytestmark = pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="this system has no /proc")
 
 FAMILY = """
-import multiprocessing, signal, time
+import mmap, multiprocessing, signal, time
 from multiprocessing.shared_memory import SharedMemory
 def work():
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     time.sleep(600)
 if __name__ == "__main__":
+    with open("{file}", "w+b") as file:
+        file.truncate(64)
+        mapped = mmap.mmap(file.fileno(), 64)  # nobody's but ours: no tracker knows of it
     memory = SharedMemory(create=True, size=64)
     multiprocessing.get_context("fork").Process(target=work).start()
     {stubborn}
@@ -34,48 +38,75 @@ def short(monkeypatch):
     monkeypatch.setattr(processes, "GRACE", 2.0)
 
 
-def start(code):
-    family = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, start_new_session=True)
-    shared = transfer.SHARED_MEMORY / family.stdout.readline().strip()
-    assert shared.exists()
-    assert len(processes.members(family.pid)) == 3  # with Python's resource tracker
-    return family, shared
+@pytest.fixture
+def family():
+    """Start a process with two children; give it and its shared memory, which Python knows of in part."""
+    started = []
+
+    def start(stubborn=""):
+        file = SHARED_MEMORY / f"test-{os.getpid()}-{len(started)}"
+        code = FAMILY.replace("{stubborn}", stubborn).replace("{file}", str(file))
+        first = subprocess.Popen(
+            [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, start_new_session=True
+        )
+        started.append(first)
+        shared = [SHARED_MEMORY / first.stdout.readline().strip(), file]
+        assert all(path.exists() for path in shared)
+        assert len(processes.members(first.pid)) == 3  # with Python's resource tracker
+        return first, shared
+
+    yield start
+    for first in started:
+        first.wait(20)
+
+
+def is_gone(first, shared):
+    return not processes.members(first.pid) and not any(path.exists() for path in shared)
 
 
 @pytest.mark.parametrize("stubborn", ["", STUBBORN])
-def test_all_processes_of_a_session_and_their_shared_memory_end(stubborn):
-    family, shared = start(FAMILY.replace("{stubborn}", stubborn))
-    processes.end(family.pid)
-    family.wait(5)
-    assert processes.members(family.pid) == []
-    assert not shared.exists()
+def test_all_processes_of_a_session_and_their_shared_memory_end(family, stubborn):
+    first, shared = family(stubborn)
+    processes.end(first.pid)
+    assert is_gone(first, shared)
 
 
-def test_what_a_killed_first_process_leaves_ends_too():
-    family, shared = start(FAMILY.replace("{stubborn}", ""))
-    family.kill()
-    family.wait(5)
-    assert processes.members(family.pid)
-    processes.end(family.pid)
-    assert processes.members(family.pid) == []
-    assert not shared.exists()
+def test_what_a_killed_first_process_leaves_ends_too(family):
+    first, shared = family()
+    first.kill()
+    first.wait(5)
+    assert processes.members(first.pid)
+    processes.end(first.pid)
+    assert is_gone(first, shared)
 
 
-def test_a_session_ends_with_its_killed_parent():
-    family, shared = start(FAMILY.replace("{stubborn}", ""))
+def test_shared_memory_goes_though_nobody_lives_who_used_it(family):
+    first, shared = family()
+    with processes.ended_with_us(first.pid):
+        time.sleep(2.5)
+        for pid in processes.members(first.pid):
+            os.kill(pid, signal.SIGKILL)
+        assert shared[1].exists()
+    assert not shared[1].exists()
+    shared[0].unlink(missing_ok=True)
+
+
+def test_a_session_ends_with_its_killed_parent(family):
+    first, shared = family()
     code = f"""
 import time
 from rlvr_trainer.sampling.processes import ended_with_us
-with ended_with_us({family.pid}):
+with ended_with_us({first.pid}):
     print("up", flush=True)
     time.sleep(600)
 """
     parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
     parent.stdout.readline()
     parent.kill()
-    family.wait(20)
+    parent.wait()
+    first.wait(20)
     deadline = time.monotonic() + 20
-    while processes.members(family.pid) or shared.exists():
+    while not is_gone(first, shared):
         assert time.monotonic() < deadline
         time.sleep(0.05)
 

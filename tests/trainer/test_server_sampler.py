@@ -12,9 +12,10 @@ import pytest
 import torch
 from rlvr_trainer import tiny
 from rlvr_trainer.sampling import SamplerError, Sampling, calls, connecting, transfer, vllm_server
+from rlvr_trainer.sampling.shared_memory import PREFIX, SHARED_MEMORY
 from rlvr_trainer.sampling.vllm_server import ServerSampler
 
-pytestmark = pytest.mark.skipif(not transfer.SHARED_MEMORY.is_dir(), reason="this system has no /dev/shm")
+pytestmark = pytest.mark.skipif(not SHARED_MEMORY.is_dir(), reason="this system has no /dev/shm")
 PROMPTS = [[5, 6, 7], [8, 9], [10]]
 
 
@@ -245,7 +246,7 @@ def test_a_file_that_a_killed_process_left_is_removed(start, connect):
     if not ended:
         os._exit(0)
     os.waitpid(ended, 0)
-    left = transfer.SHARED_MEMORY / f"{transfer.PREFIX}{ended}-0123"
+    left = SHARED_MEMORY / f"{PREFIX}{ended}-0123"
     left.touch()
     connect(start())
     assert not left.exists()

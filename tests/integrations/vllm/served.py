@@ -9,8 +9,7 @@ import urllib.request
 from contextlib import suppress
 from pathlib import Path
 
-from rlvr_trainer.sampling import transfer
-from rlvr_trainer.sampling.processes import members
+from rlvr_trainer.sampling.processes import mapped_by, members
 
 SMALL = ["--gpu-memory-utilization", "0.05", "--max-model-len", "256", "--max-num-seqs", "32"]
 COMMAND = [sys.executable, "-c", "from rlvr_trainer.cli import main; raise SystemExit(main())"]
@@ -44,20 +43,15 @@ class Served:
     def processes(self) -> dict[str, int]:
         """Of the server, by what they are."""
         found = {}
-        for pid, line in self._read("cmdline"):
-            found |= {kind: pid for kind in ("api_server", "EngineCore", "Worker") if kind in line}
+        for pid in (pid for session in self.sessions() for pid in members(session)):
+            with suppress(OSError):  # it has ended
+                line = Path(f"/proc/{pid}/cmdline").read_bytes().decode()
+                found |= {kind: pid for kind in ("api_server", "EngineCore", "Worker") if kind in line}
         return found
 
     def shared_memory(self) -> set[Path]:
-        """That its processes map, as far as it has a name."""
-        words = {word for _, maps in self._read("maps") for word in maps.split()}
-        paths = {Path(word) for word in words if word.startswith(f"{transfer.SHARED_MEMORY}/")}
-        return {path for path in paths if path.exists()}
-
-    def _read(self, name):
-        for pid in (pid for session in self.sessions() for pid in members(session)):
-            with suppress(OSError):  # it has ended
-                yield pid, Path(f"/proc/{pid}/{name}").read_bytes().decode()
+        """That its processes map."""
+        return {path for session in self.sessions() for path in mapped_by(session) if path.exists()}
 
     def stop(self) -> None:
         self.process.send_signal(signal.SIGTERM)

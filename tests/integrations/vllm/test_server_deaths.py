@@ -9,8 +9,9 @@ import time
 
 import pytest
 import torch
-from rlvr_trainer.sampling import SamplerError, Sampling, transfer
+from rlvr_trainer.sampling import SamplerError, Sampling
 from rlvr_trainer.sampling.processes import members
+from rlvr_trainer.sampling.shared_memory import PREFIX, SHARED_MEMORY
 from rlvr_trainer.sampling.vllm_server import ServerSampler
 from safetensors.torch import load_file
 from served import COMMAND, Served
@@ -80,7 +81,7 @@ def test_a_run_whose_server_is_killed_saves_and_goes_on_with_a_new_one_to_the_sa
     assert run.returncode == 1
     assert f"rlvr-ops: the server at {server.url} does not answer any more (connection refused)" in errors
     assert "Traceback" not in errors
-    assert not list(transfer.SHARED_MEMORY.glob(f"{transfer.PREFIX}{run.pid}-*"))
+    assert not list(SHARED_MEMORY.glob(f"{PREFIX}{run.pid}-*"))
     assert f"rlvr-ops train --resume {killed}" in output
 
     two_servers[0] = Served(tiny_folder, server.log.with_name("third"), port=server.port)  # `resumed` waits for it
@@ -116,5 +117,9 @@ def test_a_server_without_its_engine_or_worker_ends_and_is_named(i, kind, two_se
 
 def test_nothing_is_left_of_a_server_whose_parent_is_killed_while_it_starts(tiny_folder, tmp_path):
     server = Served(tiny_folder, tmp_path / "log")
-    _until(lambda: "EngineCore" in server.processes(), 60)
+    try:
+        _until(lambda: "EngineCore" in server.processes(), 60)
+    except BaseException:
+        server.stop()
+        raise
     assert _gone(server, _kill(server)) == -signal.SIGKILL

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from rlvr_trainer.sampling import connecting, transfer
+from rlvr_trainer.sampling import connecting, shared_memory, transfer
 from rlvr_trainer.sampling.calls import AnswerError, Calls
 from rlvr_trainer.sampling.sampler import (
     Completion,
@@ -64,7 +64,7 @@ class ServerSampler:
         self.version = ""
         self._closed = threading.Event()
         self._running: list[Calls] = []
-        transfer.remove_leftovers()
+        shared_memory.remove_leftovers()
         self._all(self._connect, self.servers)
         self.update(weights)
 
@@ -84,7 +84,7 @@ class ServerSampler:
         refuse_other_weights(weights, self.shapes)
         named, version = by_checkpoint_name(self.model, weights), secrets.token_hex(8)
         near = any(server.near for server in self.servers)
-        file: AbstractContextManager[Path | None] = transfer.shared_file() if near else nullcontext()
+        file: AbstractContextManager[Path | None] = shared_memory.shared_file() if near else nullcontext()
         with file as path:
             if path is not None:
                 transfer.write(path, named)
