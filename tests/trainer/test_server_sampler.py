@@ -12,9 +12,10 @@ import pytest
 import torch
 from rlvr_trainer import tiny
 from rlvr_trainer.sampling import SamplerError, Sampling, calls, connecting, transfer, vllm_server
+from rlvr_trainer.sampling.shared_memory import PREFIX, SHARED_MEMORY
 from rlvr_trainer.sampling.vllm_server import ServerSampler
 
-pytestmark = pytest.mark.skipif(not transfer.SHARED_MEMORY.is_dir(), reason="this system has no /dev/shm")
+pytestmark = pytest.mark.skipif(not SHARED_MEMORY.is_dir(), reason="this system has no /dev/shm")
 PROMPTS = [[5, 6, 7], [8, 9], [10]]
 
 
@@ -167,7 +168,8 @@ def test_ctrl_c_stops_at_once(start, connect):
 def test_one_server_that_fails_gives_up_the_requests_to_the_others(start, connect):
     good, bad = start(), start()
     sampler = connect(good, bad)
-    good.faults, bad.faults = {"/v1/completions": ["hang"]}, {"/v1/completions": [500]}
+    good.faults = {"/v1/completions": ["hang"]}
+    bad.answer = lambda path, body: time.sleep(0.3) or 1 / 0  # once the other has its request
     with pytest.raises(SamplerError, match=bad.url):
         sampler.sample([[5], [6]], Sampling(8))
     assert good.hung_up.wait(2)
@@ -244,7 +246,7 @@ def test_a_file_that_a_killed_process_left_is_removed(start, connect):
     if not ended:
         os._exit(0)
     os.waitpid(ended, 0)
-    left = transfer.SHARED_MEMORY / f"{transfer.PREFIX}{ended}-0123"
+    left = SHARED_MEMORY / f"{PREFIX}{ended}-0123"
     left.touch()
     connect(start())
     assert not left.exists()

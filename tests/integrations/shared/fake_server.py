@@ -1,12 +1,13 @@
 """A server that answers like `rlvr-ops serve`, without vLLM: for what a real one does too seldom."""
 
 import json
+import os
 import threading
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from rlvr_trainer.sampling import transfer
+from rlvr_trainer.sampling.shared_memory import PREFIX, SHARED_MEMORY
 from rlvr_trainer.sampling.worker import Extension, plain
 
 
@@ -116,4 +117,4 @@ class Handler(BaseHTTPRequestHandler):
 
 def files() -> list[Path]:
     """What this process has in shared memory."""
-    return list(transfer.SHARED_MEMORY.glob(f"{transfer.PREFIX}*"))
+    return list(SHARED_MEMORY.glob(f"{PREFIX}{os.getpid()}-*"))

@@ -14,7 +14,7 @@ sys.path.insert(0, os.path.dirname(__file__))
 import pytest
 import torch
 from rlvr_trainer import tiny
-from served import Served, serving
+from served import Served
 
 
 @pytest.fixture(scope="session")
@@ -34,7 +34,13 @@ def tiny_folder(tokenizer, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def two_servers(tiny_folder, tmp_path_factory):
-    """Of the same model; whoever kills one is the last to ask for it."""
+    """Of the same model, in a list; whoever kills one is the last to ask for it, or puts another in its place."""
     logs = tmp_path_factory.mktemp("logs")
-    with serving(*(Served(tiny_folder, logs / name) for name in ("first", "second"))) as servers:
+    servers = [Served(tiny_folder, logs / name) for name in ("first", "second")]
+    try:
+        for server in servers:
+            server.wait()
         yield servers
+    finally:
+        for server in servers:
+            server.stop()

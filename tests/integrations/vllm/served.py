@@ -6,10 +6,10 @@ import subprocess
 import sys
 import time
 import urllib.request
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
-from rlvr_trainer.sampling.processes import members
+from rlvr_trainer.sampling.processes import mapped_by, members
 
 SMALL = ["--gpu-memory-utilization", "0.1", "--max-model-len", "256", "--max-num-seqs", "32"]
 COMMAND = [sys.executable, "-c", "from rlvr_trainer.cli import main; raise SystemExit(main())"]
@@ -44,9 +44,14 @@ class Served:
         """Of the server, by what they are."""
         found = {}
         for pid in (pid for session in self.sessions() for pid in members(session)):
-            line = Path(f"/proc/{pid}/cmdline").read_bytes().decode()
-            found |= {kind: pid for kind in ("api_server", "EngineCore", "Worker") if kind in line}
+            with suppress(OSError):  # it has ended
+                line = Path(f"/proc/{pid}/cmdline").read_bytes().decode()
+                found |= {kind: pid for kind in ("api_server", "EngineCore", "Worker") if kind in line}
         return found
+
+    def shared_memory(self) -> set[Path]:
+        """That its processes map."""
+        return {path for session in self.sessions() for path in mapped_by(session) if path.exists()}
 
     def stop(self) -> None:
         self.process.send_signal(signal.SIGTERM)
@@ -57,15 +62,3 @@ def free_port() -> int:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         return found.getsockname()[1]
-
-
-@contextmanager
-def serving(*servers: Served):
-    """Wait for all, and stop all in the end."""
-    try:
-        for server in servers:
-            server.wait()
-        yield servers
-    finally:
-        for server in servers:
-            server.stop()

@@ -6,15 +6,15 @@ import signal
 import subprocess
 import threading
 import time
-from pathlib import Path
 
 import pytest
 import torch
-from rlvr_trainer.sampling import SamplerError, Sampling, transfer
+from rlvr_trainer.sampling import SamplerError, Sampling
 from rlvr_trainer.sampling.processes import members
+from rlvr_trainer.sampling.shared_memory import PREFIX, SHARED_MEMORY
 from rlvr_trainer.sampling.vllm_server import ServerSampler
 from safetensors.torch import load_file
-from served import COMMAND, Served, serving
+from served import COMMAND, Served
 from transformers import AutoModelForCausalLM
 
 RUN = [
@@ -35,24 +35,6 @@ RUN = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def nothing_is_left():
-    """In shared memory, of what was not there before."""
-    before = set(transfer.SHARED_MEMORY.iterdir())
-    yield
-    _until(lambda: set(transfer.SHARED_MEMORY.iterdir()) <= before | set(_mapped()))
-
-
-def _mapped():
-    """The shared memory of processes that live."""
-    for maps in Path("/proc").glob("[0-9]*/maps"):
-        try:
-            lines = maps.read_text().splitlines()
-        except OSError:
-            continue
-        yield from (Path(line.split()[-1]) for line in lines if f"{transfer.SHARED_MEMORY}/" in line)
-
-
 def _until(met, seconds=20):
     deadline = time.monotonic() + seconds
     while not met():
@@ -60,10 +42,18 @@ def _until(met, seconds=20):
         time.sleep(0.05)
 
 
-def _gone(server, sessions):
+def _kill(server, kind=None):
+    """Kill one of a server's processes, its parent by default; what must be gone soon."""
+    remains = server.sessions(), server.shared_memory()
+    os.kill(server.processes()[kind] if kind else server.process.pid, signal.SIGKILL)
+    return remains
+
+
+def _gone(server, remains):
     """Wait for `rlvr-ops serve` to end, and for all that it started; its exit code."""
+    sessions, shared = remains
     code = server.process.wait(30)
-    _until(lambda: not any(map(members, sessions)))
+    _until(lambda: not any(map(members, sessions)) and not any(path.exists() for path in shared))
     return code
 
 
@@ -78,26 +68,26 @@ def _weights(run):
 def test_a_run_whose_server_is_killed_saves_and_goes_on_with_a_new_one_to_the_same_weights(
     two_servers, tiny_folder, tmp_path
 ):
-    server = two_servers[0]
-    settings = [*RUN, f"policy.name={tiny_folder}", f"rollout.servers=[{server.url}]"]
+    server, other = two_servers
+    settings = [*RUN, f"policy.name={tiny_folder}"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    undisturbed = _start(*settings, f"run.out={whole}")
-    assert undisturbed.wait(120) == 0, undisturbed.stderr.read()
-
-    run = _start(*settings, f"run.out={killed}")
+    undisturbed = _start(*settings, f"rollout.servers=[{other.url}]", f"run.out={whole}")
+    run = _start(*settings, f"rollout.servers=[{server.url}]", f"run.out={killed}")
     _until(lambda: _steps(killed) >= 2, 60)
-    sessions = server.sessions()
-    os.kill(server.processes()["api_server"], signal.SIGKILL)
-    assert _gone(server, sessions) == 1
+    remains = _kill(server, "api_server")
+    assert len(remains[1]) == 2  # vLLM's queues
+    assert _gone(server, remains) == 1
     output, errors = run.communicate(timeout=60)
     assert run.returncode == 1
     assert f"rlvr-ops: the server at {server.url} does not answer any more (connection refused)" in errors
     assert "Traceback" not in errors
+    assert not list(SHARED_MEMORY.glob(f"{PREFIX}{run.pid}-*"))
     assert f"rlvr-ops train --resume {killed}" in output
 
-    with serving(Served(tiny_folder, tmp_path / "log", port=server.port)):
-        resumed = _start("--resume", str(killed))
-        assert resumed.wait(120) == 0, resumed.stderr.read()
+    two_servers[0] = Served(tiny_folder, server.log.with_name("third"), port=server.port)  # `resumed` waits for it
+    resumed = _start("--resume", str(killed))
+    assert resumed.wait(120) == 0, resumed.stderr.read()
+    assert undisturbed.wait(120) == 0, undisturbed.stderr.read()
     found, expected = _weights(killed), _weights(whole)
     assert not torch.equal(expected["lm_head.weight"], load_file(tiny_folder / "model.safetensors")["lm_head.weight"])
     for name, value in expected.items():
@@ -110,23 +100,26 @@ def _steps(run):
     return sum("loss" in json.loads(row) for row in rows)
 
 
-@pytest.mark.parametrize("kind", ["EngineCore", "Worker"])
-def test_a_server_without_its_engine_or_worker_ends_and_is_named(kind, two_servers, tiny_folder, tokenizer, tmp_path):
+@pytest.mark.parametrize(("i", "kind"), [(0, "Worker"), (1, "EngineCore")])
+def test_a_server_without_its_engine_or_worker_ends_and_is_named(i, kind, two_servers, tiny_folder, tokenizer):
     model = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
-    server = two_servers[1] if kind == "EngineCore" else Served(tiny_folder, tmp_path / "log")
-    with serving(server):
-        sampler = ServerSampler([server.url], model, tokenizer, [2], patience=60)
-        threading.Timer(0.5, os.kill, (server.processes()[kind], signal.SIGKILL)).start()
-        began, sessions = time.monotonic(), server.sessions()
-        with pytest.raises(SamplerError, match=f"^the server at {server.url} .*$"):
-            sampler.sample([[5, 6, 7]] * 100, Sampling(200, n=4))
-        assert time.monotonic() - began < 30
-        assert _gone(server, sessions) == 1
+    server, prompt = two_servers[i].wait(), [*range(5, 25)]
+    sampler = ServerSampler([server.url], model, tokenizer, [2], patience=60)
+    remains = []
+    threading.Timer(0.5, lambda: remains.extend(_kill(server, kind))).start()
+    began = time.monotonic()
+    with pytest.raises(SamplerError, match=f"^the server at {server.url} .*$"):
+        sampler.sample([prompt] * 100, Sampling(200, n=4))
+    assert time.monotonic() - began < 30
+    assert _gone(server, remains) == 1
+    assert str(prompt)[1:-1] not in server.log.read_text()
 
 
 def test_nothing_is_left_of_a_server_whose_parent_is_killed_while_it_starts(tiny_folder, tmp_path):
     server = Served(tiny_folder, tmp_path / "log")
-    _until(lambda: "EngineCore" in server.processes(), 60)
-    sessions = server.sessions()
-    server.process.kill()
-    assert _gone(server, sessions) == -signal.SIGKILL
+    try:
+        _until(lambda: "EngineCore" in server.processes(), 60)
+    except BaseException:
+        server.stop()
+        raise
+    assert _gone(server, _kill(server)) == -signal.SIGKILL

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from served import Served, serving
+from served import Served
 
 COMMAND = [sys.executable, "-m", "rlvr_trainer", "train"]
 TINY = ["demo-tiny", "run.steps=30", "evaluation.samples=8", "run.table_every=0"]
@@ -38,8 +38,12 @@ def train_with_each(settings, folder, model):
     found = {"transformers": train(settings, "transformers", folder / "transformers")}
     settings = [*settings, f"policy.name={model}"]
     found["vllm"] = train(settings, "vllm", folder / "vllm")
-    with serving(Served(model, folder / "log")) as (server,):
-        found["vllm-server"] = train(settings, "vllm-server", folder / "server", f"rollout.servers=[{server.url}]")
+    server = Served(model, folder / "log")
+    try:
+        servers = f"rollout.servers=[{server.wait().url}]"
+        found["vllm-server"] = train(settings, "vllm-server", folder / "server", servers)
+    finally:
+        server.stop()
     return found
 
 

@@ -5,7 +5,7 @@ import time
 from typing import Any
 
 from rlvr_trainer.printing import say
-from rlvr_trainer.sampling import transfer
+from rlvr_trainer.sampling import shared_memory
 from rlvr_trainer.sampling.calls import AnswerError, Calls, SilenceError
 from rlvr_trainer.sampling.sampler import SamplerError
 from rlvr_trainer.sampling.worker import plain
@@ -74,7 +74,7 @@ def check_vocabulary(calls: Calls, url: str, tokenizer: Any, eos_ids: list[int],
 def is_near(calls: Calls, url: str, patience: float) -> bool:
     """Whether all of a server's workers see what this process writes to shared memory."""
     content = secrets.token_hex(16)
-    with transfer.shared_file() as path:
+    with shared_memory.shared_file() as path:
         path.write_text(content)
         return all(worker["seen"] for worker in rpc(calls, url, patience, "rlvr_sees", str(path), content))
 

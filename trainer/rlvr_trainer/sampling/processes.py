@@ -1,9 +1,10 @@
-"""All processes of a session: found by what /proc says, and ended, whatever has become of the one that started them.
+"""All processes of a session and the shared memory that they use, ended whatever has become of who started them.
 
 `python -m rlvr_trainer.sampling.processes SESSION` ends them when its standard input does, as it does for whoever is killed.
 """
 
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -12,30 +13,41 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from rlvr_trainer.sampling.shared_memory import PREFIX, SHARED_MEMORY
+
 GRACE = 5.0  # seconds to end in by itself
+LOOK = 1.0  # seconds between two looks at what shared memory there is
 
 
 @contextmanager
 def ended_with_us(session: int) -> Iterator[None]:
     """End the session at the end, or at the end of this process, be it by SIGKILL: another one waits for that."""
     command = [sys.executable, "-m", __name__, str(session)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True):  # its exit closes the pipe and waits
-        yield
+    watching = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+    try:
+        with watching:  # whose exit closes the pipe, and waits
+            yield
+    finally:
+        end(session)  # should that one have been killed
 
 
-def end(session: int) -> None:
+def end(session: int, shared: set[Path] | None = None) -> None:
     """Ask the first process, which asks the others; then kill what is left, Python's resource tracker last.
 
-    The tracker frees shared memory and semaphores as soon as all who use it are gone.
+    The tracker frees what Python shares as soon as all who use it are gone. The rest is removed here: what is mapped now,
+    and what is in `shared`.
     """
-    with suppress(ProcessLookupError):
-        os.kill(session, signal.SIGTERM)
+    shared = (shared or set()) | mapped_by(session)
+    _kill([pid for pid in members(session) if pid == session], signal.SIGTERM)
     for left in _left(session):
         if session not in left:
             break
     for left in _left(session):
         _kill([pid for pid in left if not _is_tracker(pid)])
     _kill(members(session))
+    for path in shared:
+        with suppress(OSError):
+            path.unlink()
 
 
 def members(session: int) -> list[int]:
@@ -49,6 +61,17 @@ def members(session: int) -> list[int]:
     return found
 
 
+def mapped_by(session: int) -> set[Path]:
+    """The files in shared memory that a session's processes have mapped, but those of a trainer."""
+    found = set()
+    for pid in members(session):
+        with suppress(OSError):
+            lines = Path(f"/proc/{pid}/maps").read_text(errors="replace").splitlines()
+            paths = [Path(line.split(maxsplit=5)[5]) for line in lines if f" {SHARED_MEMORY}/" in line]
+            found |= {path for path in paths if not path.name.startswith(PREFIX)}
+    return found
+
+
 def _left(session: int) -> Iterator[list[int]]:
     """Its processes, again and again until there are none or `GRACE` is over."""
     deadline = time.monotonic() + GRACE
@@ -57,10 +80,10 @@ def _left(session: int) -> Iterator[list[int]]:
         time.sleep(0.05)
 
 
-def _kill(pids: list[int]) -> None:
+def _kill(pids: list[int], number: int = signal.SIGKILL) -> None:
     for pid in pids:
         with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+            os.kill(pid, number)
 
 
 def _is_tracker(pid: int) -> bool:
@@ -70,6 +93,12 @@ def _is_tracker(pid: int) -> bool:
         return False
 
 
+def _main(session: int) -> None:
+    shared: set[Path] = set()
+    while not select.select([sys.stdin], [], [], LOOK)[0]:
+        shared |= mapped_by(session)  # who uses it may be the first to die
+    end(session, shared)
+
+
 if __name__ == "__main__":
-    sys.stdin.read()
-    end(int(sys.argv[1]))
+    _main(int(sys.argv[1]))

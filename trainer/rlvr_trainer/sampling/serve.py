@@ -32,7 +32,7 @@ ENVIRONMENT = {
     "VLLM_MAX_STOP_STRINGS": "1024",  # of 4: `rollout.stop` takes any number
     "VLLM_ENABLE_V1_MULTIPROCESSING": "1",  # off, the server cannot tell that its engine died
 }
-ON_A_CPU = ("--enforce-eager", "--gpu-memory-utilization", "0.3")  # it would take nine tenths of the main memory
+MEMORY = "--gpu-memory-utilization"
 
 
 def serve(model: str, *, host: str, port: int, dtype: str, arguments: list[str]) -> int:
@@ -54,18 +54,21 @@ def serve(model: str, *, host: str, port: int, dtype: str, arguments: list[str])
     on_a_cpu = not torch.cuda.is_available()
     environment = {**(vllm_engine.ON_A_CPU if on_a_cpu else {}), **os.environ, **ENVIRONMENT}
     with tempfile.TemporaryDirectory(prefix="rlvr-ops-") as folder:
-        where = ["--host", host, "--port", str(port), "--dtype", dtype]
-        command = [*COMMAND, *_model(model, Path(folder)), *where, *(ON_A_CPU if on_a_cpu else ()), *arguments]
-        return _watch(command, environment)
+        command = [*COMMAND, *_model(model, Path(folder)), "--host", host, "--port", str(port), "--dtype", dtype]
+        if on_a_cpu:
+            command.append("--enforce-eager")
+        if on_a_cpu and MEMORY not in arguments:
+            command += [MEMORY, "0.3"]  # by itself it would take nine tenths, and here that is everybody's
+        return _watch([*command, *arguments], environment)
 
 
 def _model(name: str, folder: Path) -> list[str]:
     """vLLM's arguments for a model by the names that the trainer has for it, or for a run."""
     if name == "smollm2-135m":
-        from rlvr_trainer.policies import _smollm2
+        from rlvr_trainer.policies import smollm2
         from rlvr_trainer.sampling.vllm_engine import write_model
 
-        model, tokenizer = _smollm2()
+        model, tokenizer = smollm2()
         write_model(folder, model.config, tokenizer)
         return ["--model", str(folder), "--served-model-name", name, "--load-format", "dummy"]
     path = Path(name)

@@ -5,11 +5,10 @@ one transfer, so that a server that was started again is a server like any other
 """
 
 import os
-import secrets
 import socket
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -19,43 +18,11 @@ from torch import Tensor
 from torch.distributed import ProcessGroupGloo, TCPStore
 
 from rlvr_trainer.sampling.sampler import SamplerError
+from rlvr_trainer.sampling.shared_memory import SHARED_MEMORY
 
-SHARED_MEMORY = Path("/dev/shm")
-PREFIX = "rlvr-ops-"  # then the process's id
 SLACK = 2**20  # bytes of a file's header, and then some
 
 Layout = list[tuple[str, list[int], str]]  # name, shape and dtype of every tensor, in the order they are sent
-
-
-@contextmanager
-def shared_file() -> Iterator[Path]:
-    """A path in shared memory that this user alone can read, and that is gone at the end."""
-    path = SHARED_MEMORY / f"{PREFIX}{os.getpid()}-{secrets.token_hex(8)}"
-    os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
-    try:
-        yield path
-    finally:
-        with suppress(OSError):
-            path.unlink()
-
-
-def remove_leftovers() -> None:
-    """Remove the files of processes that are no more: a kill -9 leaves no time to."""
-    for path in SHARED_MEMORY.glob(f"{PREFIX}*"):
-        pid = path.name.removeprefix(PREFIX).partition("-")[0]
-        if pid.isdigit() and not _lives(int(pid)):
-            with suppress(OSError):
-                path.unlink()
-
-
-def _lives(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True
 
 
 def has_room(weights: Mapping[str, Tensor]) -> bool:
@@ -141,10 +108,11 @@ def address_towards(host: str, port: int) -> str:
 
 
 def _join(store: TCPStore, rank: int, size: int, address: str, patience: float) -> Any:
-    options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
-    options._devices = [ProcessGroupGloo.create_device(hostname=address)]
+    gloo: Any = ProcessGroupGloo  # whose options have no types
+    options = gloo._Options()
+    options._devices = [gloo.create_device(hostname=address)]
     options._timeout = timedelta(seconds=patience)
-    return ProcessGroupGloo(store, rank, size, options)
+    return gloo(store, rank, size, options)
 
 
 def _bytes_of(value: Tensor) -> Tensor:

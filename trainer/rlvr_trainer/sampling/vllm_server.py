@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 import torch
 
-from rlvr_trainer.sampling import connecting, transfer
+from rlvr_trainer.sampling import connecting, shared_memory, transfer
 from rlvr_trainer.sampling.calls import AnswerError, Calls
 from rlvr_trainer.sampling.sampler import (
     Completion,
@@ -67,7 +67,7 @@ class ServerSampler:
         self.version = ""
         self._closed = threading.Event()
         self._running: list[Calls] = []
-        transfer.remove_leftovers()
+        shared_memory.remove_leftovers()
         self._all(self._connect, self.servers)
         self.dtype = next((server.dtype for server in self.servers if server.dtype != torch.float32), torch.float32)
         self.update(weights)
@@ -88,7 +88,7 @@ class ServerSampler:
         refuse_other_weights(weights, self.shapes)
         named, version = by_checkpoint_name(self.model, weights), secrets.token_hex(8)
         near = any(server.near for server in self.servers)
-        file: AbstractContextManager[Path | None] = transfer.shared_file() if near else nullcontext()
+        file: AbstractContextManager[Path | None] = shared_memory.shared_file() if near else nullcontext()
         with file as path:
             if path is not None:
                 transfer.write(path, named)
@@ -114,7 +114,7 @@ class ServerSampler:
 
     def _all(self, work: Callable[[Calls, X], T], items: Sequence[X], watched: bool = False) -> list[T]:
         """Work on all items at once; results in order. The first failure, or an interruption, gives up the rest."""
-        calls, pool = Calls(), ThreadPoolExecutor(min(len(items), AT_ONCE))
+        calls, pool = Calls(), ThreadPoolExecutor(min(len(items), AT_ONCE) or 1)
         self._running.append(calls)
         try:
             if self._closed.is_set():
