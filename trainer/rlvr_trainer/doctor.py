@@ -132,6 +132,23 @@ def _loss(config: Config) -> Iterator[Finding]:
     yield Finding("ok", f"the loss of algorithm.name={config.algorithm.name} and its gradient, on four tokens")
 
 
+def _sampler(config: Config) -> Iterator[Finding]:
+    from rlvr_trainer.sampling.calls import Calls
+    from rlvr_trainer.sampling.sampler import SamplerError
+
+    rollout = config.rollout
+    if rollout.backend == "vllm":
+        found = find_spec("vllm") is not None
+        missing = 'rollout.backend=vllm needs vLLM: pip install "rlvr-ops[train,vllm]"'
+        yield Finding("ok" if found else "FAIL", f"vllm {version_of('vllm') or ''} samples" if found else missing)
+    for url in rollout.servers:
+        try:
+            Calls().ask(url.rstrip("/"), "/health", timeout=5.0, pauses=())
+            yield Finding("ok", f"the server at {url} answers")
+        except SamplerError as error:
+            yield Finding("FAIL", str(error))
+
+
 def _memory(config: Config) -> Iterator[Finding]:
     if "SC_AVPHYS_PAGES" not in os.sysconf_names:
         yield Finding("note", "this platform does not say how much memory is free")
@@ -166,4 +183,4 @@ def _judge(config: Config) -> Iterator[Finding]:
         workers.close()
 
 
-CHECKS: tuple[Check, ...] = (_python, _packages, _device, _triton, _loss, _memory, _run_folder, _judge)
+CHECKS: tuple[Check, ...] = (_python, _packages, _device, _triton, _loss, _sampler, _memory, _run_folder, _judge)

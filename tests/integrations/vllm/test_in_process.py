@@ -1,5 +1,6 @@
 """vLLM in the trainer's process: the real engine, compared with transformers token by token and to 1e-4."""
 
+import copy
 import math
 import random
 
@@ -11,7 +12,7 @@ from rlvr_trainer.sampling import SamplerError, Sampling, start_sampler
 from rlvr_trainer.sampling.generate import GenerateSampler
 from rlvr_trainer.sampling.sampler import number
 
-PROMPTS = [list(range(5, 5 + n)) for n in (11, 40, 70)]
+PROMPTS = [[5 + i % 90 for i in range(n)] for n in (11, 40, 180)]  # the last fills a block of the prefix cache
 CONFIG = ["rollout.backend=vllm", "rollout.memory_share=0.05", "policy.precision=full"]
 
 
@@ -114,6 +115,54 @@ def test_wrong_weights_are_named_and_the_engine_goes_on(policy, fault):
     with pytest.raises(SamplerError, match=wanted[fault]):
         policy.sampler.update(weights)
     assert policy.sampler.sample(PROMPTS, greedy) == before
+
+
+class Platform:
+    """A stand-in for the engine on a platform that can sleep, which a CPU cannot."""
+
+    def __init__(self):
+        self.calls, self.asleep = [], False
+        self.llm_engine = self
+        self.engine_core = self
+
+    def is_sleeping(self):
+        return self.asleep
+
+    def wake_up(self):
+        self.asleep = False
+        self.calls.append("wake_up")
+
+    def sleep(self, level):
+        self.asleep = True
+        self.calls.append(f"sleep {level}")
+
+    def generate(self, prompts, parameters, use_tqdm):
+        assert not self.asleep
+        self.calls.append("generate")
+        return []
+
+    def collective_rpc(self, method, kwargs):
+        assert not self.asleep
+        self.calls.append(method)
+
+    def reset_prefix_cache(self):
+        self.calls.append("reset_prefix_cache")
+
+    def shutdown(self):
+        self.calls.append("shutdown")
+
+
+def test_where_the_platform_can_the_engine_sleeps_between_two_calls(policy):
+    sampler = copy.copy(policy.sampler)
+    sampler.engine, sampler.sleeps = Platform(), True
+    engine = sampler.engine
+    sampler.sample(PROMPTS, Sampling(4))
+    sampler.sample(PROMPTS, Sampling(4))
+    sampler.update(policy.model.state_dict())
+    sampler.close()
+    nap = ["sleep 1", "wake_up"]
+    updating = ["reload_weights", "reset_prefix_cache"]
+    assert engine.calls == ["generate", *nap, "generate", *nap, *updating, "sleep 1", "shutdown"]
 
 
 def test_what_is_no_number_counts_as_unknown():
