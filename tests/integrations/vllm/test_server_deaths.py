@@ -30,7 +30,7 @@ RUN = [
     "algorithm.overlong_fraction=0.95",  # shorter is better: something to learn for a policy that knows nothing
     "optim.learning_rate=1e-3",
     "evaluation.samples=1",
-    "run.steps=4",
+    "run.steps=12",
     "run.threads=1",
 ]
 
@@ -42,11 +42,9 @@ def _until(met, seconds=20):
         time.sleep(0.05)
 
 
-def _kill(server, kind=None):
-    """Kill one of a server's processes, its parent by default; what must be gone soon."""
-    remains = server.sessions(), server.shared_memory()
-    os.kill(server.processes()[kind] if kind else server.process.pid, signal.SIGKILL)
-    return remains
+def _remains(server):
+    """What must be gone soon after it was killed."""
+    return server.sessions(), server.shared_memory()
 
 
 def _gone(server, remains):
@@ -73,9 +71,10 @@ def test_a_run_whose_server_is_killed_saves_and_goes_on_with_a_new_one_to_the_sa
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     undisturbed = _start(*settings, f"rollout.servers=[{other.url}]", f"run.out={whole}")
     run = _start(*settings, f"rollout.servers=[{server.url}]", f"run.out={killed}")
-    _until(lambda: _steps(killed) >= 2, 60)
-    remains = _kill(server, "api_server")
+    remains, pid = _remains(server), server.processes()["api_server"]
     assert len(remains[1]) == 2  # vLLM's queues
+    _until(lambda: _steps(killed) >= 2, 60)
+    os.kill(pid, signal.SIGKILL)
     assert _gone(server, remains) == 1
     output, errors = run.communicate(timeout=60)
     assert run.returncode == 1
@@ -105,8 +104,8 @@ def test_a_server_without_its_engine_or_worker_ends_and_is_named(i, kind, two_se
     model = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
     server, prompt = two_servers[i].wait(), [*range(5, 25)]
     sampler = ServerSampler([server.url], model, tokenizer, [2], patience=60)
-    remains = []
-    threading.Timer(0.5, lambda: remains.extend(_kill(server, kind))).start()
+    remains = _remains(server)
+    threading.Timer(0.5, os.kill, (server.processes()[kind], signal.SIGKILL)).start()
     began = time.monotonic()
     with pytest.raises(SamplerError, match=f"^the server at {server.url} .*$"):
         sampler.sample([prompt] * 100, Sampling(200, n=4))
@@ -122,4 +121,6 @@ def test_nothing_is_left_of_a_server_whose_parent_is_killed_while_it_starts(tiny
     except BaseException:
         server.stop()
         raise
-    assert _gone(server, _kill(server)) == -signal.SIGKILL
+    remains = _remains(server)
+    server.process.kill()
+    assert _gone(server, remains) == -signal.SIGKILL
