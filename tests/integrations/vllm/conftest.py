@@ -7,7 +7,6 @@ os.environ |= {
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",
     "OMP_WAIT_POLICY": "PASSIVE",
-    "TORCH_COMPILE_DISABLE": "1",
 }
 sys.path.insert(0, os.path.dirname(__file__))
 

@@ -32,6 +32,10 @@ ENVIRONMENT = {
     "VLLM_MAX_STOP_STRINGS": "1024",  # of 4: `rollout.stop` takes any number
     "VLLM_ENABLE_V1_MULTIPROCESSING": "1",  # off, the server cannot tell that its engine died
 }
+ON_A_CPU = {
+    "TORCH_COMPILE_DISABLE": "1",  # it would want a C++ compiler
+    "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin starve the trainer's
+}
 MEMORY = "--gpu-memory-utilization"
 
 
@@ -49,10 +53,8 @@ def serve(model: str, *, host: str, port: int, dtype: str, arguments: list[str])
         raise SamplerError('rlvr-ops serve needs vLLM: pip install "rlvr-ops[train,vllm]"')
     import torch
 
-    from rlvr_trainer.sampling import vllm_engine
-
     on_a_cpu = not torch.cuda.is_available()
-    environment = {**(vllm_engine.ON_A_CPU if on_a_cpu else {}), **os.environ, **ENVIRONMENT}
+    environment = {**(ON_A_CPU if on_a_cpu else {}), **os.environ, **ENVIRONMENT}
     with tempfile.TemporaryDirectory(prefix="rlvr-ops-") as folder:
         command = [*COMMAND, *_model(model, Path(folder)), "--host", host, "--port", str(port), "--dtype", dtype]
         if on_a_cpu:

@@ -4,9 +4,7 @@ One process means one device: for tensor parallelism, or a device of the sampler
 """
 
 import os
-import random
 import tempfile
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlvr_trainer.sampling.guest import as_a_guest
 from rlvr_trainer.sampling.sampler import (
     Completion,
     FinishReason,
@@ -31,10 +30,6 @@ ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",
 }
-ON_A_CPU = {
-    "TORCH_COMPILE_DISABLE": "1",
-    "OMP_WAIT_POLICY": "PASSIVE",
-}  # compiling wants g++; threads that spin starve others
 
 
 class VllmSampler:
@@ -66,7 +61,7 @@ class VllmSampler:
     ) -> None:
         self.dtype = dtype
         self.model, self.eos_ids, self.shapes = model, eos_ids, shapes_of(model.state_dict())
-        with own_random_state(), own_threads(), tempfile.TemporaryDirectory(prefix="rlvr-ops-") as folder:
+        with as_a_guest(), tempfile.TemporaryDirectory(prefix="rlvr-ops-") as folder:
             vllm = _import_vllm()
             from vllm.platforms import current_platform
 
@@ -94,9 +89,10 @@ class VllmSampler:
         """See `Sampler.sample`."""
         from vllm import SamplingParams
 
+        greedy = sampling.temperature == 0  # all alike, and vLLM then takes no n
         parameters = [
             SamplingParams(
-                n=sampling.n,
+                n=1 if greedy else sampling.n,
                 seed=sampling.seed + i * sampling.n,  # vLLM counts on from there for the other n - 1
                 temperature=sampling.temperature,
                 max_tokens=sampling.max_new_tokens,
@@ -108,14 +104,15 @@ class VllmSampler:
             )
             for i in range(len(prompts))
         ]
-        with self._awake(), own_random_state():
+        with self._awake(), as_a_guest():
             try:
                 answers = self._engine().generate(
                     [{"prompt_token_ids": ids} for ids in prompts], parameters, use_tqdm=False
                 )
             except Exception as error:
                 raise SamplerError(f"vLLM failed while sampling: {reason(error)}") from error
-        return [self._completion(output) for answer in answers for output in answer.outputs]
+        repeats = sampling.n if greedy else 1
+        return [self._completion(output) for answer in answers for output in answer.outputs * repeats]
 
     def _completion(self, output: Any) -> Completion:
         ids = list(output.token_ids)
@@ -125,7 +122,7 @@ class VllmSampler:
     def update(self, weights: Weights) -> None:
         """See `Sampler.update`. The prefix cache is emptied: it belongs to the old weights."""
         refuse_other_weights(weights, self.shapes)
-        with self._awake(), own_random_state():
+        with self._awake(), as_a_guest():
             try:
                 pairs = iter(by_checkpoint_name(self.model, weights).items())
                 self._engine().collective_rpc("reload_weights", kwargs={"weights_iterator": pairs})
@@ -195,38 +192,10 @@ def _import_vllm() -> Any:
 
     if find_spec("vllm") is None:
         raise SamplerError('rollout.backend=vllm needs vLLM: pip install "rlvr-ops[train,vllm]"')
-    settings = ENVIRONMENT if torch.cuda.is_available() else ENVIRONMENT | ON_A_CPU
-    for name, value in settings.items():
+    for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     try:
         import vllm
     except Exception as error:  # built for another torch, or another platform
         raise SamplerError(f"vLLM is installed and cannot be imported: {reason(error)}") from error
     return vllm
-
-
-@contextmanager
-def own_threads() -> Iterator[None]:
-    """On a CPU vLLM takes `torch.set_num_threads` away from everybody, and warns of what others are to blame for."""
-    own = torch.set_num_threads
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            yield
-    finally:
-        torch.set_num_threads = own
-
-
-@contextmanager
-def own_random_state() -> Iterator[None]:
-    """Whatever is drawn or seeded inside, the trainer's generators go on where they were."""
-    import numpy
-
-    python, arrays = random.getstate(), numpy.random.get_state()
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
-    try:
-        with torch.random.fork_rng(devices=devices):
-            yield
-    finally:
-        random.setstate(python)
-        numpy.random.set_state(arrays)
