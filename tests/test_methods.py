@@ -226,7 +226,7 @@ def test_the_trainer_computes_the_loss_of_the_row(row):
     if text not in PRESETS:
         overrides += text.split()
     algorithm = load(None, overrides).algorithm
-    policy = algorithm.policy()
+    policy = {**algorithm.policy(), "sampling_correction": algorithm.correction(off_policy_sampler=False)}
     if "beta" not in given:
         policy["beta"] = 0.0  # of the presets grpo and ace-grpo, whose objectives have a KL term
     assert objective_of(policy) == objective_of(given)

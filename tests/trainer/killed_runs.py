@@ -45,6 +45,13 @@ def last_step(run: Path) -> int:
         return -1
 
 
+def seen(run: Path, step: int) -> float:
+    """The time when the checkpoint of a step is there."""
+    while not (checkpoints.folder_of(run, step) / checkpoints.STATE).is_file():
+        time.sleep(0.001)
+    return time.monotonic()
+
+
 def import_what_a_run_imports(config: Config) -> None:
     """Once, here, so that the runs that are killed spend their time on training."""
     listed = Path(config.run.out).with_suffix(".modules")
@@ -61,16 +68,17 @@ def import_what_a_run_imports(config: Config) -> None:
 
 def main(source: str, folder: str, count: str, seed: str) -> None:
     import_what_a_run_imports(load(source, [f"run.out={folder}/first"]))
-    points, whole = random.Random(int(seed)), 0.0
+    points, training = random.Random(int(seed)), (0.0, 0.0)
     for i in range(int(count) + 1):
         config = load(source, [f"run.out={folder}/run-{i}", "run.keep_checkpoints=2"])
         began = time.monotonic()
         pid = child(lambda config=config: loop.train(config, quiet=True))
-        if i == 0:  # undisturbed: how long it takes
+        if i == 0:  # undisturbed: when its steps begin and end
+            training = tuple(seen(Path(config.run.out), step) - began for step in (0, config.run.steps))
             assert wait(pid) == 0
-            whole = time.monotonic() - began
             continue
-        time.sleep(points.uniform(0.02, 1.0) * whole)
+        anywhere = (0.02, 1.5 * training[1])  # loading and reporting take most of a run, its steps a tenth
+        time.sleep(points.uniform(*(training if i % 2 else anywhere)))
         os.kill(pid, signal.SIGKILL)
         wait(pid)
         step = last_step(Path(config.run.out))

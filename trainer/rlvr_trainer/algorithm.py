@@ -91,13 +91,13 @@ class AlgorithmConfig(LossSettings):
             ConfigError: the library refuses it.
         """
         try:
-            keywords = {**self.policy(), "sampling_correction": self._correction(off_policy_sampler)}
+            keywords = {**self.policy(), "sampling_correction": self.correction(off_policy_sampler)}
             return rlvr_ops.ACELoss(**keywords, max_completion_length=max_completion_length).objective
         except (TypeError, ValueError) as error:
             raise ConfigError(f"algorithm.{error}") from error
 
-    def _correction(self, off_policy_sampler: bool) -> str | None:
-        """The name that the library has for it."""
+    def correction(self, off_policy_sampler: bool) -> str | None:
+        """The library's name for what `sampling_correction` means with such a sampler."""
         if self.sampling_correction == "auto":
             return "token_truncate" if off_policy_sampler else None
         return None if self.sampling_correction == "none" else self.sampling_correction
