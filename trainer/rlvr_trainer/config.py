@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_origin
+from urllib.parse import urlsplit
 
 from rlvr_ops import Objective
 from rlvr_trainer.algorithm import BINARY, DEFAULT_NAME, PRESETS, AlgorithmConfig, preset_under
@@ -15,6 +16,8 @@ from rlvr_trainer.names import refuse_unknown, settings_of, unknown
 from rlvr_trainer.parsing import ConfigError, build, check_number, nearest
 from rlvr_trainer.task_parts import parts_of
 from rlvr_trainer.yaml_reader import read_file, read_value, to_text
+
+LEAST_TEMPERATURE = 0.01  # vLLM samples at this where it is asked for less
 
 
 @dataclass
@@ -72,8 +75,8 @@ class RolloutConfig:
 
     backend: Literal["transformers", "vllm", "vllm-server"] = "transformers"
     servers: list[str] = field(default_factory=list)  # of vllm-server: http://host:port, one or several
-    server_timeout: float = 300.0  # seconds to wait for a server that is starting
-    memory_share: float = 0.3  # of the device's memory, for vLLM's weights and cache in the trainer's process
+    server_timeout: float = 300.0  # of vllm-server: seconds to wait for one that starts, or shows no sign of life
+    memory_share: float = 0.3  # of vllm: the share of the device's memory for its weights and cache
     asynchronous: bool = False  # sample the next batch while this one trains: one step off policy
     prompts: int = 8
     group_size: int = 8  # completions per prompt
@@ -82,8 +85,8 @@ class RolloutConfig:
     temperature: float = 1.0
     stop: list[str] = field(default_factory=list)  # texts that end a completion, which includes them
     mask_truncated: bool = False  # no gradient from completions that did not end; they count in their group's mean
-    batch_size: int = 128  # completions generated at once
-    threads: int = 0  # CPU threads while sampling, whose small operations gain little from more; 0 = as run.threads
+    batch_size: int = 128  # of transformers: completions generated at once; with all backends: scored at once
+    threads: int = 0  # of transformers: CPU threads, of which its small operations gain little; 0 = as run.threads
 
 
 @dataclass
@@ -228,10 +231,13 @@ class Config:
             wanted = "needs rollout.servers=[http://host:port]" if not rollout.servers else "asks no rollout.servers"
             raise ConfigError(f"rollout.backend={rollout.backend} {wanted}")
         for url in rollout.servers:
-            if not re.fullmatch(r"https?://[^/\s?#]+/?", str(url)):
+            if not _is_server(str(url)):
                 raise ConfigError(f"rollout.servers must hold addresses like http://host:8000, got {url!r}")
         if len({url.rstrip("/") for url in rollout.servers}) < len(rollout.servers):
             raise ConfigError(f"rollout.servers holds one server twice: {rollout.servers}")
+        for key, value in {"rollout": rollout.temperature, "evaluation": self.evaluation.temperature}.items():
+            if rollout.backend != "transformers" and value < LEAST_TEMPERATURE:
+                raise ConfigError(f"{key}.temperature must be at least {LEAST_TEMPERATURE} with vLLM, got {value}")
         if not 0 < rollout.memory_share <= 1:
             raise ConfigError(f"rollout.memory_share must be in (0, 1], got {rollout.memory_share}")
 
@@ -258,6 +264,14 @@ class Config:
     def to_yaml(self) -> str:
         """Every key with its value, presets resolved: reading it back gives an equal `Config`."""
         return to_text(asdict(self))
+
+
+def _is_server(url: str) -> bool:
+    try:
+        urlsplit(url).port  # noqa: B018  reading it checks it
+    except ValueError:
+        return False
+    return re.fullmatch(r"https?://[^/\s?#]+/?", url) is not None
 
 
 def from_tree(tree: dict[str, Any]) -> Config:

@@ -156,6 +156,8 @@ def _begin(config: Config, task: Task, checkpoint: Checkpoint | None, quiet: boo
     )
     torch.manual_seed(config.run.seed)
     place = Place() if checkpoint is None else checkpoints.restore(checkpoint, policy, optimizer)
+    if not config.rollout.asynchronous:
+        place.ahead = None  # of a run that sampled ahead until now: nothing would correct for the step between
     policy.start_sampler(config)  # last: an engine takes its time, and what it holds is given back by `train`
     return Learner(policy, reference, optimizer, task.fingerprint(), place, notices)
 
@@ -183,15 +185,12 @@ def _learn(learner: Learner, task: Task, config: Config, log: RunLog, stop: Stop
             with stop.at_once():
                 batch, cursor = learner.place.ahead or collect(learner.policy, task, learner.place.cursor, config)
             drop_results(run)  # of a run that had come to its end: they would be taken for those of this one
-            learner.whole = False
-            ahead = _sample_ahead(learner, task, cursor, config) if step + 1 < config.run.steps else None
-            values = update(learner.policy, learner.reference, learner.optimizer, batch, config, step)
-            learner.place, learner.whole = Place(step + 1, cursor, ahead=ahead.wait() if ahead else None), True
+            values, failure = _step(learner, task, batch, cursor, config)
             values["perf/seconds_step"] = clock.lap("train")
             values["perf/tokens_per_second"] = values["num_tokens"] / values["perf/seconds_step"]
             try:
-                if ahead and ahead.error:
-                    raise ahead.error
+                if failure:
+                    raise failure
                 learner.policy.refresh_sampler()
             finally:  # a sampler that is gone takes no finished step with it
                 values["perf/seconds_push"] = clock.lap("push")
@@ -215,11 +214,29 @@ def _learn(learner: Learner, task: Task, config: Config, log: RunLog, stop: Stop
     return summarise(run, config, log, step, clock.total, best)
 
 
-def _sample_ahead(learner: Learner, task: Task, cursor: int, config: Config) -> Ahead[tuple[Batch, int]] | None:
-    """The batch of the step after this one, by the weights that this one begins with; None unless that is asked for."""
-    if not config.rollout.asynchronous:
-        return None
-    return Ahead(lambda: collect(learner.policy, task, cursor, config, policy_lag=1))
+def _step(
+    learner: Learner, task: Task, batch: Batch, cursor: int, config: Config
+) -> tuple[dict[str, float], BaseException | None]:
+    """Learn from a batch and, if that is asked for, sample the next one meanwhile by the weights of before.
+
+    Gives the step's metrics, and what went wrong with the sampling, which takes nothing from the step.
+    """
+    step, drawn, ahead = learner.place.step, checkpoints.random_state(), None
+    learner.whole = False
+    if config.rollout.asynchronous and step + 1 < config.run.steps:
+        ahead = Ahead(lambda: collect(learner.policy, task, cursor, config, policy_lag=1))
+    try:
+        values = update(learner.policy, learner.reference, learner.optimizer, batch, config, step)
+        sampled = ahead.wait() if ahead else None
+    except BaseException:
+        if ahead:  # its thread must not outlive this one's work
+            learner.policy.close()
+            ahead.wait()
+        raise
+    failure = ahead.error if ahead else None
+    learner.place = Place(step + 1, cursor, drawn if failure else checkpoints.random_state(), sampled)
+    learner.whole = True
+    return values, failure
 
 
 def _best(log: RunLog, config: Config, step: int) -> tuple[int, float] | None:

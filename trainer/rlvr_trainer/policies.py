@@ -71,7 +71,7 @@ class Policy:
         self.started = start_sampler(self, config)
         if config.rollout.backend != "transformers":
             try:
-                refuse_disagreement(self.started, self, self.started.dtype)
+                refuse_disagreement(self.started, self, config.rollout)
             except BaseException:
                 self.close()
                 raise

@@ -28,9 +28,3 @@ class StopTexts:
         found = torch.tensor([any(text in tail for text in self.texts) for tail in tails], device=input_ids.device)
         self.lengths[found & (self.lengths == 0)] = input_ids.shape[1] - self.width
         return self.lengths > 0
-
-    def criteria(self) -> Any:
-        """For `generate(stopping_criteria=...)`; None if nothing is to be looked for."""
-        from transformers import StoppingCriteriaList
-
-        return StoppingCriteriaList([self]) if self.texts else None

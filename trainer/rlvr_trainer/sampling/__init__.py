@@ -36,6 +36,11 @@ def start_sampler(policy: "Policy", config: "Config") -> Sampler:
     if rollout.backend == "vllm":
         from rlvr_trainer.sampling.vllm_engine import VllmSampler
 
+        if policy.device.index:
+            raise SamplerError(
+                f"rollout.backend=vllm samples on the first GPU, and policy.device is {policy.device}:"
+                f" use CUDA_VISIBLE_DEVICES={policy.device.index} and policy.device=cuda, or vllm-server"
+            )
         return VllmSampler(
             policy.model,
             policy.tokenizer,

@@ -8,7 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlvr_trainer.sampling.sampler import Completion, FinishReason, Sampling, Weights, refuse_other_weights, shapes_of
+from rlvr_trainer.sampling.sampler import (
+    Completion,
+    FinishReason,
+    SamplerError,
+    Sampling,
+    Weights,
+    refuse_other_weights,
+    shapes_of,
+)
 from rlvr_trainer.stop_texts import StopTexts
 
 
@@ -34,6 +42,7 @@ class GenerateSampler:
         self.dtype: torch.dtype = self.model.dtype
         self.tokenizer, self.eos_ids = tokenizer, eos_ids
         self.batch_size, self.threads = batch_size, threads
+        self._closed = False
 
     @torch.no_grad()
     def sample(self, prompts: list[list[int]], sampling: Sampling) -> list[Completion]:
@@ -58,8 +67,10 @@ class GenerateSampler:
             do_sample=False,  # `draw` has drawn already, and leaves one token
             logits_processor=[draw],
             max_new_tokens=sampling.max_new_tokens,
-            stopping_criteria=stop.criteria(),
+            stopping_criteria=[*([stop] if sampling.stop else []), self._given_up],
         )
+        if self._closed:
+            raise SamplerError("the sampler has been closed")
         rows, logps = output[:, ids.shape[1] :].tolist(), torch.stack(draw.logps, 1).tolist()
         return [self._cut(*row) for row in zip(rows, logps, stop.lengths.tolist(), strict=True)]
 
@@ -81,8 +92,12 @@ class GenerateSampler:
         for name, value in own.items():
             value.copy_(weights[name])
 
+    def _given_up(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        return torch.full((len(input_ids),), self._closed, device=input_ids.device)
+
     def close(self) -> None:
-        """There is nothing to give back."""
+        """See `Sampler.close`. What another thread is sampling ends at the next token."""
+        self._closed = True
 
 
 class Draw:

@@ -5,7 +5,8 @@ One process means one device: for tensor parallelism, or a device of the sampler
 
 import os
 import tempfile
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,11 +26,7 @@ from rlvr_trainer.sampling.sampler import (
     shapes_of,
 )
 
-ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine in this process
-    "VLLM_LOGGING_LEVEL": "ERROR",
-    "VLLM_NO_USAGE_STATS": "1",
-}
+ENVIRONMENT = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
 
 
 class VllmSampler:
@@ -76,6 +73,7 @@ class VllmSampler:
                     logprobs_mode="processed_logprobs",
                     generation_config="vllm",
                     enforce_eager=on_a_cpu,
+                    enable_chunked_prefill=not on_a_cpu,  # where it would lose a request's seed, and fail
                     **memory(memory_share, on_a_cpu),
                     max_model_len=max_model_len,
                     enable_sleep_mode=self.sleeps,
@@ -83,6 +81,8 @@ class VllmSampler:
                 )
             except Exception as error:
                 raise SamplerError(f"vLLM cannot sample with this policy: {reason(error)}") from error
+        self._lock, self._closed = threading.Lock(), False
+        _call_first(self._refuse_if_closed, self.engine.llm_engine, "step")
         self.update(model.state_dict())
 
     def sample(self, prompts: list[list[int]], sampling: Sampling) -> list[Completion]:
@@ -104,13 +104,10 @@ class VllmSampler:
             )
             for i in range(len(prompts))
         ]
-        with self._awake(), as_a_guest():
-            try:
-                answers = self._engine().generate(
-                    [{"prompt_token_ids": ids} for ids in prompts], parameters, use_tqdm=False
-                )
-            except Exception as error:
-                raise SamplerError(f"vLLM failed while sampling: {reason(error)}") from error
+        with self._at_work("vLLM failed while sampling"):
+            answers = self.engine.generate([{"prompt_token_ids": ids} for ids in prompts], parameters, use_tqdm=False)
+            if self.sleeps:
+                self.engine.sleep(level=1)  # weights to main memory, the cache is given up: the trainer's turn
         repeats = sampling.n if greedy else 1
         return [self._completion(output) for answer in answers for output in answer.outputs * repeats]
 
@@ -122,33 +119,35 @@ class VllmSampler:
     def update(self, weights: Weights) -> None:
         """See `Sampler.update`. The prefix cache is emptied: it belongs to the old weights."""
         refuse_other_weights(weights, self.shapes)
-        with self._awake(), as_a_guest():
-            try:
-                pairs = iter(by_checkpoint_name(self.model, weights).items())
-                self._engine().collective_rpc("reload_weights", kwargs={"weights_iterator": pairs})
-                self.engine.reset_prefix_cache()
-            except Exception as error:
-                raise SamplerError(f"vLLM could not take the weights: {reason(error)}") from error
-
-    def _engine(self) -> Any:
-        if self.engine is None:
-            raise SamplerError("the sampler has been closed")
-        return self.engine
+        with self._at_work("vLLM could not take the weights"):
+            pairs = iter(by_checkpoint_name(self.model, weights).items())
+            self.engine.collective_rpc("reload_weights", kwargs={"weights_iterator": pairs})
+            self.engine.reset_prefix_cache()
 
     @contextmanager
-    def _awake(self) -> Iterator[None]:
-        """Between two calls a sleeping engine's weights are in main memory, and its KV cache is given up."""
-        if self.sleeps and self._engine().llm_engine.is_sleeping():
-            self.engine.wake_up()
-        yield
-        if self.sleeps:
-            self.engine.sleep(level=1)
+    def _at_work(self, failure: str) -> Iterator[None]:
+        """Awake, and alone with the engine. It stays awake after an update, for what is sampled next."""
+        with self._lock, as_a_guest():
+            try:
+                self._refuse_if_closed()
+                if self.sleeps and self.engine.llm_engine.is_sleeping():
+                    self.engine.wake_up()
+                yield
+            except SamplerError:
+                raise
+            except Exception as error:
+                raise SamplerError(f"{failure}: {reason(error)}") from error
+
+    def _refuse_if_closed(self) -> None:
+        if self._closed:
+            raise SamplerError("the sampler has been closed")
 
     def close(self) -> None:
-        """See `Sampler.close`."""
-        if self.engine is not None:
-            engine, self.engine = self.engine, None
-            engine.llm_engine.engine_core.shutdown()
+        """See `Sampler.close`. What another thread is sampling ends at the next token."""
+        already, self._closed = self._closed, True
+        with self._lock:
+            if not already:
+                self.engine.llm_engine.engine_core.shutdown()
 
 
 def memory(share: float, on_a_cpu: bool) -> dict[str, Any]:
@@ -187,6 +186,17 @@ def reason(error: BaseException) -> str:
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
+def _call_first(first: Callable[[], None], owner: Any, name: str) -> None:
+    """Put a call of `first` before every call of a method."""
+    own = getattr(owner, name)
+
+    def both(*arguments: Any, **keywords: Any) -> Any:
+        first()
+        return own(*arguments, **keywords)
+
+    setattr(owner, name, both)
+
+
 def _import_vllm() -> Any:
     from importlib.util import find_spec
 
@@ -194,6 +204,7 @@ def _import_vllm() -> Any:
         raise SamplerError('rollout.backend=vllm needs vLLM: pip install "rlvr-ops[train,vllm]"')
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in this process, where weights go by reference
     try:
         import vllm
     except Exception as error:  # built for another torch, or another platform
