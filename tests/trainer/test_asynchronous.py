@@ -132,6 +132,47 @@ def test_an_engine_that_takes_no_weights_costs_no_finished_step(small, monkeypat
     assert timeless(run) == timeless(tmp_path / "undisturbed")
 
 
+@pytest.mark.parametrize("error", [FloatingPointError("the gradient norm is nan"), KeyboardInterrupt()])
+def test_nothing_samples_on_after_an_update_that_failed(small, monkeypatch, error):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(loop, "update", fail)
+    with pytest.raises(type(error)):
+        loop.train(small(*AHEAD, "run.steps=3", "rollout.max_new_tokens=900"), quiet=True)
+    assert not [thread for thread in threading.enumerate() if thread.name == "sampling-ahead"]
+
+
+def test_a_batch_sampled_ahead_is_left_out_once_nothing_would_correct_for_it(small, tmp_path):
+    loop.train(small(*AHEAD, "run.steps=4", "run.keep_checkpoints=9"), quiet=True)
+    now = small(*AHEAD, "run.steps=4", "rollout.asynchronous=false", "run.keep_checkpoints=9")
+    loop.train(now, resume=True, start_from="step-000002", quiet=True)
+    rows = [row for row in timeless(tmp_path / "run") if "loss" in row]
+    assert [row["sampling/policy_lag"] for row in rows] == [0.0, 1.0, 0.0, 0.0]
+    assert all(row["sampling/sampling_logp_difference/max"] < 1e-4 for row in rows[2:])
+
+
+def test_an_engine_that_takes_no_weights_while_one_samples_ahead_costs_no_finished_step(small, monkeypatch, tmp_path):
+    config = small(*AHEAD, "run.steps=4")
+    own, calls = GenerateSampler.update, []
+
+    def refuse(self, weights):
+        calls.append(1)
+        if len(calls) == 2:
+            raise SamplerError("the engine is gone")
+        own(self, weights)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(GenerateSampler, "update", refuse)
+        with pytest.raises(SamplerError, match="the engine is gone"):
+            loop.train(config, quiet=True)
+    loop.train(config, resume=True, quiet=True)
+    whole = small(*AHEAD, "run.steps=4", f"run.out={tmp_path / 'whole'}")
+    loop.train(whole, quiet=True)
+    assert timeless(tmp_path / "run") == timeless(tmp_path / "whole")
+    assert weights(tmp_path / "run") == weights(tmp_path / "whole")
+
+
 def test_work_ahead_has_the_threads_of_who_starts_it():
     before = torch.get_num_threads()
     torch.set_num_threads(before + 1)

@@ -110,3 +110,11 @@ def test_without_a_token_nothing_is_logged():
     assert mismatch.metrics() == {}
     mismatch.add(OLD, SAMPLING, torch.zeros_like(MASK))
     assert mismatch.metrics() == {}
+
+
+@pytest.mark.parametrize("kind", ["token_truncate", "sequence_truncate"])
+def test_weights_without_a_bound_do_not_overflow(kind):
+    """exp(60) and exp(110) are beyond float32, or their squares are."""
+    mismatch = Mismatch(SamplingCorrection(kind, clip_max=None))
+    mismatch.add(torch.tensor([[50.0, 60.0], [0.0, 0.0]]), torch.zeros(2, 2), torch.ones(2, 2))
+    assert 0.2 < mismatch.metrics()["sampling/effective_sample_size"] <= 0.51
