@@ -2,7 +2,6 @@
 
 import os
 
-os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TQDM_DISABLE"] = "1"
 
 import shutil

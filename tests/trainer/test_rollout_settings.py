@@ -84,7 +84,16 @@ def test_the_correction_reads_back_equal(tmp_path):
                 [*SERVER[:1], f"rollout.servers=['{url}']"],
                 f"rollout.servers must hold addresses like http://host:8000, got '{url}'",
             )
-            for url in ("host:8000", "http://host:8000/v1", "ftp://host", "http://a b", "http://", "")
+            for url in (
+                "host:8000",
+                "http://host:8000/v1",
+                "ftp://host",
+                "http://a b",
+                "http://",
+                "",
+                "http://host:80a0",
+                "http://host:70000",
+            )
         ),
         (
             [*SERVER[:1], "rollout.servers=[http://host:8000, http://host:8000/]"],
@@ -93,6 +102,14 @@ def test_the_correction_reads_back_equal(tmp_path):
         (["rollout.memory_share=0"], "rollout.memory_share must be in (0, 1], got 0.0"),
         (["rollout.memory_share=1.5"], "rollout.memory_share must be in (0, 1], got 1.5"),
         (["rollout.server_timeout=0"], "rollout.server_timeout must be greater than 0, got 0.0"),
+        (
+            ["rollout.backend=vllm", "rollout.temperature=0.005"],
+            "rollout.temperature must be at least 0.01 with vLLM, got 0.005",
+        ),
+        (
+            [*SERVER, "evaluation.temperature=0.001"],
+            "evaluation.temperature must be at least 0.01 with vLLM, got 0.001",
+        ),
         (["rollout.asynchronous=1"], "rollout.asynchronous must be true or false, got 1"),
     ],
 )

@@ -9,7 +9,9 @@ import time
 import pytest
 import torch
 from models import MODELS, make_policy, nudge, scores
+from rlvr_trainer import loop
 from rlvr_trainer.config import load
+from rlvr_trainer.console import read_jsonl
 from rlvr_trainer.sampling import SamplerError, Sampling
 from rlvr_trainer.sampling.ahead import Ahead
 from rlvr_trainer.sampling.generate import GenerateSampler
@@ -139,6 +141,22 @@ def test_wrong_weights_are_named_and_the_engine_goes_on(policy, fault):
     with pytest.raises(SamplerError, match=wanted[fault]):
         policy.sampler.update(weights)
     assert policy.sampler.sample(PROMPTS, greedy) == before
+
+
+def test_runs_that_sample_ahead_repeat(policy, tmp_path):
+    """Two runs of the same seeds, whose every step changes the weights."""
+    policy.model.save_pretrained(tmp_path / "model")
+    policy.tokenizer.save_pretrained(tmp_path / "model")
+    shared = ["rollout.asynchronous=true", "rollout.max_new_tokens=30", "rollout.prompts=2", "evaluation.samples=1"]
+    more = ["run.steps=3", "task.held_out=4", "algorithm.overlong_fraction=0.95", f"policy.name={tmp_path / 'model'}"]
+    rows = []
+    for name in ("one", "two"):
+        loop.train(load(None, [*CONFIG, *shared, *more, f"run.out={tmp_path / name}"]), quiet=True)
+        found = [row for row in read_jsonl(tmp_path / name / "metrics.jsonl") if "loss" in row]
+        rows.append([{key: value for key, value in row.items() if "perf/" not in key} for row in found])
+    assert rows[0] == rows[1]
+    assert [row["sampling/policy_lag"] for row in rows[0]] == [0, 1, 1]
+    assert rows[0][2]["kl"] > 0
 
 
 class Platform:

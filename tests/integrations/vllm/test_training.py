@@ -13,15 +13,15 @@ TINY = ["demo-tiny", "run.steps=30", "evaluation.samples=8", "run.table_every=0"
 SMOLLM2 = [
     "demo-smollm2-135m",
     "policy.precision=full",
-    "rollout.prompts=2",
+    "rollout.prompts=3",
     "rollout.group_size=4",
-    "rollout.max_new_tokens=10",
-    "optim.micro_batch=8",
-    "task.held_out=8",
+    "rollout.max_new_tokens=12",
+    "optim.micro_batch=12",
+    "task.held_out=12",
     "evaluation.samples=1",
     "run.table_every=0",
 ]
-"""The demo with an eighth of its rollouts, in ten steps."""
+"""The demo with a fifth of its rollouts, in ten steps."""
 
 
 def train(settings, backend, out, *more):
@@ -58,8 +58,8 @@ def test_with_every_backend_the_policy_learns_alike(name, tmp_path):
     found = train_with_each(settings, tmp_path, model)
     rewards = {backend: sum(row["reward"] for row in rows[-5:]) / 5 for backend, (_, rows) in found.items()}
     for backend, (summary, rows) in found.items():
-        assert summary["difference"] > 0.05, backend
-        assert abs(rewards[backend] - rewards["transformers"]) < 0.35
+        assert summary["difference"] > (0.04 if name == "tiny" else 0.3), backend
+        assert abs(rewards[backend] - rewards["transformers"]) < 0.25
         assert all(row["sampling/sampling_logp_difference/max"] < 1e-3 for row in rows)
         assert all(row["sampling/frac_without_logp"] == 0 for row in rows)
         assert all(row["sampling/policy_lag"] == 0 for row in rows)
