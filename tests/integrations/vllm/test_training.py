@@ -59,7 +59,7 @@ def test_with_every_backend_the_policy_learns_alike(name, tmp_path):
     rewards = {backend: sum(row["reward"] for row in rows[-5:]) / 5 for backend, (_, rows) in found.items()}
     for backend, (summary, rows) in found.items():
         assert summary["difference"] > (0.04 if name == "tiny" else 0.3), backend
-        assert abs(rewards[backend] - rewards["transformers"]) < 0.25
+        assert abs(rewards[backend] - rewards["transformers"]) < (0.15 if name == "tiny" else 0.4)
         assert all(row["sampling/sampling_logp_difference/max"] < 1e-3 for row in rows)
         assert all(row["sampling/frac_without_logp"] == 0 for row in rows)
         assert all(row["sampling/policy_lag"] == 0 for row in rows)
