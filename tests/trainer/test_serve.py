@@ -8,6 +8,7 @@ import time
 from importlib.util import find_spec
 
 import pytest
+import torch
 from rlvr_trainer import cli
 from rlvr_trainer.sampling import processes, serve
 from rlvr_trainer.sampling.shared_memory import SHARED_MEMORY
@@ -80,9 +81,9 @@ def test_what_a_killed_first_process_leaves_ends_too(family):
     assert is_gone(first, shared)
 
 
-def test_shared_memory_goes_though_nobody_lives_who_used_it(family):
+def test_shared_memory_goes_though_nobody_lives_who_used_it(family, tmp_path):
     first, shared = family()
-    with processes.ended_with_us(first.pid):
+    with processes.ended_with_us(first.pid, str(tmp_path)):
         time.sleep(2.5)
         for pid in processes.members(first.pid):
             os.kill(pid, signal.SIGKILL)
@@ -91,12 +92,12 @@ def test_shared_memory_goes_though_nobody_lives_who_used_it(family):
     shared[0].unlink(missing_ok=True)
 
 
-def test_a_session_ends_with_its_killed_parent(family):
+def test_a_session_and_its_folder_end_with_its_killed_parent(family, tmp_path):
     first, shared = family()
     code = f"""
 import time
 from rlvr_trainer.sampling.processes import ended_with_us
-with ended_with_us({first.pid}):
+with ended_with_us({first.pid}, {str(tmp_path)!r}):
     print("up", flush=True)
     time.sleep(600)
 """
@@ -106,7 +107,7 @@ with ended_with_us({first.pid}):
     parent.wait()
     first.wait(20)
     deadline = time.monotonic() + 20
-    while not is_gone(first, shared):
+    while not is_gone(first, shared) or tmp_path.exists():
         assert time.monotonic() < deadline
         time.sleep(0.05)
 
@@ -116,7 +117,7 @@ def started(monkeypatch):
     """Commands and environments that would be run."""
     found = []
     monkeypatch.setattr(serve, "find_spec", lambda name: name)
-    monkeypatch.setattr(serve, "_watch", lambda command, environment: found.append((command, environment)) or 0)
+    monkeypatch.setattr(serve, "_watch", lambda command, environment, folder: found.append((command, environment)) or 0)
     return found
 
 
@@ -129,6 +130,7 @@ def test_the_server_starts_with_what_training_needs_and_with_what_one_adds(start
     assert "--worker-extension-cls rlvr_trainer.sampling.worker.Extension" in text
     assert "--model some/model --host 127.0.0.1 --port 8123" in text
     assert text.endswith("--max-model-len 256 --seed=7")
+    assert torch.cuda.is_available() or "--no-enable-chunked-prefill" in text
     assert environment["VLLM_SERVER_DEV_MODE"] == "1"
     assert environment["VLLM_ENABLE_V1_MULTIPROCESSING"] == "1"
 
@@ -136,6 +138,9 @@ def test_the_server_starts_with_what_training_needs_and_with_what_one_adds(start
 def test_a_run_is_served_by_its_newest_model(started, finished, tmp_path, capsys):
     assert cli.main(["serve", str(finished)]) == 0
     assert str(finished / "model") in started[0][0]
+    assert "--dtype float32" in " ".join(started[0][0])  # as it is stored
+    assert cli.main(["serve", str(finished), "--dtype", "bfloat16"]) == 0
+    assert "--dtype bfloat16" in " ".join(started[1][0])
     (tmp_path / "config.yaml").touch()
     assert cli.main(["serve", str(tmp_path)]) == 2
     assert "holds no model yet" in capsys.readouterr().err
@@ -149,6 +154,24 @@ def test_the_main_process_ends_with_the_signals_code_or_says_that_the_server_end
     code = f"import os, time; os.kill({os.getpid()}, {signal.SIGTERM}); time.sleep(60)"
     monkeypatch.setattr(serve, "COMMAND", (sys.executable, "-c", code))
     assert cli.main(["serve", "some/model"]) == 128 + signal.SIGTERM
+
+
+def test_a_signal_that_was_ignored_stays_so(capsys, monkeypatch):
+    monkeypatch.setattr(serve, "find_spec", lambda name: name)
+    code = f"import os, time; os.kill({os.getpid()}, {signal.SIGHUP}); time.sleep(0.5); raise SystemExit(3)"
+    monkeypatch.setattr(serve, "COMMAND", (sys.executable, "-c", code))
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert cli.main(["serve", "some/model"]) == 1
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert "with exit code 3" in capsys.readouterr().err
+
+
+def test_an_option_of_vllms_belongs_behind_two_dashes(started, capsys):
+    assert cli.main(["serve", "some/model", "--max-model-len", "4096"]) == 2
+    assert "go behind --: rlvr-ops serve some/model -- --max-model-len 4096" in capsys.readouterr().err
+    assert not started
 
 
 @pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed")

@@ -1,18 +1,20 @@
 """`rollout.backend=vllm-server` against a server that fails in the ways that servers do. The real one: integrations/vllm."""
 
+import copy
 import math
 import os
 import signal
 import stat
 import threading
 import time
+from pathlib import Path
 
 import fake_server
 import pytest
 import torch
 from rlvr_trainer import tiny
 from rlvr_trainer.sampling import SamplerError, Sampling, calls, connecting, transfer, vllm_server
-from rlvr_trainer.sampling.shared_memory import PREFIX, SHARED_MEMORY
+from rlvr_trainer.sampling.shared_memory import PREFIX, SHARED_MEMORY, shared_file
 from rlvr_trainer.sampling.vllm_server import ServerSampler
 
 pytestmark = pytest.mark.skipif(not SHARED_MEMORY.is_dir(), reason="this system has no /dev/shm")
@@ -52,8 +54,9 @@ def start(model, tokenizer):
 
 @pytest.fixture
 def connect(model, tokenizer):
-    def to(*servers, patience=5.0):
-        return ServerSampler([server.url for server in servers], model, tokenizer, [2], patience=patience)
+    def to(*servers, patience=5.0, dtype=torch.float32):
+        urls = [server.url for server in servers]
+        return ServerSampler(urls, model, tokenizer, [2], dtype=dtype, patience=patience)
 
     return to
 
@@ -110,6 +113,17 @@ def test_an_error_of_the_request_is_not_tried_again_and_the_request_is_not_repea
     assert server.asked["/v1/completions"] == 1
 
 
+@pytest.mark.parametrize("path", ["/v1/completions", "/collective_rpc", "/reset_prefix_cache", "/detokenize"])
+@pytest.mark.parametrize("answer", ["<html>", "", "{}", "[]", "null", '{"choices": [{"index": 0}], "results": [3]}'])
+def test_an_answer_that_is_none_of_vllms_names_the_server(start, connect, path, answer):
+    server = start()
+    with pytest.raises(SamplerError, match=f"^the server at {server.url} .*"):  # noqa: PT012
+        server.faults = {path: [answer]} if path != "/v1/completions" else {}
+        sampler = connect(server)
+        server.faults = {path: [answer]}
+        sampler.sample([[5, 6]], Sampling(8))
+
+
 def test_a_server_that_died_is_named(start, connect):
     server = start()
     sampler = connect(server)
@@ -138,10 +152,11 @@ def test_a_slow_completion_is_waited_for_while_the_server_lives(start, connect, 
     assert len(sampler.sample([[5, 6]], Sampling(8))) == 1
 
 
-def test_close_from_another_thread_ends_what_is_sampled(start, connect):
+@pytest.mark.parametrize("fault", ["hang", "stall"])
+def test_close_from_another_thread_ends_what_is_sampled(start, connect, fault):
     server = start()
     sampler = connect(server)
-    server.faults = {"/v1/completions": ["hang"]}
+    server.faults = {"/v1/completions": [fault]}
     threading.Timer(0.2, sampler.close).start()
     began = time.monotonic()
     with pytest.raises(SamplerError):
@@ -153,16 +168,21 @@ def test_close_from_another_thread_ends_what_is_sampled(start, connect):
     sampler.close()
 
 
-def test_ctrl_c_stops_at_once(start, connect):
+@pytest.mark.parametrize("fault", ["hang", "stall"])
+def test_ctrl_c_stops_at_once_and_no_thread_is_left_for_the_interpreter_to_wait_for(start, connect, fault):
     server = start()
     sampler = connect(server)
-    server.faults = {"/v1/completions": ["hang"]}
+    server.faults = {"/v1/completions": [fault]}
     threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
     began = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         sampler.sample([[5, 6]], Sampling(8))
     assert time.monotonic() - began < 2
     assert server.hung_up.wait(2)
+    for thread in threading.enumerate():
+        if thread.name.startswith("ThreadPoolExecutor"):
+            thread.join(2)
+            assert not thread.is_alive()
 
 
 def test_one_server_that_fails_gives_up_the_requests_to_the_others(start, connect):
@@ -196,7 +216,7 @@ def test_weights_tied_to_one_another_arrive_under_each_name(tokenizer, start, mo
     tied.lm_head.weight = tied.model.embed_tokens.weight
     server = start()
     server.workers[0].config = tied.config
-    ServerSampler([server.url], tied, tokenizer, [2], patience=5)
+    ServerSampler([server.url], tied, tokenizer, [2], dtype=torch.float32, patience=5)
     assert torch.equal(server.workers[0].weights["lm_head.weight"], tied.lm_head.weight)
     assert torch.equal(server.workers[0].weights["model.embed_tokens.weight"], tied.lm_head.weight)
 
@@ -206,6 +226,33 @@ def test_a_server_on_another_machine_gets_weights_by_a_process_group(start, conn
     sampler = connect(start())
     assert not sampler.servers[0].near
     assert len(sampler.sample([[5, 6]], Sampling(8))) == 1
+
+
+def test_a_transfer_that_fails_is_not_begun_again(start, connect, model, monkeypatch):
+    monkeypatch.setattr(transfer, "has_room", lambda weights: False)
+    server = start()
+    sampler = connect(server)
+    before = server.asked["/collective_rpc"]
+    server.faults = {"/collective_rpc": ["drop"]}
+    with pytest.raises(SamplerError, match=server.url):
+        sampler.update(model.state_dict())
+    assert server.asked["/collective_rpc"] == before + 1
+
+
+@pytest.mark.skipif(not Path("/proc/net/tcp").is_file(), reason="this system does not list its sockets")
+def test_weights_are_given_at_one_address_alone():
+    store = transfer._store_at("127.0.0.1", 1)
+    port = f":{store.port:04X}"
+    lines = [line.split() for kind in ("tcp", "tcp6") for line in Path(f"/proc/net/{kind}").read_text().splitlines()]
+    assert [line[1] for line in lines if line[1].endswith(port) and line[3] == "0A"] == [f"0100007F{port}"]
+
+
+def test_a_file_of_another_user_is_not_seen(tmp_path, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(type(tmp_path), "read_text", refuse)
+    assert fake_server.Worker(None).rlvr_sees(str(tmp_path / "file"), "") == {"seen": False}
 
 
 def test_the_file_in_shared_memory_is_for_this_user_alone(start, connect, monkeypatch):
@@ -241,15 +288,23 @@ def test_a_server_that_cannot_take_weights_is_not_sampled_from(start, connect, m
         sampler.update(model.state_dict())
 
 
-def test_a_file_that_a_killed_process_left_is_removed(start, connect):
-    ended = os.fork()
-    if not ended:
+def test_a_file_that_a_killed_process_left_is_removed_and_one_that_is_in_use_stays(start, connect):
+    """By who holds it: another container's processes have ids of their own."""
+    reading, writing = os.pipe()
+    maker = os.fork()
+    if not maker:
+        with shared_file() as path:
+            os.write(writing, str(path).encode())
+            time.sleep(60)
         os._exit(0)
-    os.waitpid(ended, 0)
-    left = SHARED_MEMORY / f"{PREFIX}{ended}-0123"
-    left.touch()
+    left = Path(os.read(reading, 999).decode()).parent
+    nobodys = left.rename(left.with_name(f"{PREFIX}999999999-0123"))
     connect(start())
-    assert not left.exists()
+    assert nobodys.is_dir()
+    os.kill(maker, signal.SIGKILL)
+    os.waitpid(maker, 0)
+    connect(start())
+    assert not nobodys.exists()
 
 
 def test_a_server_that_is_starting_is_waited_for_and_that_is_said_once(start, connect, capsys):
@@ -286,6 +341,32 @@ def test_a_server_with_another_model_is_refused_by_the_first_setting_that_differ
     server.workers[0].config = tiny.make_model(99).config
     with pytest.raises(SamplerError, match=f"{server.url} serves a model with vocab_size 99, and the policy's is 100"):
         connect(server)
+
+
+def test_a_setting_that_differs_inside_another_is_named(start, connect):
+    server = start()
+    server.workers[0].config = copy.deepcopy(server.workers[0].config)
+    server.workers[0].config.rope_parameters = {"rope_type": "default", "rope_theta": 7.0, "dtype": "other"}
+    with pytest.raises(SamplerError, match=r"serves a model with rope_parameters\.rope_theta 7.0, and the policy's is"):
+        connect(server)
+
+
+def test_a_server_of_several_engines_is_refused(start, connect):
+    server = start()
+    server.workers[0].engines = 2
+    with pytest.raises(SamplerError, match=f"{server.url} .*its --data-parallel-size is 2"):
+        connect(server)
+
+
+def test_a_server_that_computes_in_less_than_the_policy_is_said_once(start, connect, capsys):
+    servers = start(), start()
+    for server in servers:
+        server.workers[0].dtype = "bfloat16"
+    connect(*servers, dtype=torch.bfloat16)
+    assert not capsys.readouterr().out
+    assert connect(*servers).dtype == torch.bfloat16
+    said = "the policy samples in bfloat16 and learns in float32; rlvr-ops serve --dtype float32 samples in it too\n"
+    assert capsys.readouterr().out == said
 
 
 def test_a_server_with_another_vocabulary_is_refused(start, connect):

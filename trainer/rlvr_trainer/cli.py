@@ -88,6 +88,8 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     if parsed.command is None:
         parser.error("which command?")
     overrides = [text for text in rest if "=" in text and not text.startswith("-")]
+    if len(overrides) < len(rest) and parsed.command is _serve:
+        raise ConfigError(f"vLLM's own options go behind --: rlvr-ops serve {parsed.model} -- {' '.join(rest)}")
     if len(overrides) < len(rest):
         _refuse_option(next(text for text in rest if text not in overrides))
     if overrides and not hasattr(parsed, "overrides"):
@@ -135,7 +137,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     serve.add_argument("--port", type=int, default=8000, help="%(default)s")
     serve.add_argument(
-        "--dtype", default="auto", help="bfloat16, float32, ... (%(default)s: as the weights are stored)"
+        "--dtype", default="auto", help="that it computes in: bfloat16, float32, ... (default: the stored weights')"
     )
     serve.epilog = "Behind -- come further options of vLLM's server: rlvr-ops serve MODEL -- --max-model-len 4096"
     serve.set_defaults(command=_serve)

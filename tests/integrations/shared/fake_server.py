@@ -16,9 +16,10 @@ class Worker(Extension):
 
     def __init__(self, config) -> None:
         self.config, self.mode, self.weights = config, "processed_logprobs", {}
+        self.dtype, self.engines = "float32", 1
 
     def rlvr_describe(self):
-        return {"config": plain(self.config), "dtype": "float32", "logprobs_mode": self.mode}
+        return {"config": plain(self.config), "dtype": self.dtype, "logprobs_mode": self.mode, "engines": self.engines}
 
     def reload_weights(self, weights_iterator):
         self.weights = {name: value.clone() for name, value in weights_iterator}
@@ -80,7 +81,10 @@ def _choice(i, body):
 
 
 class Handler(BaseHTTPRequestHandler):
-    """One fault of a path after the other, then answers: a status, `drop` for no answer, `hang` for none for a long time."""
+    """One fault of a path after the other, then answers.
+
+    A status, a text, `drop` for no answer, `hang` for none for a long time, `stall` for the beginning of one before that.
+    """
 
     def log_message(self, *arguments) -> None:
         pass
@@ -98,10 +102,15 @@ class Handler(BaseHTTPRequestHandler):
         fault = faults.pop(0) if faults else None
         if fault == "drop":
             self.connection.close()
-        elif fault == "hang":
+        elif fault in ("hang", "stall"):
+            if fault == "stall":
+                self._begin(200, 99)
             self.connection.settimeout(20)
             if self.connection.recv(1) == b"":  # the client hangs up
                 server.hung_up.set()
+        elif isinstance(fault, str):
+            self._begin(200, len(fault))
+            self.wfile.write(fault.encode())
         elif fault is not None:
             self._send(fault, {"error": {"message": f"fault {fault}\nthe request was {body}"}})
         else:
@@ -109,10 +118,13 @@ class Handler(BaseHTTPRequestHandler):
 
     def _send(self, status, value) -> None:
         data = b"" if value is None else json.dumps(value).encode()
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
+        self._begin(status, len(data))
         self.wfile.write(data)
+
+    def _begin(self, status, length) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", str(length))
+        self.end_headers()
 
 
 def files() -> list[Path]:

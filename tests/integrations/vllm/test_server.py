@@ -26,7 +26,8 @@ def model(tiny_folder):
 @pytest.fixture
 def connect(model, tokenizer, two_servers):
     def to(count=1):
-        return ServerSampler([server.url for server in two_servers[:count]], model, tokenizer, EOS, patience=60)
+        urls = [server.url for server in two_servers[:count]]
+        return ServerSampler(urls, model, tokenizer, EOS, dtype=torch.float32, patience=60)
 
     return to
 
@@ -86,10 +87,17 @@ def test_one_server_two_servers_and_the_engine_in_process_draw_the_same(connect,
         assert [found.finish_reason for found in others] == [found.finish_reason for found in one]
 
 
+def test_more_prompt_tokens_than_one_step_of_the_engine_takes_draw_the_same_as_few(connect, tokenizer, prompts):
+    long = [(tokenizer(f"{i} and ").input_ids + prompts[2] * 3)[:200] for i in range(40)]
+    assert sum(map(len, long)) > 3 * 2048  # vLLM's own step on a CPU
+    sampler, asked = connect(), Sampling(8, seed=5)
+    assert sampler.sample(long, asked)[:2] == sampler.sample(long[:2], asked)
+
+
 def test_a_policy_of_another_size_is_refused(two_servers, tokenizer):
     other = tiny.make_model(len(tokenizer), layers=3)
     with pytest.raises(SamplerError, match=f"{two_servers[0].url} serves a model with num_hidden_layers 2, and"):
-        ServerSampler([two_servers[0].url], other, tokenizer, EOS, patience=5)
+        ServerSampler([two_servers[0].url], other, tokenizer, EOS, dtype=torch.float32, patience=5)
 
 
 def test_a_policy_with_another_vocabulary_is_refused(two_servers, model):
@@ -100,7 +108,7 @@ def test_a_policy_with_another_vocabulary_is_refused(two_servers, model):
     finally:
         tiny.CHARACTERS = characters
     with pytest.raises(SamplerError, match=f"{two_servers[0].url} has another vocabulary"):
-        ServerSampler([two_servers[0].url], model, other, EOS, patience=5)
+        ServerSampler([two_servers[0].url], model, other, EOS, dtype=torch.float32, patience=5)
 
 
 def test_the_server_goes_on_after_weights_that_were_refused(connect, model, prompts):

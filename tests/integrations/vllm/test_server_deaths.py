@@ -103,7 +103,7 @@ def _steps(run):
 def test_a_server_without_its_engine_or_worker_ends_and_is_named(i, kind, two_servers, tiny_folder, tokenizer):
     model = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
     server, prompt = two_servers[i].wait(), [*range(5, 25)]
-    sampler = ServerSampler([server.url], model, tokenizer, [2], patience=60)
+    sampler = ServerSampler([server.url], model, tokenizer, [2], dtype=torch.float32, patience=60)
     remains = _remains(server)
     threading.Timer(0.5, os.kill, (server.processes()[kind], signal.SIGKILL)).start()
     began = time.monotonic()

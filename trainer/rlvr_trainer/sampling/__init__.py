@@ -53,5 +53,10 @@ def start_sampler(policy: "Policy", config: "Config") -> Sampler:
     from rlvr_trainer.sampling.vllm_server import ServerSampler
 
     return ServerSampler(
-        rollout.servers, policy.model, policy.tokenizer, policy.eos_ids, patience=rollout.server_timeout
+        rollout.servers,
+        policy.model,
+        policy.tokenizer,
+        policy.eos_ids,
+        dtype=dtype,
+        patience=rollout.server_timeout,
     )

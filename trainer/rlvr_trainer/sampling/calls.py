@@ -13,6 +13,7 @@ from rlvr_trainer.sampling.sampler import SamplerError
 
 PAUSES = (0.5, 1.0, 2.0, 4.0)  # seconds before a request is made again
 CONNECTING = 10.0  # seconds
+PROBING = 60  # seconds of silence until a connection is probed: a long answer outlasts a router's memory
 BUSY = (502, 503, 504)
 
 
@@ -40,39 +41,39 @@ class Calls:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._open: set[http.client.HTTPConnection] = set()
+        self._open: set[socket.socket] = set()
         self._stopped = threading.Event()
 
     def stop(self) -> None:
         """From any thread. Those that wait for an answer get a `SilenceError` at once."""
         self._stopped.set()
         with self._lock:
-            for connection in self._open:
-                with suppress(OSError, AttributeError):  # it is closed already
-                    connection.sock.shutdown(socket.SHUT_RDWR)
+            for open_socket in self._open:
+                with suppress(OSError):  # it is closed already
+                    open_socket.shutdown(socket.SHUT_RDWR)
 
     def stopped(self) -> bool:
         """Whether somebody called `stop`."""
         return self._stopped.is_set()
 
     def ask(
-        self, url: str, path: str, body: Any = None, *, timeout: float, pauses: Sequence[float] | None = None
+        self, url: str, path: str, body: Any = None, *, timeout: float | None, pauses: Sequence[float] | None = None
     ) -> Any:
         """The JSON of the answer, None if it is empty. With a `body` it is a POST.
 
         A connection that is refused or breaks, and a server that is busy, are tried again after each of `pauses` seconds
-        (None: `PAUSES`). An answer that takes longer than `timeout` seconds is not, nor is one with an error.
+        (None: `PAUSES`). An answer that takes longer than `timeout` seconds (None: any time) is not, nor is one with an error.
 
         Raises:
             SilenceError: there was no answer.
-            AnswerError: it had a status of 400 or more.
+            AnswerError: it had a status of 400 or more, or is no JSON.
         """
         for pause in (*(PAUSES if pauses is None else pauses), None):
             failure: SamplerError
             try:
                 status, text = self._once(url, path, body, timeout)
                 if status < 400:
-                    return json.loads(text) if text else None
+                    return _json_of(url, status, text)
                 failure = AnswerError(url, status, _message_of(text))
                 if status not in BUSY:
                     raise failure
@@ -84,35 +85,45 @@ class Calls:
                 raise failure
         raise AssertionError("the last pause is None")
 
-    def _once(self, url: str, path: str, body: Any, timeout: float) -> tuple[int, bytes]:
+    def _once(self, url: str, path: str, body: Any, timeout: float | None) -> tuple[int, bytes]:
         parts = urlsplit(url)
         kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
         connection = kind(parts.netloc, timeout=CONNECTING)
+        opened = self._connect(connection)  # http.client forgets it while an answer is still read
         try:
-            self._connect(connection)
-            connection.sock.settimeout(timeout)
+            opened.settimeout(timeout)
             data = None if body is None else json.dumps(body).encode()
             headers = {"Content-Type": "application/json", "Connection": "close"}
             connection.request("GET" if data is None else "POST", path, data, headers)
-            response = connection.getresponse()
-            return response.status, response.read()
+            with connection.getresponse() as response:
+                return response.status, response.read()
         finally:
             with self._lock:
-                self._open.discard(connection)
+                self._open.discard(opened)
             connection.close()
 
-    def _connect(self, connection: http.client.HTTPConnection) -> None:
+    def _connect(self, connection: http.client.HTTPConnection) -> socket.socket:
         try:
             connection.connect()
         except TimeoutError as error:
             raise ConnectionError(f"no connection in {CONNECTING:.0f} s") from error
-        connection.sock.setsockopt(
-            socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1
-        )  # a long answer outlasts a router's memory
+        opened: socket.socket = connection.sock
+        opened.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        if hasattr(socket, "TCP_KEEPIDLE"):
+            opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, PROBING)
         with self._lock:
             if self._stopped.is_set():
+                connection.close()
                 raise ConnectionError("given up")
-            self._open.add(connection)
+            self._open.add(opened)
+        return opened
+
+
+def _json_of(url: str, status: int, text: bytes) -> Any:
+    try:
+        return json.loads(text) if text else None
+    except ValueError as error:
+        raise AnswerError(url, status, "this is no JSON") from error
 
 
 def _message_of(text: bytes) -> str:

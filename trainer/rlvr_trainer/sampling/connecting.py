@@ -2,6 +2,8 @@
 
 import secrets
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from rlvr_trainer.printing import say
@@ -49,13 +51,23 @@ def check_model(url: str, answers: list[dict[str, Any]], config: Any) -> None:
     """
     if answers[0]["logprobs_mode"] != "processed_logprobs":
         raise not_ours(url, f"its --logprobs-mode is {answers[0]['logprobs_mode']}")
-    theirs, ours = answers[0]["config"], plain(config)
+    if answers[0]["engines"] != 1:  # one alone answers, whatever has become of the others
+        raise not_ours(url, f"its --data-parallel-size is {answers[0]['engines']}: take that many servers instead")
+    for name, theirs, ours in _differences(answers[0]["config"], plain(config)):
+        raise SamplerError(
+            f"the server at {url} serves a model with {name} {theirs}, and the policy's is {ours}:"
+            " start it with the policy's model"
+        )
+
+
+def _differences(theirs: dict[str, Any], ours: dict[str, Any], inside: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Name and values of what both configurations have, and differently."""
     for key in sorted((theirs.keys() & ours.keys()) - COSMETIC):
-        if theirs[key] != ours[key]:
-            raise SamplerError(
-                f"the server at {url} serves a model with {key} {theirs[key]}, and the policy's is {ours[key]}:"
-                " start it with the policy's model"
-            )
+        one, other = theirs[key], ours[key]
+        if isinstance(one, dict) and isinstance(other, dict):
+            yield from _differences(one, other, f"{inside}{key}.")
+        elif one != other:
+            yield f"{inside}{key}", one, other
 
 
 def check_vocabulary(calls: Calls, url: str, tokenizer: Any, eos_ids: list[int], patience: float) -> None:
@@ -79,11 +91,26 @@ def is_near(calls: Calls, url: str, patience: float) -> bool:
         return all(worker["seen"] for worker in rpc(calls, url, patience, "rlvr_sees", str(path), content))
 
 
-def rpc(calls: Calls, url: str, patience: float, method: str, *arguments: Any) -> list[Any]:
-    """What each of a server's workers answers to a method of `worker.Extension`."""
+def rpc(
+    calls: Calls, url: str, patience: float, method: str, *arguments: Any, pauses: Sequence[float] | None = None
+) -> list[Any]:
+    """What each of a server's workers answers to a method of `worker.Extension`; `pauses` as in `Calls.ask`."""
     body = {"method": method, "args": arguments}
-    found: list[Any] = calls.ask(url, "/collective_rpc", body, timeout=patience)["results"]
+    found: list[Any] = calls.ask(url, "/collective_rpc", body, timeout=patience, pauses=pauses)["results"]
     return found
+
+
+@contextmanager
+def understood(url: str) -> Iterator[None]:
+    """Say whose answer it is that lacks what is read from it.
+
+    Raises:
+        SamplerError: it does.
+    """
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        raise not_ours(url, f"{type(error).__name__} in an answer of it: {error}") from error
 
 
 def not_ours(url: str, why: str) -> SamplerError:

@@ -1,10 +1,12 @@
 """All processes of a session and the shared memory that they use, ended whatever has become of who started them.
 
-`python -m rlvr_trainer.sampling.processes SESSION` ends them when its standard input does, as it does for whoever is killed.
+`python -m rlvr_trainer.sampling.processes SESSION FOLDER` ends them when its standard input does, as it does for whoever is
+killed.
 """
 
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,9 +22,12 @@ LOOK = 1.0  # seconds between two looks at what shared memory there is
 
 
 @contextmanager
-def ended_with_us(session: int) -> Iterator[None]:
-    """End the session at the end, or at the end of this process, be it by SIGKILL: another one waits for that."""
-    command = [sys.executable, "-m", __name__, str(session)]
+def ended_with_us(session: int, folder: str) -> Iterator[None]:
+    """End the session at the end, or at the end of this process, be it by SIGKILL: another one waits for that.
+
+    Then remove the `folder`, which the session reads from.
+    """
+    command = [sys.executable, "-m", __name__, str(session), folder]
     watching = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
     try:
         with watching:  # whose exit closes the pipe, and waits
@@ -68,7 +73,7 @@ def mapped_by(session: int) -> set[Path]:
         with suppress(OSError):
             lines = Path(f"/proc/{pid}/maps").read_text(errors="replace").splitlines()
             paths = [Path(line.split(maxsplit=5)[5]) for line in lines if f" {SHARED_MEMORY}/" in line]
-            found |= {path for path in paths if not path.name.startswith(PREFIX)}
+            found |= {path for path in paths if not str(path).startswith(f"{SHARED_MEMORY}/{PREFIX}")}
     return found
 
 
@@ -93,12 +98,13 @@ def _is_tracker(pid: int) -> bool:
         return False
 
 
-def _main(session: int) -> None:
+def _main(session: int, folder: str) -> None:
     shared: set[Path] = set()
     while not select.select([sys.stdin], [], [], LOOK)[0]:
         shared |= mapped_by(session)  # who uses it may be the first to die
     end(session, shared)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 if __name__ == "__main__":
-    _main(int(sys.argv[1]))
+    _main(int(sys.argv[1]), sys.argv[2])

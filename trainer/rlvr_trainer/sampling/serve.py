@@ -32,7 +32,8 @@ ENVIRONMENT = {
     "VLLM_MAX_STOP_STRINGS": "1024",  # of 4: `rollout.stop` takes any number
     "VLLM_ENABLE_V1_MULTIPROCESSING": "1",  # off, the server cannot tell that its engine died
 }
-ON_A_CPU = {
+ON_A_CPU = ("--enforce-eager", "--no-enable-chunked-prefill")  # a seed cannot be kept over the parts of a prompt there
+ENVIRONMENT_ON_A_CPU = {
     "TORCH_COMPILE_DISABLE": "1",  # it would want a C++ compiler
     "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin starve the trainer's
 }
@@ -54,25 +55,38 @@ def serve(model: str, *, host: str, port: int, dtype: str, arguments: list[str])
     import torch
 
     on_a_cpu = not torch.cuda.is_available()
-    environment = {**(ON_A_CPU if on_a_cpu else {}), **os.environ, **ENVIRONMENT}
+    environment = {**(ENVIRONMENT_ON_A_CPU if on_a_cpu else {}), **os.environ, **ENVIRONMENT}
     with tempfile.TemporaryDirectory(prefix="rlvr-ops-") as folder:
-        command = [*COMMAND, *_model(model, Path(folder)), "--host", host, "--port", str(port), "--dtype", dtype]
+        path, options = _model(model, Path(folder))
+        dtype = _stored_dtype(path) if dtype == "auto" else dtype
+        command = [*COMMAND, "--model", path, *options, "--host", host, "--port", str(port), "--dtype", dtype]
         if on_a_cpu:
-            command.append("--enforce-eager")
+            command += ON_A_CPU
         if on_a_cpu and MEMORY not in arguments:
             command += [MEMORY, "0.3"]  # by itself it would take nine tenths, and here that is everybody's
-        return _watch([*command, *arguments], environment)
+        return _watch([*command, *arguments], environment, folder)
 
 
-def _model(name: str, folder: Path) -> list[str]:
-    """vLLM's arguments for a model by the names that the trainer has for it, or for a run."""
+def _stored_dtype(path: str) -> str:
+    """The type that a model's weights are stored in: vLLM's `auto` is bf16 for fp32."""
+    from transformers import AutoConfig
+
+    try:
+        dtype = AutoConfig.from_pretrained(path).dtype
+    except (OSError, ValueError):  # of a kind that vLLM alone knows
+        return "auto"
+    return str(dtype or "float32").removeprefix("torch.")
+
+
+def _model(name: str, folder: Path) -> tuple[str, list[str]]:
+    """What vLLM loads for a name that the trainer has for a model or for a run, and how."""
     if name == "smollm2-135m":
         from rlvr_trainer.policies import smollm2
         from rlvr_trainer.sampling.vllm_engine import write_model
 
         model, tokenizer = smollm2()
         write_model(folder, model.config, tokenizer)
-        return ["--model", str(folder), "--served-model-name", name, "--load-format", "dummy"]
+        return str(folder), ["--served-model-name", name, "--load-format", "dummy"]
     path = Path(name)
     if name == "tiny" or (path / "config.yaml").is_file():
         inside = [path / "model", *reversed(list_checkpoints(path)), path / INITIAL_POLICY]
@@ -80,16 +94,16 @@ def _model(name: str, folder: Path) -> list[str]:
         if not found:
             hint = "is made for a task: give the folder of a run of it" if name == "tiny" else "holds no model yet"
             raise ConfigError(f"{name} {hint} (rlvr-ops train ... run.steps=0 makes one)")
-        return ["--model", str(found[0])]
-    return ["--model", name]
+        return str(found[0]), []
+    return name, []
 
 
-def _watch(command: list[str], environment: dict[str, str]) -> int:
+def _watch(command: list[str], environment: dict[str, str], folder: str) -> int:
     """Run the server in a session of its own, and leave nothing of it when it or this process ends."""
     received: list[int] = []
     with _signals_to(received):
         server = subprocess.Popen(command, env=environment, start_new_session=True)
-        with ended_with_us(server.pid):
+        with ended_with_us(server.pid, folder):
             while server.poll() is None and not received:
                 time.sleep(0.1)
     if not received:
@@ -104,7 +118,10 @@ def _signals_to(received: list[int]) -> Iterator[None]:
     def handle(number: int, frame: Any) -> None:
         received.append(number)
 
-    before = {number: signal.signal(number, handle) for number in SIGNALS}
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    before = {number: handler for number, handler in before.items() if handler not in (signal.SIG_IGN, None)}
+    for number in before:
+        signal.signal(number, handle)
     try:
         yield
     finally:

@@ -1,7 +1,10 @@
-"""Files in the memory that the processes of one machine share, by the name of the process that made them."""
+"""Files in the memory that the processes of one machine share, each in a folder that is locked while it is in use."""
 
+import fcntl
 import os
 import secrets
+import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -12,30 +15,27 @@ PREFIX = "rlvr-ops-"  # then the process's id
 
 @contextmanager
 def shared_file() -> Iterator[Path]:
-    """A path in shared memory that this user alone can read, and that is gone at the end."""
-    path = SHARED_MEMORY / f"{PREFIX}{os.getpid()}-{secrets.token_hex(8)}"
-    os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
+    """A file in shared memory that this user alone can read, and that is gone at the end."""
+    folder = Path(tempfile.mkdtemp(dir=SHARED_MEMORY))
+    held = os.open(folder, os.O_RDONLY)
     try:
-        yield path
+        fcntl.flock(held, fcntl.LOCK_EX)
+        folder = folder.rename(SHARED_MEMORY / f"{PREFIX}{os.getpid()}-{secrets.token_hex(8)}")  # locked from the start
+        file = folder / "weights"
+        file.touch(0o600)
+        yield file
     finally:
-        with suppress(OSError):
-            path.unlink()
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(held)
 
 
 def remove_leftovers() -> None:
-    """Remove the files of processes that are no more: a kill -9 leaves no time to."""
-    for path in SHARED_MEMORY.glob(f"{PREFIX}*"):
-        pid = path.name.removeprefix(PREFIX).partition("-")[0]
-        if pid.isdigit() and not _lives(int(pid)):
-            with suppress(OSError):
-                path.unlink()
-
-
-def _lives(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True
+    """Remove what nobody holds any more: a kill -9 leaves no time to. Ids of processes say nothing across containers."""
+    for folder in SHARED_MEMORY.glob(f"{PREFIX}*"):
+        with suppress(OSError):  # somebody holds it, or has removed it, or it is another user's
+            held = os.open(folder, os.O_RDONLY | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder)
+            finally:
+                os.close(held)

@@ -69,7 +69,7 @@ def sending(weights: Mapping[str, Tensor], receivers: int, address: str, patienc
     Raises:
         SamplerError: it could not be sent.
     """
-    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=patience))
+    store = _store_at(address, patience)
     failed: list[Exception] = []
 
     def send() -> None:
@@ -105,6 +105,20 @@ def address_towards(host: str, port: int) -> str:
         probe.connect(address)  # sends nothing
         found: str = probe.getsockname()[0]
         return found
+
+
+def _store_at(address: str, patience: float) -> TCPStore:
+    """One that listens at this address alone; by itself it would at all that there are."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    listening = socket.create_server((address, 0), family=family)
+    return TCPStore(
+        address,
+        listening.getsockname()[1],
+        is_master=True,
+        wait_for_workers=False,
+        timeout=timedelta(seconds=patience),
+        master_listen_fd=listening.detach(),
+    )
 
 
 def _join(store: TCPStore, rank: int, size: int, address: str, patience: float) -> Any:

@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 
 import torch
 
+from rlvr_trainer.printing import say
 from rlvr_trainer.sampling import connecting, shared_memory, transfer
 from rlvr_trainer.sampling.calls import AnswerError, Calls
 from rlvr_trainer.sampling.sampler import (
@@ -30,8 +31,7 @@ X = TypeVar("X")
 T = TypeVar("T")
 
 AT_ONCE = 256  # requests
-GENERATING = 3600.0  # seconds for one of them, whose server shows all the while that it lives
-LIVENESS = 5.0  # seconds between two looks at that
+LIVENESS = 5.0  # seconds between two looks at whether servers live that sample
 EMPTYING = 10.0  # seconds for requests that were given up to leave the prefix cache
 
 
@@ -53,13 +53,23 @@ class ServerSampler:
         model: the policy's, of transformers.
         tokenizer: the policy's.
         eos_ids: the end tokens.
+        dtype: that the policy computes in; a server's may be another.
         patience: seconds for a server to start, to take weights, or to show a sign of life while it samples.
 
     Raises:
         SamplerError: a server does not answer, was not started by `rlvr-ops serve`, or serves another model.
     """
 
-    def __init__(self, urls: list[str], model: Any, tokenizer: Any, eos_ids: list[int], *, patience: float) -> None:
+    def __init__(
+        self,
+        urls: list[str],
+        model: Any,
+        tokenizer: Any,
+        eos_ids: list[int],
+        *,
+        dtype: torch.dtype,
+        patience: float,
+    ) -> None:
         self.servers = [Server(url.rstrip("/")) for url in urls]
         self.model, self.tokenizer, self.eos_ids, self.patience = model, tokenizer, eos_ids, patience
         weights = model.state_dict()
@@ -70,6 +80,11 @@ class ServerSampler:
         shared_memory.remove_leftovers()
         self._all(self._connect, self.servers)
         self.dtype = next((server.dtype for server in self.servers if server.dtype != torch.float32), torch.float32)
+        if dtype == torch.float32 and self.dtype != dtype:
+            theirs = str(self.dtype).removeprefix("torch.")
+            say(
+                f"the policy samples in {theirs} and learns in float32; rlvr-ops serve --dtype float32 samples in it too"
+            )
         self.update(weights)
 
     def sample(self, prompts: list[list[int]], sampling: Sampling) -> list[Completion]:
@@ -140,13 +155,17 @@ class ServerSampler:
             answers = self._rpc(calls, server, "rlvr_describe")
         except AnswerError as error:
             raise connecting.not_ours(server.url, f"HTTP {error.status} to /collective_rpc") from error
-        connecting.check_model(server.url, answers, self.model.config)
-        connecting.check_vocabulary(calls, server.url, self.tokenizer, self.eos_ids, self.patience)
-        server.workers, server.dtype = len(answers), getattr(torch, answers[0]["dtype"])
-        server.near = self.has_room and connecting.is_near(calls, server.url, self.patience)
+        with connecting.understood(server.url):
+            connecting.check_model(server.url, answers, self.model.config)
+            connecting.check_vocabulary(calls, server.url, self.tokenizer, self.eos_ids, self.patience)
+            server.workers, server.dtype = len(answers), getattr(torch, answers[0]["dtype"])
+            server.near = self.has_room and connecting.is_near(calls, server.url, self.patience)
 
-    def _rpc(self, calls: Calls, server: Server, method: str, *arguments: Any) -> list[Any]:
-        return connecting.rpc(calls, server.url, self.patience, method, *arguments)
+    def _rpc(
+        self, calls: Calls, server: Server, method: str, *arguments: Any, pauses: Sequence[float] | None = None
+    ) -> list[Any]:
+        with connecting.understood(server.url):
+            return connecting.rpc(calls, server.url, self.patience, method, *arguments, pauses=pauses)
 
     def _complete(self, calls: Calls, url: str, prompt: list[int], sampling: Sampling, seed: int) -> list[Completion]:
         """The completions of one prompt, which draw with `seed`, `seed` + 1, ..."""
@@ -163,13 +182,16 @@ class ServerSampler:
             "logprobs": 0,
             "return_token_ids": True,
         }
-        choices = calls.ask(url, "/v1/completions", body, timeout=GENERATING)["choices"]
-        found = [_completion(url, choice) for choice in sorted(choices, key=lambda choice: choice["index"])]
+        with connecting.understood(url):  # however long others' requests come first: the server is watched
+            choices = calls.ask(url, "/v1/completions", body, timeout=None)["choices"]
+            found = [_completion(url, choice) for choice in sorted(choices, key=lambda choice: choice["index"])]
         return found * sampling.n if greedy else found
 
     def _check_version(self, calls: Calls, server: Server) -> None:
         """Refuse what was sampled with other weights. Every worker answers, so this shows too that all of them live."""
-        if any(found["version"] != self.version for found in self._rpc(calls, server, "rlvr_weights")):
+        with connecting.understood(server.url):
+            versions = [found["version"] for found in self._rpc(calls, server, "rlvr_weights")]
+        if any(version != self.version for version in versions):
             raise SamplerError(
                 f"the server at {server.url} has not the weights of this run any more: it was started again,"
                 " or another run uses it too"
@@ -179,23 +201,27 @@ class ServerSampler:
         place = urlsplit(server.url)
         address = transfer.address_towards(place.hostname or "", place.port or 80)
         with transfer.sending(named, server.workers, address, self.patience) as port:
-            layout = transfer.layout_of(named)
-            self._rpc(calls, server, "rlvr_receive", address, port, 1 + server.workers, layout, self.patience, version)
+            arguments = address, port, 1 + server.workers, transfer.layout_of(named), self.patience, version
+            self._rpc(calls, server, "rlvr_receive", *arguments, pauses=())  # the group is of those who came first
 
     def _empty_cache(self, calls: Calls, server: Server) -> None:
         """Blocks of requests that were given up a moment ago may still be held."""
         deadline = time.monotonic() + EMPTYING
-        while not calls.ask(server.url, "/reset_prefix_cache", {}, timeout=self.patience)["success"]:
+        while not self._has_emptied_cache(calls, server):
             if time.monotonic() > deadline:
                 raise SamplerError(
                     f"the server at {server.url} cannot empty its prefix cache: does anybody else use it?"
                 )
             time.sleep(0.1)
 
+    def _has_emptied_cache(self, calls: Calls, server: Server) -> bool:
+        with connecting.understood(server.url):
+            return bool(calls.ask(server.url, "/reset_prefix_cache", {}, timeout=self.patience)["success"])
+
 
 def _completion(url: str, choice: dict[str, Any]) -> Completion:
     """One choice of vLLM's answer."""
     if choice["finish_reason"] not in ("stop", "length"):
         raise SamplerError(f"the server at {url} gave up a completion ({choice['finish_reason']})")
-    ids, logps = choice["token_ids"], choice["logprobs"]["token_logprobs"]
+    ids, logps = list(choice["token_ids"]), choice["logprobs"]["token_logprobs"]
     return Completion(ids, list(map(number, logps)), finish_reason(choice["finish_reason"], choice["stop_reason"]))

@@ -16,15 +16,22 @@ class Extension:
     rlvr_version = ""  # of the weights, in the words of whoever sent them
 
     def rlvr_describe(self) -> dict[str, Any]:
-        """The served model, and of which distribution its log-probabilities are."""
-        model: Any = self.vllm_config.model_config  # type: ignore[attr-defined]
-        dtype = str(model.dtype).removeprefix("torch.")
-        return {"config": plain(model.hf_config), "dtype": dtype, "logprobs_mode": model.logprobs_mode}
+        """The served model, of which distribution its log-probabilities are, and how many engines there are."""
+        config: Any = self.vllm_config  # type: ignore[attr-defined]
+        model, dtype = config.model_config, str(config.model_config.dtype).removeprefix("torch.")
+        return {
+            "config": plain(model.hf_config),
+            "dtype": dtype,
+            "logprobs_mode": model.logprobs_mode,
+            "engines": _engines(config.parallel_config),
+        }
 
     def rlvr_sees(self, path: str, content: str) -> dict[str, bool]:
         """Whether this machine has a file with this content: then it is the trainer's."""
-        file = Path(path)
-        return {"seen": file.is_file() and file.read_text() == content}
+        try:
+            return {"seen": Path(path).read_text() == content}
+        except OSError:  # there is none, or it is another user's
+            return {"seen": False}
 
     def rlvr_weights(self) -> dict[str, str]:
         """Which weights these are; nothing for those that the server started with."""
@@ -46,6 +53,11 @@ class Extension:
         self.rlvr_version = "half of new weights"  # should this fail, nothing that is sampled counts
         self.reload_weights(weights_iterator=pairs)  # type: ignore[attr-defined]
         self.rlvr_version = version
+
+
+def _engines(parallel: Any) -> int:
+    """How many engines share the requests. Those of a dense model believe that they are alone, but for one setting."""
+    return max(parallel.data_parallel_size, getattr(parallel, "elastic_ep_max_dp_size", None) or 1)
 
 
 def plain(config: Any) -> dict[str, Any]:
