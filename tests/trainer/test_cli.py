@@ -192,7 +192,7 @@ def test_the_doctor_names_what_is_missing_and_what_does_not_work(capsys, tmp_pat
 def test_the_doctor_looks_for_the_engine_that_samples(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(doctor, "find_spec", lambda name: None)
     assert main(["doctor", "rollout.backend=vllm", f"run.out={tmp_path}"]) == 1
-    assert 'FAIL  rollout.backend=vllm needs vLLM: pip install "rlvr-ops[train,vllm]"' in capsys.readouterr().out
+    assert 'FAIL  rollout.backend=vllm needs vLLM: pip install ".[train,vllm]"' in capsys.readouterr().out
     servers = ["rollout.backend=vllm-server", "rollout.servers=[http://127.0.0.1:1]"]
     assert main(["doctor", *servers, f"run.out={tmp_path}"]) == 1
     said = capsys.readouterr().out

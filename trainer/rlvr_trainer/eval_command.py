@@ -11,6 +11,7 @@ from rlvr_trainer.evaluation import Answers, answer
 from rlvr_trainer.parsing import ConfigError
 from rlvr_trainer.policies import load_policy
 from rlvr_trainer.prompt_limit import fit_prompts
+from rlvr_trainer.sampling import check_installed
 from rlvr_trainer.sampling.generate import cpu_threads
 from rlvr_trainer.tasks import make_task
 from rlvr_trainer.writing import write_text, writing
@@ -29,6 +30,7 @@ def evaluate_path(
     """
     model, run = _model_and_run(Path(path))
     settings = _settings(path, model, run, overrides, config)
+    check_installed(settings)
     name = Path(settings.policy.name).name if model is None else model.resolve().name
     answers = _answers(settings)
     evaluation = answers.evaluation(settings.evaluation.samples)

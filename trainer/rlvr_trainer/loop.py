@@ -29,6 +29,7 @@ from rlvr_trainer.prompt_limit import fit_prompts
 from rlvr_trainer.report import summarise
 from rlvr_trainer.resuming import changed_settings, refuse_others
 from rlvr_trainer.rollouts import Batch, Rollouts, collect
+from rlvr_trainer.sampling import check_installed
 from rlvr_trainer.sampling.ahead import Ahead
 from rlvr_trainer.sampling.mismatch import Mismatch
 from rlvr_trainer.scoring import hidden_states_of, scores_of
@@ -94,6 +95,7 @@ def train(
         Stopped: a signal came before training began, or a second one.
     """
     config.algorithm.probe()
+    check_installed(config)
     run = Path(config.run.out)
     notes = changed_settings(run, config) if resume else []
     with claimed(run, resume=resume, overwrite=overwrite), asked_to_stop() as stop:
@@ -112,7 +114,7 @@ def train(
                 f"{config.policy.name} on {learner.policy.device}, {config.task.title}, {config.algorithm.title()};"
                 f" writing to {run}"
             )
-            for notice in learner.notices:
+            for notice in (_sampling(learner, config), *learner.notices):
                 log.say(notice)
             if notes:
                 log.say(f"changed since step {learner.place.step}: {', '.join(notes)}")
@@ -126,6 +128,13 @@ def train(
                 learner.policy.close()
             if task is not None:
                 task.close()
+
+
+def _sampling(learner: Learner, config: Config) -> str:
+    correction = config.objective.sampling
+    corrected = f"corrected by {correction.kind} at {correction.clip_max}" if correction else "not corrected"
+    kind = str(learner.policy.sampler.dtype).removeprefix("torch.")
+    return f"sampling by {config.rollout.backend} in {kind}, {corrected}"
 
 
 def _begin(config: Config, task: Task, checkpoint: Checkpoint | None, quiet: bool) -> Learner:

@@ -1,14 +1,25 @@
 """Engines that sample completions, behind one interface: `Sampler`."""
 
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from rlvr_trainer.sampling.sampler import Completion, Sampler, SamplerError, Sampling
+from rlvr_trainer.sampling.sampler import NO_VLLM, Completion, Sampler, SamplerError, Sampling
 
 if TYPE_CHECKING:
     from rlvr_trainer.config import Config
     from rlvr_trainer.policies import Policy
 
-__all__ = ["Completion", "Sampler", "SamplerError", "Sampling", "start_sampler"]
+__all__ = ["Completion", "Sampler", "SamplerError", "Sampling", "check_installed", "start_sampler"]
+
+
+def check_installed(config: "Config") -> None:
+    """Say that vLLM is missing before anything is loaded.
+
+    Raises:
+        SamplerError: it is, and `rollout.backend` is `vllm`.
+    """
+    if config.rollout.backend == "vllm" and find_spec("vllm") is None:
+        raise SamplerError(NO_VLLM)
 
 
 def start_sampler(policy: "Policy", config: "Config") -> Sampler:

@@ -38,7 +38,7 @@ def wait_for(calls: Calls, url: str, patience: float) -> None:
             if error.status < 500 or time.monotonic() > deadline:
                 raise not_ours(url, f"HTTP {error.status} to /health") from error
         if not said:
-            say(f"waiting for the server at {url}")
+            say(f"waiting for the server at {url}, at most {patience:.0f} s (rollout.server_timeout)")
             said = True
         time.sleep(POLL)
 

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+NO_VLLM = 'rollout.backend=vllm needs vLLM: pip install ".[train,vllm]" on a GPU; on a CPU see docs/sampling.md'
 Weights = Mapping[str, "Tensor"]
 FinishReason = Literal["end", "stop", "length"]
 

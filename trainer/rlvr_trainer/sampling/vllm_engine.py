@@ -198,10 +198,6 @@ def _call_first(first: Callable[[], None], owner: Any, name: str) -> None:
 
 
 def _import_vllm() -> Any:
-    from importlib.util import find_spec
-
-    if find_spec("vllm") is None:
-        raise SamplerError('rollout.backend=vllm needs vLLM: pip install "rlvr-ops[train,vllm]"')
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in this process, where weights go by reference
