@@ -33,7 +33,7 @@ def tiny_folder(tokenizer, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def two_servers(tiny_folder, tmp_path_factory):
-    """Of the same model, in a list; whoever kills one is the last to ask for it, or puts another in its place."""
+    """Of the same model, in a list; whoever kills one is the last to ask for it."""
     logs = tmp_path_factory.mktemp("logs")
     servers = [Served(tiny_folder, logs / name) for name in ("first", "second")]
     try:

@@ -18,10 +18,10 @@ COMMAND = [sys.executable, "-c", "from rlvr_trainer.cli import main; raise Syste
 class Served:
     """`rlvr-ops serve` in a process of its own, its log in a file."""
 
-    def __init__(self, model, log: Path, *options: str, port: int | None = None) -> None:
-        self.port, self.log = port or free_port(), log
+    def __init__(self, model, log: Path, *options: str) -> None:
+        self.port, self.log = free_port(), log
         self.url = f"http://127.0.0.1:{self.port}"
-        arguments = ["serve", str(model), "--port", str(self.port), "--dtype", "float32", "--", *SMALL, *options]
+        arguments = ["serve", str(model), "--port", str(self.port), "--", *SMALL, *options]
         with open(log, "w") as file:
             self.process = subprocess.Popen([*COMMAND, *arguments], stdout=file, stderr=file)
 

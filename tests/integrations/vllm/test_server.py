@@ -60,6 +60,7 @@ def test_after_every_update_greedy_tokens_are_transformers_and_log_probabilities
         monkeypatch.setattr(transfer, "has_room", lambda weights: False)
     sampler = connect()
     assert [server.near for server in sampler.servers] == [near]
+    assert sampler.dtype == torch.float32  # as it is stored: vLLM's own choice is bf16
     for _ in range(3):
         move(model)
         sampler.update(model.state_dict())

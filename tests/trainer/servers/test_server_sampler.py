@@ -1,6 +1,5 @@
 """`rollout.backend=vllm-server` against a server that fails in the ways that servers do. The real one: integrations/vllm."""
 
-import copy
 import math
 import os
 import signal
@@ -13,52 +12,12 @@ import fake_server
 import pytest
 import torch
 from rlvr_trainer import tiny
-from rlvr_trainer.sampling import SamplerError, Sampling, calls, connecting, transfer, vllm_server
+from rlvr_trainer.sampling import SamplerError, Sampling, transfer, vllm_server
 from rlvr_trainer.sampling.shared_memory import PREFIX, SHARED_MEMORY, shared_file
 from rlvr_trainer.sampling.vllm_server import ServerSampler
 
 pytestmark = pytest.mark.skipif(not SHARED_MEMORY.is_dir(), reason="this system has no /dev/shm")
 PROMPTS = [[5, 6, 7], [8, 9], [10]]
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return tiny.make_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def model(tokenizer):
-    return tiny.make_model(len(tokenizer))
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    monkeypatch.setattr(calls, "PAUSES", (0.01, 0.02))
-    monkeypatch.setattr(connecting, "POLL", 0.01)
-    yield
-    assert not fake_server.files()
-
-
-@pytest.fixture
-def start(model, tokenizer):
-    servers = []
-
-    def one(**options):
-        servers.append(fake_server.FakeServer(model.config, tokenizer, **options))
-        return servers[-1]
-
-    yield one
-    for server in servers:
-        server.stop()
-
-
-@pytest.fixture
-def connect(model, tokenizer):
-    def to(*servers, patience=5.0, dtype=torch.float32):
-        urls = [server.url for server in servers]
-        return ServerSampler(urls, model, tokenizer, [2], dtype=dtype, patience=patience)
-
-    return to
 
 
 def test_results_do_not_depend_on_how_many_servers_there_are(start, connect):
@@ -305,76 +264,6 @@ def test_a_file_that_a_killed_process_left_is_removed_and_one_that_is_in_use_sta
     os.waitpid(maker, 0)
     connect(start())
     assert not nobodys.exists()
-
-
-def test_a_server_that_is_starting_is_waited_for_and_that_is_said_once(start, connect, capsys):
-    server = start()
-    server.faults = {"/health": [503, "drop", 503]}
-    connect(server)
-    assert capsys.readouterr().out == f"waiting for the server at {server.url}\n"
-
-
-def test_a_server_that_never_starts_is_named(start, connect):
-    server = start()
-    server.stop()
-    with pytest.raises(SamplerError, match=rf"{server.url} does not answer .connection refused.*rlvr-ops serve"):
-        connect(server, patience=0.1)
-
-
-@pytest.mark.parametrize(("path", "fault"), [("/health", 404), ("/collective_rpc", 404), ("/collective_rpc", 500)])
-def test_a_server_without_what_training_needs_is_refused(start, connect, path, fault):
-    server = start()
-    server.faults = {path: [fault]}
-    with pytest.raises(SamplerError, match=f"{server.url} .*HTTP {fault} to {path}.*start it with rlvr-ops serve"):
-        connect(server)
-
-
-def test_a_server_of_raw_log_probabilities_is_refused(start, connect):
-    server = start()
-    server.workers[0].mode = "raw_logprobs"
-    with pytest.raises(SamplerError, match=r"its --logprobs-mode is raw_logprobs.*start it with rlvr-ops serve"):
-        connect(server)
-
-
-def test_a_server_with_another_model_is_refused_by_the_first_setting_that_differs(start, connect):
-    server = start()
-    server.workers[0].config = tiny.make_model(99).config
-    with pytest.raises(SamplerError, match=f"{server.url} serves a model with vocab_size 99, and the policy's is 100"):
-        connect(server)
-
-
-def test_a_setting_that_differs_inside_another_is_named(start, connect):
-    server = start()
-    server.workers[0].config = copy.deepcopy(server.workers[0].config)
-    server.workers[0].config.rope_parameters = {"rope_type": "default", "rope_theta": 7.0, "dtype": "other"}
-    with pytest.raises(SamplerError, match=r"serves a model with rope_parameters\.rope_theta 7.0, and the policy's is"):
-        connect(server)
-
-
-def test_a_server_of_several_engines_is_refused(start, connect):
-    server = start()
-    server.workers[0].engines = 2
-    with pytest.raises(SamplerError, match=f"{server.url} .*its --data-parallel-size is 2"):
-        connect(server)
-
-
-def test_a_server_that_computes_in_less_than_the_policy_is_said_once(start, connect, capsys):
-    servers = start(), start()
-    for server in servers:
-        server.workers[0].dtype = "bfloat16"
-    connect(*servers, dtype=torch.bfloat16)
-    assert not capsys.readouterr().out
-    assert connect(*servers).dtype == torch.bfloat16
-    said = "the policy samples in bfloat16 and learns in float32; rlvr-ops serve --dtype float32 samples in it too\n"
-    assert capsys.readouterr().out == said
-
-
-def test_a_server_with_another_vocabulary_is_refused(start, connect):
-    server = start()
-    server.tokenizer = tiny.make_tokenizer(["the same beginning, 1", "the same beginning, 2"])
-    server.tokenizer.decode = lambda ids: "another"
-    with pytest.raises(SamplerError, match=f"{server.url} has another vocabulary"):
-        connect(server)
 
 
 def test_a_server_that_was_started_again_or_serves_another_run_is_noticed(start, connect):
