@@ -98,12 +98,17 @@ def _steps(run):
     return sum("loss" in json.loads(row) for row in rows)
 
 
-def test_a_server_without_its_worker_and_so_without_its_engine_ends_and_is_named(two_servers, tiny_folder, tokenizer):
+@pytest.mark.parametrize("victim", ["Worker", "EngineCore"])
+def test_a_server_that_loses_a_part_in_mid_stream_ends_and_is_named(
+    victim, two_servers, tiny_folder, tokenizer, tmp_path
+):
     model = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
     server, prompt = two_servers[1], [*range(5, 25)]
+    if victim == "EngineCore":
+        server = Served(tiny_folder, tmp_path / "log").wait()
     sampler = ServerSampler([server.url], model, tokenizer, [2], dtype=torch.float32, patience=60)
     remains = _remains(server)
-    threading.Timer(0.5, os.kill, (server.processes()["Worker"], signal.SIGKILL)).start()
+    threading.Timer(0.5, os.kill, (server.processes()[victim], signal.SIGKILL)).start()
     began = time.monotonic()
     with pytest.raises(SamplerError, match=f"^the server at {server.url} .*$"):
         sampler.sample([prompt] * 100, Sampling(200, n=4))

@@ -15,7 +15,7 @@ def test_a_server_that_is_starting_is_waited_for_and_that_is_said_once(start, co
     server = start()
     server.faults = {"/health": [503, "drop", 503]}
     connect(server)
-    assert capsys.readouterr().out == f"waiting for the server at {server.url}\n"
+    assert capsys.readouterr().out == f"waiting for the server at {server.url}, at most 5 s (rollout.server_timeout)\n"
 
 
 def test_a_server_that_never_starts_is_named(start, connect):
