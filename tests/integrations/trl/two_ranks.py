@@ -97,6 +97,8 @@ def main(folder: str, out: str) -> None:
         found["apart"] = sharded_gradients(folder, out, head_apart=True)
     if dist.get_rank() == 0:
         torch.save(found, out)
+    dist.barrier()
+    dist.destroy_process_group()  # or a rank that ends while its threads run may abort
 
 
 if __name__ == "__main__":
