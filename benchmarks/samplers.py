@@ -13,7 +13,7 @@ import sys
 import time
 from typing import Any
 
-PROMPTS, SAMPLES, LENGTH, REPEATS = 8, 8, 24, 5
+PROMPTS, SAMPLES, LENGTH, REPEATS = 8, 8, 24, 3
 
 
 def main() -> None:
@@ -46,7 +46,9 @@ def measure(model: str, backend: str, precision: str, servers: list[str]) -> dic
 
     asked = [f"rollout.servers={json.dumps(servers)}"] if backend == "vllm-server" else []
     settings = [f"policy.name={model}", f"policy.precision={precision}", f"rollout.backend={backend}", *asked]
-    config = load(None, [*settings, "rollout.memory_share=0.05", "policy.warm_start_steps=20", "task.held_out=8"])
+    config = load(
+        None, [*settings, "rollout.memory_share=0.05", "policy.warm_start_steps=20", f"task.held_out={PROMPTS}"]
+    )
     task = make_task(config.task)
     policy = load_policy(config, task)
     before = psutil.Process().memory_info().rss
