@@ -27,22 +27,30 @@ def test_verdicts_come_in_the_order_of_the_answers(two):
     assert [verdict.score for verdict in found] == [float(i % 3 == 0) for i in range(60)]
 
 
+def test_equal_answers_are_judged_once(two, monkeypatch):
+    asked, own = [], Worker.ask
+    monkeypatch.setattr(Worker, "ask", lambda worker, request: (asked.append(1), own(worker, request))[1])
+    found = two(answers([(["7"], "7"), (["7"], "8"), (["7"], "7"), (["8"], "8")]))
+    assert [verdict.score for verdict in found] == [1.0, 0.0, 1.0, 1.0]
+    assert len(asked) == 3
+
+
 def test_a_hung_answer_costs_its_limit_and_delays_nobody(two):
     start = time.perf_counter()
     finished = []
     own = two._ask
     two._ask = lambda request: (own(request), finished.append(time.perf_counter() - start))[0]
     try:
-        found = two(answers([(["x+1"], HANGS), *[(["7"], "7")] * 50]))
+        found = two(answers([(["x+1"], HANGS), *[([str(i)], str(i)) for i in range(50)]]))
     finally:
         del two._ask
     assert found[0] == Verdict(0.0, TIME, "x+1") or found[0].reason in (MEMORY, CRASHED)
     assert all(verdict.score == 1.0 for verdict in found[1:])
     assert sorted(finished)[49] < 2.0  # the fifty others were judged while the first one hung
     assert finished[-1] < 2.0 + 5.0
-    assert (
-        two(answers([(["7"], "7")] * 4)) == [Verdict(1.0, "right", "7", "7")] * 4
-    )  # by a worker that replaced the hung one
+    assert two(answers([([n], n) for n in "7654"])) == [
+        Verdict(1.0, "right", n, n) for n in "7654"
+    ]  # by a worker that replaced the hung one
 
 
 def test_an_answer_at_which_the_worker_dies_is_wrong_and_the_next_is_judged(two):
@@ -53,13 +61,13 @@ def test_an_answer_at_which_the_worker_dies_is_wrong_and_the_next_is_judged(two)
         {"references": ["x+1"], "completion": HANGS, "extract": "whole", "accept_unevaluated": False}
     )
     assert (reply, late) == (None, False)
-    assert two(answers([(["7"], "7")] * 3)) == [Verdict(1.0, "right", "7", "7")] * 3
+    assert two(answers([([n], n) for n in "765"])) == [Verdict(1.0, "right", n, n) for n in "765"]
 
 
 def test_a_worker_that_dies_for_another_reason_costs_no_answer(two, monkeypatch):
     own, dead = Worker.ask, iter([(None, False)])
     monkeypatch.setattr(Worker, "ask", lambda worker, request: next(dead, None) or own(worker, request))
-    assert two(answers([(["7"], "7")] * 3)) == [Verdict(1.0, "right", "7", "7")] * 3
+    assert two(answers([([n], n) for n in "765"])) == [Verdict(1.0, "right", n, n) for n in "765"]
 
 
 def test_a_worker_lives_on_beside_a_trainer_that_holds_much_memory():

@@ -156,19 +156,24 @@ def _begin(config: Config, task: Task, checkpoint: Checkpoint | None, quiet: boo
             with whole_folder(run / INITIAL_POLICY) as folder:
                 policy.save(folder)
     reference = policy.frozen()
-    optimizer = torch.optim.AdamW(
-        [parameter for parameter in policy.model.parameters() if parameter.requires_grad],
-        lr=config.optim.learning_rate,
-        betas=(config.optim.betas[0], config.optim.betas[1]),
-        weight_decay=config.optim.weight_decay,
-        fused=True,
-    )
+    optimizer = make_optimizer(policy, config)
     torch.manual_seed(config.run.seed)
     place = Place() if checkpoint is None else checkpoints.restore(checkpoint, policy, optimizer)
     if not config.rollout.asynchronous:
         place.ahead = None  # of a run that sampled ahead until now: nothing would correct for the step between
     policy.start_sampler(config)  # last: an engine takes its time, and what it holds is given back by `train`
     return Learner(policy, reference, optimizer, task.fingerprint(), place, notices)
+
+
+def make_optimizer(policy: Policy, config: Config) -> torch.optim.Optimizer:
+    """AdamW over what trains, as `config.optim` says."""
+    return torch.optim.AdamW(
+        [parameter for parameter in policy.model.parameters() if parameter.requires_grad],
+        lr=config.optim.learning_rate,
+        betas=(config.optim.betas[0], config.optim.betas[1]),
+        weight_decay=config.optim.weight_decay,
+        fused=True,
+    )
 
 
 def _learn(learner: Learner, task: Task, config: Config, log: RunLog, stop: Stop, clock: Clock) -> dict[str, Any]:

@@ -13,9 +13,10 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from queue import SimpleQueue
@@ -93,24 +94,57 @@ class Worker:
         assert process is not None
         assert process.stdin is not None
         assert process.stdout is not None
-        late = threading.Event()
         line = b"" if request is None else json.dumps(request).encode() + b"\n"
-        timer = threading.Timer(seconds, _end, (process, late))
-        timer.start()
+        with WATCHDOG.limit(process, seconds) as late:
+            try:
+                process.stdin.write(line)
+                process.stdin.flush()
+                return json.loads(process.stdout.readline(LONGEST_REPLY)), late.is_set()
+            except (OSError, ValueError):  # it is dead, or said half of something
+                self.close()
+                return None, late.is_set()
+
+
+class Watchdog:
+    """A thread that kills processes whose time is up. A timer for each answer would cost more than most answers do."""
+
+    TICK = 0.02  # seconds
+
+    def __init__(self) -> None:
+        self._limits: dict[int, tuple[float, subprocess.Popen[bytes], threading.Event]] = {}
+        self._lock = threading.Lock()
+        self._owner = 0  # the process that the thread runs in: after a fork there is none
+
+    @contextmanager
+    def limit(self, process: "subprocess.Popen[bytes]", seconds: float) -> Iterator[threading.Event]:
+        """Kill `process` after `seconds` unless the block has ended by then; gives what is set if so."""
+        if self._owner != os.getpid():
+            self._start()
+        late = threading.Event()
+        self._limits[id(late)] = time.monotonic() + seconds, process, late
         try:
-            process.stdin.write(line)
-            process.stdin.flush()
-            return json.loads(process.stdout.readline(LONGEST_REPLY)), late.is_set()
-        except (OSError, ValueError):  # it is dead, or said half of something
-            self.close()
-            return None, late.is_set()
+            yield late
         finally:
-            timer.cancel()
+            del self._limits[id(late)]
+
+    def _start(self) -> None:
+        with self._lock:
+            if self._owner != os.getpid():
+                self._limits.clear()
+                threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+                self._owner = os.getpid()
+
+    def _watch(self) -> None:
+        while True:
+            time.sleep(self.TICK)
+            now = time.monotonic()
+            for deadline, process, late in list(self._limits.values()):
+                if now > deadline and not late.is_set():
+                    late.set()
+                    process.kill()
 
 
-def _end(process: subprocess.Popen[bytes], late: threading.Event) -> None:
-    late.set()
-    process.kill()
+WATCHDOG = Watchdog()
 
 
 class Workers:
@@ -129,7 +163,7 @@ class Workers:
         return cls(config.verifier_processes, config.verifier_timeout, generators=generators)
 
     def __call__(self, requests: Iterable[dict[str, Any]]) -> list[Verdict]:
-        """A verdict on each request.
+        """A verdict on each request. Equal ones are judged once.
 
         Raises:
             WorkerError: no worker can be started.
@@ -139,7 +173,10 @@ class Workers:
             return []
         self._open()
         assert self._pool is not None
-        return list(self._pool.map(self._ask, listed))
+        keys = [json.dumps(request) for request in listed]
+        distinct = dict(zip(keys, listed, strict=True))
+        verdicts = dict(zip(distinct, self._pool.map(self._ask, distinct.values()), strict=True))
+        return [verdicts[key] for key in keys]
 
     def sealed(self) -> list[str]:
         """What a worker has given up, in words; starts one."""
