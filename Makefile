@@ -3,6 +3,7 @@ PYTHON ?= python3
 TORCH ?=
 MODEL ?= smollm2-135m
 SEED ?= 0
+BUDGET ?= inf
 export PYTHON TORCH
 
 BIN := .venv/bin
@@ -10,7 +11,7 @@ PYTEST := $(BIN)/python -m pytest -q
 PARALLEL := -n auto --dist worksteal
 READY := .venv/.ready
 
-.PHONY: test demo bench docs lint types test-cpu test-parity test-interpret test-compile test-gpu test-trl test-verl test-fleet test-vllm setup clean
+.PHONY: test demo bench reproduce docs lint types test-cpu test-parity test-interpret test-compile test-gpu test-trl test-verl test-fleet test-vllm setup clean
 
 test: lint types test-cpu test-parity test-interpret test-compile test-gpu test-trl test-verl test-fleet test-vllm
 
@@ -24,6 +25,11 @@ bench: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $$peer || echo "without $$peer: it could not be installed"; \
 	done; fi
 	$(PYTEST) --benchmark
+
+# docs/reproduction.md: what has not been run yet, for BUDGET minutes, then its tables and plots.
+reproduce: $(READY)
+	$(BIN)/python -m experiments.ace --budget $(BUDGET)
+	$(BIN)/python -m experiments.report
 
 docs: $(READY)
 	$(BIN)/python -c "import mkdocs, material" 2>/dev/null || $(BIN)/python -m pip install --quiet ".[docs]"

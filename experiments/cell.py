@@ -1,0 +1,194 @@
+"""One run of the plan by the trainer's own parts, which can be killed at any time and goes on to the same numbers."""
+
+import fcntl
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rlvr_trainer.checkpoints import Place, random_state, set_random_state
+from rlvr_trainer.loop import make_optimizer, update
+from rlvr_trainer.policies import Policy, load_policy
+from rlvr_trainer.rollouts import collect
+from rlvr_trainer.tasks import Task, make_task
+from rlvr_trainer.writing import whole_folder, write_text
+
+from experiments import plan
+from experiments.advantages import ADVANTAGES
+from experiments.outcomes import measure
+from experiments.plan import ARMS, MOVES_EVERY, Cell
+
+SAVED_EVERY = 30.0  # seconds
+LOGGED = (
+    "accuracy", "frac_reward_zero_std", "entropy", "kl", "grad_norm", "ace/shift/mean", "ace/weight/mean",
+    "ace/weight/max", "ace/frac_overconfident", "clip_ratio/region_mean",
+)  # fmt: skip
+SUMMED = ("sampling/rollouts", "num_tokens")
+
+
+@dataclass
+class Run:
+    """A cell under way: what changes, and what has been seen."""
+
+    cell: Cell
+    task: Task
+    policy: Policy
+    reference: Policy
+    optimizer: torch.optim.Optimizer
+    place: Place = field(default_factory=Place)
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    logged: list[dict[str, float]] = field(default_factory=list)  # since the last row
+    seconds: float = 0.0
+
+    def state(self) -> dict[str, Any]:
+        """All of it, for `torch.save`."""
+        kept = {key: getattr(self, key) for key in ("rows", "logged", "seconds")}
+        moved = {"reference": self.reference.model.state_dict()} if ARMS[self.cell.arm].moving else {}
+        return {
+            **kept, **moved, "step": self.place.step, "cursor": self.place.cursor, "random": self.place.random,
+            "model": self.policy.model.state_dict(), "optimizer": self.optimizer.state_dict(),
+        }  # fmt: skip
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on where `state` was taken."""
+        self.policy.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if "reference" in state:
+            self.reference.model.load_state_dict(state["reference"])
+        self.rows, self.logged, self.seconds = state["rows"], state["logged"], state["seconds"]
+        self.place = Place(state["step"], state["cursor"], state["random"])
+        set_random_state(state["random"])
+
+
+def run(cell: Cell, home: Path, until: Callable[[], bool] = lambda: False) -> dict[str, Any] | None:
+    """The cell's result; None if `until` became true before its end. What it needs to go on lies in `home`.
+
+    Everything that decides the numbers is in the cell, so another run of it, alone or after others, gives the same ones on
+    the same processor and versions.
+    """
+    torch.set_num_threads(cell.config.run.threads)
+    folder = home / cell.name
+    folder.mkdir(parents=True, exist_ok=True)
+    task = make_task(cell.config.task, cell.config.run.seed)
+    try:
+        state = _begin(cell, task, home)
+        if (saved := folder / "state.pt").is_file():
+            state.restore(torch.load(saved, weights_only=True))
+        done = _go_on(state, folder, until)
+    finally:
+        task.close()
+    return result(state) if done else None
+
+
+def _begin(cell: Cell, task: Task, home: Path) -> Run:
+    """At the initial policy, which with its evaluation is made once for all arms of a task and seed."""
+    config = cell.config
+    start = home / cell.task / f"initial-{cell.seed}"
+    start.mkdir(parents=True, exist_ok=True)
+    with open(start / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if config.policy.name == "tiny" and not (start / "policy").is_dir():
+            with whole_folder(start / "policy") as unfinished:
+                load_policy(config, task).save(unfinished)
+        policy = load_policy(config, task, start / "policy")
+        policy.start_sampler(config)
+        run = Run(cell, task, policy, policy.frozen(), make_optimizer(policy, config))
+        if not (start / "row.json").is_file():
+            write_text(start / "row.json", json.dumps(measure(policy, run.reference, task, config)))
+    run.rows.append({"step": 0, **json.loads((start / "row.json").read_text())})
+    torch.manual_seed(config.run.seed)
+    run.place = Place()
+    return run
+
+
+def _go_on(state: Run, folder: Path, until: Callable[[], bool]) -> bool:
+    """Steps and evaluations until the last one (True) or until `until` says so."""
+    config, last = state.cell.config, time.monotonic()
+    while True:
+        begun, step = time.monotonic(), state.place.step
+        if step in plan.EVALUATED and state.rows[-1]["step"] < step:
+            state.rows.append(_row(state))
+            state.logged = []
+        if step < config.run.steps:
+            _step(state)
+        state.seconds += time.monotonic() - begun
+        finished, stopped = step == config.run.steps, until()
+        if finished or stopped or time.monotonic() - last > SAVED_EVERY:
+            _save(state, folder)
+            last = time.monotonic()
+        if finished or stopped:
+            return finished
+
+
+def _step(state: Run) -> None:
+    config, arm, place = state.cell.config, ARMS[state.cell.arm], state.place
+    if arm.moving and place.step % MOVES_EVERY == 0:
+        state.reference.model.load_state_dict(state.policy.model.state_dict())
+    batch, cursor = collect(state.policy, state.task, place.cursor, config)
+    if arm.advantages:
+        make = ADVANTAGES[arm.advantages]
+        batch.advantages = make(batch, state.policy, state.reference, config, place.step)
+    values = update(state.policy, state.reference, state.optimizer, batch, config, place.step)
+    state.policy.refresh_sampler()
+    state.logged.append({name: values[name] for name in (*LOGGED, *SUMMED) if name in values})
+    state.place = Place(place.step + 1, cursor, random_state())
+
+
+def _row(state: Run) -> dict[str, Any]:
+    """An evaluation, with the means of the metrics since the last one."""
+    found = measure(state.policy, state.reference, state.task, state.cell.config)
+    return {"step": state.place.step, **found, "training": _mean(state.logged)}
+
+
+def _mean(logged: list[dict[str, float]]) -> dict[str, float]:
+    """The mean of each metric over the steps that had it, the sum of counts."""
+    columns = {name: [row[name] for row in logged if name in row] for name in (*LOGGED, *SUMMED)}
+    return {
+        name: round(sum(values) / (1 if name in SUMMED else len(values)), 6)
+        for name, values in columns.items()
+        if values
+    }
+
+
+def _save(state: Run, folder: Path) -> None:
+    unfinished = folder / "state.unfinished"
+    with open(unfinished, "wb") as file:
+        torch.save(state.state(), file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(unfinished, folder / "state.pt")
+
+
+def result(state: Run) -> dict[str, Any]:
+    """What is kept of a finished run."""
+    return {
+        "cell": state.cell.name,
+        "fingerprint": state.task.fingerprint(),
+        "rows": state.rows,
+        "seconds": round(state.seconds, 1),
+        "machine": machine(),
+    }
+
+
+def machine() -> dict[str, str]:
+    """What the digits depend on besides the cell."""
+    from importlib.metadata import version
+
+    names = ("torch", "transformers", "reasoning-gym", "rlvr-ops")
+    return {"processor": _processor(), **{name: version(name) for name in names}}
+
+
+def _processor() -> str:
+    """Its name and model number, as far as the system says."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        import platform
+
+        return platform.processor() or platform.machine()
+    fields = dict(reversed([[part.strip() for part in line.split(":", 1)] for line in lines if ":" in line]))
+    return f"{fields.get('model name', '')} (family {fields.get('cpu family')}, model {fields.get('model')})"

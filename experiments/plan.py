@@ -1,0 +1,128 @@
+"""What is run: tasks, arms and seeds of `python -m experiments.ace`. docs/reproduction.md says why."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from rlvr_trainer.config import Config, load
+
+SETTINGS = [
+    "policy.warm_start_steps=600",
+    "policy.warm_start_noise=0.5",
+    "algorithm.beta=0",
+    "optim.learning_rate=2.5e-4",
+    "task.held_out=128",
+    "task.verifier_processes=1",
+    "rollout.prompts=16",
+    "evaluation.samples=64",
+    "run.threads=1",
+]
+"""What the runs of `tiny` have beyond the trainer's `demo-tiny`."""
+TASKS = {
+    "chain_sum": [
+        "task.name=chain_sum",
+        "task.parameters={min_terms: 2, max_terms: 2, min_digits: 1, max_digits: 2}",
+        "rollout.max_new_tokens=4",
+    ],
+    "lcm": [
+        "task.name=lcm",
+        "task.parameters={min_numbers: 2, max_numbers: 2, min_value: 1, max_value: 20}",
+        "rollout.max_new_tokens=4",
+    ],
+    "gcd": [
+        "task.name=gcd",
+        "task.parameters={min_numbers: 2, max_numbers: 2, min_value: 1, max_value: 99}",
+        "rollout.max_new_tokens=3",
+    ],
+}
+"""The reasoning-gym generators on which plain GRPO trades Pass@64 for Pass@1."""
+EVALUATED = (0, 10, 25, 50, 100, 200, 300, 400)
+"""Updates after which a run is evaluated; the last is its end."""
+MOVES_EVERY = 25
+"""Steps after which the moving reference is set to the policy."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A way to learn from the same rollouts.
+
+    Attributes:
+        settings: of the trainer, beyond those of the task.
+        advantages: the function of `experiments.advantages` that makes them, if the trainer's are not used.
+        moving: whether the reference is set to the policy every `MOVES_EVERY` steps.
+        seeds: how many.
+    """
+
+    settings: tuple[str, ...]
+    advantages: str = ""
+    moving: bool = False
+    seeds: int = 4
+
+
+GRPO = ("algorithm.name=grpo",)
+ACE = ("algorithm.name=ace-grpo",)
+DAPO = ("algorithm.max_resamples=0", "algorithm.overlong_fraction=0")
+MAIN = 8
+ARMS = {
+    "grpo": Arm(GRPO, seeds=MAIN),
+    "ace-grpo": Arm(ACE, seeds=MAIN),
+    "dapo": Arm(("algorithm.name=dapo", *DAPO), seeds=MAIN),
+    "ace-dapo": Arm(("algorithm.name=ace-dapo", *DAPO), seeds=MAIN),
+    "constant": Arm(GRPO, "constant", seeds=MAIN),
+    "shuffled": Arm(GRPO, "shuffled", seeds=MAIN),
+    "low-rate": Arm((*GRPO, "optim.learning_rate=1.25e-4")),
+    "kl": Arm((*GRPO, "algorithm.beta=0.1")),
+    "entropy": Arm((*GRPO, "algorithm.entropy_coef=0.01")),
+    "nsr": Arm((*GRPO, "algorithm.advantages=nsr")),
+    "w-reinforce": Arm((*GRPO, "algorithm.advantages=w_reinforce")),
+    "arm": Arm(GRPO, "arm"),
+    "lens": Arm(GRPO, "lens"),
+    "pass@k": Arm((*GRPO, "algorithm.advantages=grpo_passk")),
+    "ace-0.5": Arm((*ACE, "algorithm.alpha=0.5")),
+    "ace-2": Arm((*ACE, "algorithm.alpha=2")),
+    "ace-4": Arm((*ACE, "algorithm.alpha=4")),
+    "ace-relu": Arm((*ACE, "algorithm.shape=relu")),
+    "ace-sum": Arm((*ACE, "algorithm.confidence_reduction=sum")),
+    "ace-moving": Arm(ACE, moving=True),
+    "grpo-twice": Arm((*GRPO, "optim.updates_per_batch=2")),
+    "ace-twice": Arm((*ACE, "optim.updates_per_batch=2")),
+    "ace-twice-old": Arm((*ACE, "optim.updates_per_batch=2", "algorithm.confidence=old")),
+}
+"""The main comparison, the controls, other losses, and what ACE hangs on. alpha = 0 is `grpo`, bit for bit."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run."""
+
+    task: str
+    arm: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """`chain_sum/grpo/0`."""
+        return f"{self.task}/{self.arm}/{self.seed}"
+
+    @cached_property
+    def config(self) -> Config:
+        """The trainer's settings."""
+        steps = [f"run.seed={self.seed}", f"run.steps={EVALUATED[-1]}"]
+        return load("demo-tiny", [*SETTINGS, *TASKS[self.task], *ARMS[self.arm].settings, *steps])
+
+    @classmethod
+    def named(cls, name: str) -> "Cell":
+        """The cell of a name.
+
+        Raises:
+            ValueError: no such task or arm.
+        """
+        task, _, rest = name.partition("/")
+        arm, _, seed = rest.partition("/")
+        if task not in TASKS or arm not in ARMS or not seed.isdecimal():
+            raise ValueError(f"no cell is called {name!r}: TASK/ARM/SEED of {', '.join(TASKS)} and {', '.join(ARMS)}")
+        return cls(task, arm, int(seed))
+
+
+def cells() -> list[Cell]:
+    """All runs, seed by seed and task by task: runs that are compared follow one another, on one machine."""
+    return [Cell(task, arm, seed) for seed in range(MAIN) for task in TASKS for arm in ARMS if seed < ARMS[arm].seeds]

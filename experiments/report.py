@@ -1,0 +1,266 @@
+"""`python -m experiments.report`: every table and plot of docs/reproduction.md from the kept results alone."""
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments.ace import results
+from experiments.analysis import OUTCOMES, Array, Difference, Results, compare, counts, holm, pairs, pass_rates
+from experiments.plan import ARMS, TASKS, cells
+from experiments.theorem import RESULT as THEOREM
+
+PAGE = Path(__file__).parents[1] / "docs" / "reproduction.md"
+PLOTS = PAGE.parent / "reproduction"
+BEGIN, END = "<!-- {}: written by python -m experiments.report -->", "<!-- end -->"
+FAMILIES = {
+    "ACE and its controls": [
+        ("ace-grpo", "grpo"), ("ace-dapo", "dapo"),
+        *(("ace-grpo", arm) for arm in ("constant", "shuffled", "low-rate", "kl", "entropy")),
+    ],
+    "Other losses": [(arm, "grpo") for arm in ("nsr", "w-reinforce", "arm", "lens", "pass@k")],
+    "What ACE hangs on": [
+        *((arm, "ace-grpo") for arm in ("ace-0.5", "ace-2", "ace-4", "ace-relu", "ace-sum", "ace-moving")),
+        ("ace-twice", "grpo-twice"), ("ace-twice-old", "ace-twice"),
+    ],
+}  # fmt: skip
+MAIN = ["grpo", "ace-grpo", "constant", "shuffled", "dapo", "ace-dapo"]
+OTHERS = ["grpo", "ace-grpo", "low-rate", "kl", "entropy", "nsr", "w-reinforce", "arm", "lens", "pass@k"]
+ALPHAS = {0.0: "grpo", 0.5: "ace-0.5", 1.0: "ace-grpo", 2.0: "ace-2", 4.0: "ace-4"}
+KS = [1, 2, 4, 8, 16, 32, 64]
+
+
+def of(found: Results, task: str, arm: str) -> list[dict[str, Any]]:
+    """The results of an arm on a task, by seed."""
+    return [found[cell] for cell in sorted(found, key=lambda c: c.seed) if (cell.task, cell.arm) == (task, arm)]
+
+
+def curve(runs: Sequence[dict[str, Any]], k: int) -> Array:
+    """(evaluations,) Pass@k along training, the mean over runs."""
+    return np.mean([pass_rates(counts(run), 64, k).mean(-1) for run in runs], 0)
+
+
+def along(runs: Sequence[dict[str, Any]], key: str) -> Array:
+    """(evaluations,) another outcome along training, the mean over runs that have it."""
+    return np.array(
+        [
+            np.mean([v for v in values if v is not None] or [np.nan])
+            for values in zip(*([row[key] for row in run["rows"]] for run in runs), strict=True)
+        ]
+    )
+
+
+def ends(found: Results) -> str:
+    """A table of both ends of training, a row for each task and arm."""
+    head = ["task", "arm", "seeds", "Pass@1", "Pass@64", "answers", "entropy", "overconfident", "their c", "c if right"]
+    keys = ("distinct", "entropy", "overconfident", "overconfidence", "shift_right")
+    rows = []
+    for task in TASKS:
+        for arm in ARMS:
+            if not (runs := of(found, task, arm)):
+                continue
+            if arm == "grpo":
+                rows.append(
+                    [
+                        task,
+                        "*initial*",
+                        str(len(runs)),
+                        *_rates(runs, 0),
+                        *(_number(along(runs, key)[0]) for key in keys),
+                    ]
+                )
+            rows.append(
+                [task, f"`{arm}`", str(len(runs)), *_rates(runs, -1), *(_number(along(runs, key)[-1]) for key in keys)]
+            )
+    return _table(head, rows)
+
+
+def _rates(runs: Sequence[dict[str, Any]], at: int) -> list[str]:
+    """Pass@1 and Pass@64 with their standard deviations over seeds."""
+    found = []
+    for k in (1, 64):
+        values = [float(pass_rates(counts(run), 64, k).mean(-1)[at]) for run in runs]
+        spread = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
+        found.append(f"{np.mean(values):.3f}{spread}")
+    return found
+
+
+def compared(found: Results, family: str) -> list[tuple[str, str, str, Difference, float]]:
+    """Each comparison of a family: both arms, the outcome, the difference, its p by Holm's method."""
+    asked, rows = FAMILIES[family], []
+    for one, other in asked:
+        tasks = [both for task in TASKS if len((both := pairs(found, task, one, other)).one[0])]
+        if tasks:
+            differences = compare(tasks, family=len(asked) * len(OUTCOMES))
+            rows += [(one, other, outcome, difference) for outcome, difference in differences.items()]
+    corrected = holm([row[3].p for row in rows])
+    return [(*row, p) for row, p in zip(rows, corrected, strict=True)]
+
+
+def comparisons(rows: Iterable[tuple[str, str, str, Difference, float]]) -> str:
+    """A family as a table."""
+    head = ["difference", "outcome", "mean", "95 %", "95 % for the family", "p by Holm", "pairs"]
+    return _table(head, [
+        [f"`{one}` − `{other}`", outcome, f"{d.mean:+.3f}", f"[{d.low:+.3f}, {d.high:+.3f}]",
+         f"[{d.low_corrected:+.3f}, {d.high_corrected:+.3f}]", f"{p:.4f}", str(d.runs)]
+        for one, other, outcome, d, p in rows
+    ])  # fmt: skip
+
+
+def by_task(found: Results) -> str:
+    """The differences of the first family on each task alone, described and not tested."""
+    rows = []
+    for one, other in FAMILIES["ACE and its controls"]:
+        for task in TASKS:
+            both = pairs(found, task, one, other)
+            if len(both.one[0]):
+                each = compare([both], family=1)
+                shown = [f"{d.mean:+.3f} [{d.low:+.3f}, {d.high:+.3f}]" for d in each.values()]
+                rows.append([f"`{one}` − `{other}`", task, *shown, str(len(both.one[0]))])
+    return _table(["difference", "task", *OUTCOMES, "seeds"], rows)
+
+
+def spent(found: Results) -> str:
+    """What was computed, and where."""
+    seconds = sum(row["seconds"] for row in found.values())
+    tokens = sum(e["training"]["num_tokens"] for row in found.values() for e in row["rows"][1:])
+    machines = {json.dumps(row["machine"], sort_keys=True): row["machine"] for row in found.values()}
+    where = "; ".join(", ".join(f"{key} {value}" for key, value in one.items()) for one in machines.values())
+    return (
+        f"{len(found)} of {len(cells())} runs, {seconds / 3600:.1f} hours of one core,"
+        f" {tokens / 1e6:.1f} million sampled tokens learned from. On: {where}."
+    )
+
+
+def trade(axes: Sequence[Any], found: Results, arms: Sequence[str]) -> None:
+    """Pass@64 against Pass@1 along training, a panel a task."""
+    for axis, task in zip(axes, TASKS, strict=True):
+        for arm in arms:
+            if runs := of(found, task, arm):
+                axis.plot(curve(runs, 1), curve(runs, 64), marker=".", markersize=4, linewidth=1, label=arm)
+        axis.set(title=task, xlabel="Pass@1", ylabel="Pass@64")
+
+
+def pass_at_k(axes: Sequence[Any], found: Results) -> None:
+    """Pass@k against k after the last update."""
+    for axis, task in zip(axes, TASKS, strict=True):
+        for arm in MAIN:
+            if runs := of(found, task, arm):
+                axis.plot(KS, [curve(runs, k)[-1] for k in KS], marker=".", linewidth=1, label=arm)
+        if runs := of(found, task, "grpo"):
+            axis.plot(KS, [curve(runs, k)[0] for k in KS], color="grey", linestyle=":", label="initial")
+        axis.set_xscale("log", base=2)
+        axis.set(title=task, xlabel="k", ylabel="Pass@k")
+
+
+def errors(axes: Sequence[Any], found: Results) -> None:
+    """Overconfident errors and entropy along training, the mean of the tasks."""
+    labels = {
+        "overconfident": "share of wrong answers with c > 0.05",
+        "overconfidence": "their mean c",
+        "entropy": "entropy of an answer, nats",
+    }
+    for axis, (key, label) in zip(axes, labels.items(), strict=True):
+        for arm in MAIN:
+            runs = [of(found, task, arm) for task in TASKS]
+            if all(runs):
+                axis.plot(steps(runs[0][0]), np.mean([along(each, key) for each in runs], 0), linewidth=1, label=arm)
+        axis.set(title=label, xlabel="update")
+
+
+def steps(run: dict[str, Any]) -> list[int]:
+    """After how many updates a run was evaluated."""
+    return [row["step"] for row in run["rows"]]
+
+
+def forest(axes: Sequence[Any], rows: Sequence[tuple[str, str, str, Difference, float]]) -> None:
+    """Differences of a family with both intervals, a panel an outcome."""
+    for axis, outcome in zip(axes, OUTCOMES, strict=True):
+        chosen = [(one, other, d) for one, other, name, d, _ in rows if name == outcome]
+        for y, (_, _, d) in enumerate(chosen):
+            axis.plot([d.low_corrected, d.high_corrected], [y, y], color="#9ab8d4", linewidth=1)
+            axis.plot([d.low, d.high], [y, y], color="#1b6ca8", linewidth=3)
+            axis.plot(d.mean, y, "o", color="black", markersize=4)
+        axis.axvline(0, color="grey", linewidth=0.8)
+        axis.set(title=outcome, yticks=range(len(chosen)), yticklabels=[f"{one} − {other}" for one, other, _ in chosen])
+        axis.invert_yaxis()
+
+
+def doses(axes: Sequence[Any], found: Results) -> None:
+    """Pass@1 and Pass@64 after the last update against alpha, on seeds that all of them have."""
+    for axis, k in zip(axes, (1, 64), strict=True):
+        for task in TASKS:
+            runs = [of(found, task, arm)[: ARMS["ace-2"].seeds] for arm in ALPHAS.values()]
+            if all(runs):
+                axis.plot(list(ALPHAS), [curve(each, k)[-1] for each in runs], marker="o", linewidth=1, label=task)
+        axis.set(xlabel="alpha", title=f"Pass@{k} after the last update")
+
+
+def theorem(axes: Sequence[Any]) -> None:
+    """The residual over the selective regulariser's gradient, and the overconfident errors, along the enumerable run."""
+    stored = json.loads(THEOREM.read_text())
+    labels = {
+        "ratio": "|residual| / |gradient of R|",
+        "cosine": "cosine of ACE's part and descent on R",
+        "overconfident": "share of wrong answers with c > 0",
+    }
+    for axis, (key, label) in zip(axes, labels.items(), strict=True):
+        for name, rows in stored.items():
+            axis.plot([row["step"] for row in rows], [row[key] for row in rows], linewidth=1, label=name)
+        axis.set(title=label, xlabel="update")
+
+
+def save(name: str, draw: Callable[[Any], None], columns: int, height: float = 3.4) -> None:
+    """A row of panels as SVG, the same bytes from the same results."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "rlvr_ops", "font.size": 8}):
+        figure = Figure(figsize=(3.6 * columns, height), layout="constrained")
+        axes = figure.subplots(1, columns)
+        draw(axes)
+        for axis in axes:
+            axis.grid(alpha=0.3)
+            axis.spines[["top", "right"]].set_visible(False)
+        if axes[-1].get_legend_handles_labels()[1]:
+            axes[-1].legend(fontsize=7)
+        PLOTS.mkdir(parents=True, exist_ok=True)
+        figure.savefig(PLOTS / f"{name}.svg", metadata={"Date": None, "Creator": None})
+
+
+def _number(value: float) -> str:
+    return "" if np.isnan(value) else f"{value:.2f}"
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def main() -> None:
+    """Write the page's tables and draw its plots."""
+    found = results()
+    families = {name: compared(found, name) for name in FAMILIES}
+    sections = {"spent": spent(found), "ends": ends(found), "by task": by_task(found)}
+    sections |= {name: comparisons(rows) for name, rows in families.items()}
+    page = PAGE.read_text()
+    for name, text in sections.items():
+        before, mark, rest = page.partition(BEGIN.format(name))
+        page = f"{before}{mark}\n\n{text}\n\n{END}{rest.partition(END)[2]}" if mark else page
+    PAGE.write_text(page)
+    save("trade", lambda axes: trade(axes, found, MAIN), len(TASKS))
+    save("trade-others", lambda axes: trade(axes, found, OTHERS), len(TASKS))
+    save("pass-at-k", lambda axes: pass_at_k(axes, found), len(TASKS))
+    save("errors", lambda axes: errors(axes, found), 3)
+    save("alpha", lambda axes: doses(axes, found), 2)
+    save("theorem", theorem, 3)
+    for name, rows in families.items():
+        height = 1 + 0.3 * len(FAMILIES[name])
+        save(name.lower().replace(" ", "-"), partial(forest, rows=rows), len(OUTCOMES), height)
+
+
+if __name__ == "__main__":
+    main()

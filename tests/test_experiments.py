@@ -1,0 +1,175 @@
+"""The experiments: the plan is the trainer's, runs repeat and resume to the digit, the analysis is right on made-up numbers."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from rlvr_trainer.config import load
+from rlvr_trainer.loop import train
+from safetensors.torch import load_file
+
+from experiments import ace, analysis, plan, theorem
+from experiments.advantages import ADVANTAGES
+from experiments.analysis import Pairs, at_equal_pass1, compare, holm, pass_rates, sign_flip
+from experiments.plan import ARMS, TASKS, Cell, cells
+
+SHORT = [
+    "policy.warm_start_steps=60", "evaluation.samples=8", "task.held_out=6", "rollout.prompts=4", "policy.warm_start_noise=0.2",
+]  # fmt: skip
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """Cells of seconds."""
+    monkeypatch.setattr(plan, "SETTINGS", [*plan.SETTINGS, *SHORT])
+    monkeypatch.setattr(plan, "EVALUATED", (0, 2, 4))
+
+
+def run(cell, home, **keywords):
+    from experiments.cell import run
+
+    return run(cell, home, **keywords)
+
+
+def test_every_cell_of_the_plan_is_there_once_and_has_settings_that_the_trainer_takes():
+    planned = cells()
+    assert len(set(planned)) == len(planned)
+    assert {(c.task, c.arm) for c in planned} == {(task, arm) for task in TASKS for arm in ARMS}
+    assert all(Cell.named(c.name) == c for c in planned)
+    for cell in planned:
+        if cell.seed == 0:
+            assert cell.config.evaluation.samples >= 64
+            assert cell.config.task.held_out >= 128
+
+
+def test_arms_sample_and_update_equally():
+    for cell in cells():
+        config = cell.config
+        one = Cell(cell.task, "grpo", cell.seed).config
+        assert config.rollout == one.rollout
+        assert config.run == one.run
+        assert config.algorithm.max_resamples == 0 or not config.algorithm.dynamic_sampling
+
+
+@pytest.mark.parametrize("name", ["chain_sum/grpo", "chain_sum/GRPO/0", "sum/grpo/0", "chain_sum/grpo/x"])
+def test_a_cell_that_is_none_is_refused_by_name(name):
+    with pytest.raises(ValueError, match="no cell is called"):
+        Cell.named(name)
+
+
+def test_a_cell_learns_what_the_trainer_learns(short, tmp_path):
+    run(Cell("chain_sum", "ace-grpo", 0), tmp_path)
+    settings = [*plan.SETTINGS, *TASKS["chain_sum"], *ARMS["ace-grpo"].settings, "run.steps=4"]
+    train(load("demo-tiny", [*settings, f"run.out={tmp_path / 'run'}"]), quiet=True)
+    ours = torch.load(tmp_path / "chain_sum/ace-grpo/0/state.pt", weights_only=True)["model"]
+    theirs = load_file(tmp_path / "run/model/model.safetensors")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize("arm", ["grpo", "shuffled", "ace-moving", "ace-twice"])
+def test_a_cell_that_was_stopped_anywhere_goes_on_to_the_same_digits(short, tmp_path, arm):
+    cell = Cell("chain_sum", arm, 1)
+    whole = run(cell, tmp_path / "whole")
+    stops = 0
+    while (parts := run(cell, tmp_path / "parts", until=lambda: True)) is None:
+        stops += 1
+    assert stops == 4
+    assert parts["rows"] == whole["rows"]
+    assert [row["step"] for row in whole["rows"]] == [0, 2, 4]
+
+
+def test_arms_start_alike_and_then_differ(short, tmp_path):
+    found = {arm: run(Cell("chain_sum", arm, 0), tmp_path)["rows"] for arm in ("grpo", "constant", *ADVANTAGES)}
+    starts = [rows[0] for rows in found.values()]
+    assert all(start == starts[0] for start in starts)
+    ends = [json.dumps(rows[-1]) for rows in found.values()]
+    assert len(set(ends)) == len(found)
+
+
+def test_results_are_kept_and_a_line_that_was_cut_short_is_none(tmp_path):
+    rows = [{"cell": f"{task}/grpo/{seed}", "rows": []} for task in TASKS for seed in (0, 1)]
+    for row in rows:
+        ace.keep(row, tmp_path)
+    path = tmp_path / f"{next(iter(TASKS))}.jsonl"
+    path.write_text(path.read_text()[:-20])
+    assert len(ace.results(tmp_path)) == len(rows) - 1
+    ace.keep(rows[1], tmp_path)
+    assert ace.results(tmp_path) == {Cell.named(row["cell"]): row for row in rows}
+
+
+def test_the_command_runs_what_is_left_and_stops_at_its_budget(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(ace, "RESULTS", tmp_path)
+    assert ace.run_all(cells()[:2], 0.0, 1, tmp_path / "runs", tmp_path / "results") == 0
+    assert ace.main(["--list"]) == 0
+    assert "chain_sum/grpo/0" in capsys.readouterr().out
+
+
+def test_pass_rates_are_the_unbiased_ones():
+    found = pass_rates(np.array([[0, 1, 4]]), 4, 2)
+    np.testing.assert_allclose(found, [[0.0, 0.5, 1.0]])
+
+
+def test_equal_pass1_is_a_mean_over_the_common_range():
+    first = np.array([[0.1, 0.9], [0.3, 0.5]])  # falls by 2 for 1
+    second = np.array([[0.1, 0.9], [0.2, 0.9], [0.15, 0.0], [0.5, 0.6]])  # a step back that is passed over
+    one, other = at_equal_pass1(first, second)
+    assert one == pytest.approx(0.7, abs=1e-3)
+    assert other == pytest.approx((0.9 + (0.9 + 0.8) / 2) / 2, abs=1e-3)
+    same = np.array([[0.1, 0.9], [0.1, 0.5]])
+    assert all(math.isnan(value) for value in at_equal_pass1(first, same))
+
+
+def simulated(rng, shift, seeds=8):
+    """Two arms whose pass rates differ by `shift` at the end."""
+
+    def rates(more):
+        p = np.clip(rng.normal(0.3, 0.1, (seeds, 1, 64)) + more * np.linspace(0, 1, 5)[None, :, None], 0, 1)
+        correct = rng.binomial(64, p)
+        return pass_rates(correct, 64, 1), pass_rates(correct, 64, 64)
+
+    return Pairs(rates(0.2 + shift), rates(0.2))
+
+
+def test_the_bootstrap_finds_a_difference_that_is_there_and_covers_none_that_is_not():
+    rng = np.random.default_rng(0)
+    found = compare([simulated(rng, 0.1) for _ in range(3)], family=21, resamples=500)["pass@1"]
+    assert found.low_corrected > 0
+    assert found.low_corrected <= found.low < found.mean < found.high <= found.high_corrected
+    assert found.mean == pytest.approx(0.1, abs=0.02)
+    assert (found.p, found.runs) == (pytest.approx(5e-5, abs=1e-6), 24)
+    misses = 0
+    for _ in range(40):
+        none = compare([simulated(rng, 0.0, seeds=6)], family=1, resamples=200)["pass@1"]
+        misses += not none.low <= 0 <= none.high
+    assert misses <= 8
+
+
+def test_sign_flips_are_exact_for_few_pairs():
+    rng = np.random.default_rng(0)
+    assert sign_flip(np.array([1.0, 2.0, 3.0, 4.0]), rng) == 2 / 16
+    assert sign_flip(np.array([1.0, -1.0]), rng) == 1.0
+
+
+def test_holm_is_monotone_and_at_most_one():
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.6, 0.7]) == [1.0, 1.0]
+
+
+def test_the_theorem_run_decomposes_the_librarys_own_gradient(monkeypatch):
+    monkeypatch.setattr(theorem, "STEPS", 8)
+    for alpha, reduction in theorem.RUNS.values():
+        rows = theorem.train(alpha, reduction)
+        assert all(row["identity"] < 1e-12 for row in rows)
+        assert rows[0]["overconfident"] == 0.0
+        assert rows[-1]["solved"] > rows[0]["solved"]
+
+
+def test_the_listed_answers_are_all_answers():
+    world = theorem.World.make(torch.Generator().manual_seed(0))
+    theta = torch.randn(theorem.FEATURES, int(world.prefixes.max()) + 1, theorem.VOCABULARY, dtype=torch.float64)
+    total = world.logps(theta).sum(-1).exp().sum(-1)
+    torch.testing.assert_close(total, torch.ones_like(total), rtol=0, atol=1e-12)
+    assert len(analysis.OUTCOMES) == 3
