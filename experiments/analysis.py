@@ -112,13 +112,13 @@ class Difference:
     runs: int
 
 
-def compare(tasks: Sequence[Pairs], family: int, resamples: int = RESAMPLES) -> dict[str, Difference]:
+def compare(tasks: Sequence[Pairs], family: int, resamples: int | None = None) -> dict[str, Difference]:
     """Each outcome's mean of the tasks' mean differences, by a hierarchical bootstrap over seeds and problems in each task.
 
     Both are drawn with replacement, the same problems for all seeds of a task, as they were the same. A bootstrap of S seeds
     has (S - 1)/S of the variance, so deviations from the mean are widened by sqrt(S / (S - 1)).
     """
-    rng = np.random.default_rng(0)
+    rng, resamples = np.random.default_rng(0), resamples or RESAMPLES
     observed = [differences(task) for task in tasks]
     drawn = [_deviations(task, values, rng, resamples) for task, values in zip(tasks, observed, strict=True)]
     levels = [0.025, 0.975, 0.025 / family, 1 - 0.025 / family]

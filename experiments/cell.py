@@ -19,6 +19,7 @@ from rlvr_trainer.writing import whole_folder, write_text
 
 from experiments import plan
 from experiments.advantages import ADVANTAGES
+from experiments.machine import machine
 from experiments.outcomes import measure
 from experiments.plan import ARMS, MOVES_EVERY, Cell
 
@@ -172,23 +173,3 @@ def result(state: Run) -> dict[str, Any]:
         "seconds": round(state.seconds, 1),
         "machine": machine(),
     }
-
-
-def machine() -> dict[str, str]:
-    """What the digits depend on besides the cell."""
-    from importlib.metadata import version
-
-    names = ("torch", "transformers", "reasoning-gym", "rlvr-ops")
-    return {"processor": _processor(), **{name: version(name) for name in names}}
-
-
-def _processor() -> str:
-    """Its name and model number, as far as the system says."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        import platform
-
-        return platform.processor() or platform.machine()
-    fields = dict(reversed([[part.strip() for part in line.split(":", 1)] for line in lines if ":" in line]))
-    return f"{fields.get('model name', '')} (family {fields.get('cpu family')}, model {fields.get('model')})"

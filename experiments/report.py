@@ -11,6 +11,7 @@ import numpy as np
 from experiments.ace import results
 from experiments.analysis import OUTCOMES, Array, Difference, Results, compare, counts, holm, pairs, pass_rates
 from experiments.plan import ARMS, TASKS, cells
+from experiments.steady import SETTINGS
 from experiments.theorem import RESULT as THEOREM
 
 PAGE = Path(__file__).parents[1] / "docs" / "reproduction.md"
@@ -213,6 +214,20 @@ def theorem(axes: Sequence[Any]) -> None:
         axis.set(title=label, xlabel="update")
 
 
+def steady(axes: Sequence[Any]) -> None:
+    """Resident memory and seconds of each step of the long runs."""
+    for model, color in zip(SETTINGS, ("#1b6ca8", "#d9a441"), strict=True):
+        if not (path := THEOREM.parent / f"steady-{model}.json").is_file():
+            continue
+        stored = json.loads(path.read_text())
+        share = np.linspace(0, 1, len(stored["megabytes"]))
+        middle = [np.array(stored[key]) / np.median(stored[key]) for key in ("megabytes", "seconds")]
+        for axis, values in zip(axes, middle, strict=True):
+            axis.plot(share, values, linewidth=0.8, color=color, label=f"{model}, {len(values)} updates")
+    axes[0].set(title="resident memory / median", xlabel="share of the run", ylim=(0.9, 1.1))
+    axes[1].set(title="seconds of a step / median", xlabel="share of the run", ylim=(0, 3))
+
+
 def save(name: str, draw: Callable[[Any], None], columns: int, height: float = 3.4) -> None:
     """A row of panels as SVG, the same bytes from the same results."""
     import matplotlib
@@ -257,6 +272,7 @@ def main() -> None:
     save("errors", lambda axes: errors(axes, found), 3)
     save("alpha", lambda axes: doses(axes, found), 2)
     save("theorem", theorem, 3)
+    save("steady", steady, 2)
     for name, rows in families.items():
         height = 1 + 0.3 * len(FAMILIES[name])
         save(name.lower().replace(" ", "-"), partial(forest, rows=rows), len(OUTCOMES), height)

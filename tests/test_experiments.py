@@ -1,5 +1,6 @@
 """The experiments: the plan is the trainer's, runs repeat and resume to the digit, the analysis is right on made-up numbers."""
 
+import itertools
 import json
 import math
 
@@ -10,7 +11,7 @@ from rlvr_trainer.config import load
 from rlvr_trainer.loop import train
 from safetensors.torch import load_file
 
-from experiments import ace, analysis, plan, theorem
+from experiments import ace, analysis, plan, report, steady, theorem
 from experiments.advantages import ADVANTAGES
 from experiments.analysis import Pairs, at_equal_pass1, compare, holm, pass_rates, sign_flip
 from experiments.plan import ARMS, TASKS, Cell, cells
@@ -156,6 +157,52 @@ def test_sign_flips_are_exact_for_few_pairs():
 def test_holm_is_monotone_and_at_most_one():
     assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
     assert holm([0.6, 0.7]) == [1.0, 1.0]
+
+
+def made_up(arms, seeds=2):
+    """Results that nobody ran."""
+    rng, found = np.random.default_rng(0), {}
+    for task, arm, seed in itertools.product(TASKS, arms, range(seeds)):
+        level = np.linspace(0.1, 0.3, 8)[:, None] * np.ones((1, 16))
+        other = dict.fromkeys(("distinct", "entropy", "overconfident", "overconfidence", "shift_right"), 0.5)
+        rows = [
+            {"step": step, "correct": correct, **other, "training": {"num_tokens": 10.0}}
+            for step, correct in zip(plan.EVALUATED, rng.binomial(64, level).tolist(), strict=True)
+        ]
+        cell = Cell(task, arm, seed)
+        found[cell] = {"cell": cell.name, "rows": rows, "seconds": 36.0, "machine": {"processor": "an abacus"}}
+    return found
+
+
+def test_the_report_makes_tables_and_plots_of_whatever_is_there(tmp_path, monkeypatch):
+    arms = ["grpo", "ace-grpo", "constant", "ace-2"]
+    monkeypatch.setattr(report, "results", lambda: made_up(arms))
+    monkeypatch.setattr(analysis, "RESAMPLES", 20)
+    monkeypatch.setattr(report, "PAGE", tmp_path / "page.md")
+    monkeypatch.setattr(report, "PLOTS", tmp_path / "plots")
+    names = ["spent", "ends", "by task", *report.FAMILIES]
+    report.PAGE.write_text(
+        "\n".join(f"# {name}\n{report.BEGIN.format(name)}{report.END}" for name in names) + "\nlast\n"
+    )
+    report.main()
+    once = report.PAGE.read_text()
+    assert once.endswith("last\n")
+    assert "24 of" in once
+    assert "0.2 hours of one core" in once
+    assert "an abacus" in once
+    assert once.count("| `ace-grpo` − `grpo` | pass@64 |") == 1
+    assert "`ace-2` − `ace-grpo`" in once
+    assert "`ace-dapo`" not in once
+    plots = {path.name: path.read_bytes() for path in report.PLOTS.glob("*.svg")}
+    assert {"trade.svg", "pass-at-k.svg", "errors.svg", "theorem.svg", "what-ace-hangs-on.svg"} <= plots.keys()
+    report.main()
+    assert report.PAGE.read_text() == once
+    assert {path.name: path.read_bytes() for path in report.PLOTS.glob("*.svg")} == plots
+
+
+def test_memory_that_grows_is_seen():
+    assert steady.drift([1.0] + [10.0] * 19) == 0.0
+    assert steady.drift([1.0] + [10.0] * 18 + [10.5]) == pytest.approx(0.05)
 
 
 def test_the_theorem_run_decomposes_the_librarys_own_gradient(monkeypatch):
