@@ -4,7 +4,8 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,9 @@ from rlvr_trainer.rollouts import collect
 from rlvr_trainer.tasks import Task, make_task
 from rlvr_trainer.writing import whole_folder, write_text
 
-from experiments import plan
 from experiments.advantages import ADVANTAGES
 from experiments.machine import machine
-from experiments.outcomes import measure
+from experiments.outcomes import Part, answer, outcomes
 from experiments.plan import ARMS, MOVES_EVERY, Cell
 
 SAVED_EVERY = 30.0  # seconds
@@ -28,6 +28,7 @@ LOGGED = (
     "accuracy", "frac_reward_zero_std", "entropy", "kl", "grad_norm", "ace/shift/mean", "ace/weight/mean",
     "ace/weight/max", "ace/frac_overconfident", "clip_ratio/region_mean",
 )  # fmt: skip
+KEPT = ("rows", "logged", "parts", "seconds")
 SUMMED = ("sampling/rollouts", "num_tokens")
 
 
@@ -43,11 +44,12 @@ class Run:
     place: Place = field(default_factory=Place)
     rows: list[dict[str, Any]] = field(default_factory=list)
     logged: list[dict[str, float]] = field(default_factory=list)  # since the last row
+    parts: list[Part] = field(default_factory=list)  # of the evaluation under way
     seconds: float = 0.0
 
     def state(self) -> dict[str, Any]:
         """All of it, for `torch.save`."""
-        kept = {key: getattr(self, key) for key in ("rows", "logged", "seconds")}
+        kept = {key: getattr(self, key) for key in KEPT}
         moved = {"reference": self.reference.model.state_dict()} if ARMS[self.cell.arm].moving else {}
         return {
             **kept, **moved, "step": self.place.step, "cursor": self.place.cursor, "random": self.place.random,
@@ -60,7 +62,8 @@ class Run:
         self.optimizer.load_state_dict(state["optimizer"])
         if "reference" in state:
             self.reference.model.load_state_dict(state["reference"])
-        self.rows, self.logged, self.seconds = state["rows"], state["logged"], state["seconds"]
+        for key in KEPT:
+            setattr(self, key, state[key])
         self.place = Place(state["step"], state["cursor"], state["random"])
         set_random_state(state["random"])
 
@@ -76,48 +79,79 @@ def run(cell: Cell, home: Path, until: Callable[[], bool] = lambda: False) -> di
     folder.mkdir(parents=True, exist_ok=True)
     task = make_task(cell.config.task, cell.config.run.seed)
     try:
-        state = _begin(cell, task, home)
-        if (saved := folder / "state.pt").is_file():
-            state.restore(torch.load(saved, weights_only=True))
+        with _alone(cell, home) as start:
+            state = _begin(cell, task, start)
+            if (saved := folder / "state.pt").is_file():
+                state.restore(torch.load(saved, weights_only=True))
+            if not state.rows and not _evaluated_at_start(state, start, folder, until):
+                return None
         done = _go_on(state, folder, until)
     finally:
         task.close()
     return result(state) if done else None
 
 
-def _begin(cell: Cell, task: Task, home: Path) -> Run:
-    """At the initial policy, which with its evaluation is made once for all arms of a task and seed."""
-    config = cell.config
+@contextmanager
+def _alone(cell: Cell, home: Path) -> Iterator[Path]:
+    """The folder of what all arms of a task and seed have in common, for one run at a time."""
     start = home / cell.task / f"initial-{cell.seed}"
     start.mkdir(parents=True, exist_ok=True)
     with open(start / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if config.policy.name == "tiny" and not (start / "policy").is_dir():
-            with whole_folder(start / "policy") as unfinished:
-                load_policy(config, task).save(unfinished)
-        policy = load_policy(config, task, start / "policy")
-        policy.start_sampler(config)
-        run = Run(cell, task, policy, policy.frozen(), make_optimizer(policy, config))
-        if not (start / "row.json").is_file():
-            write_text(start / "row.json", json.dumps(measure(policy, run.reference, task, config)))
-    run.rows.append({"step": 0, **json.loads((start / "row.json").read_text())})
+        yield start
+
+
+def _begin(cell: Cell, task: Task, start: Path) -> Run:
+    """At the initial policy, which is kept in `start` if it had to be made."""
+    config = cell.config
+    if config.policy.name == "tiny" and not (start / "policy").is_dir():
+        with whole_folder(start / "policy") as unfinished:
+            load_policy(config, task).save(unfinished)
+    policy = load_policy(config, task, start / "policy")
+    policy.start_sampler(config)
     torch.manual_seed(config.run.seed)
-    run.place = Place()
-    return run
+    return Run(cell, task, policy, policy.frozen(), make_optimizer(policy, config))
+
+
+def _evaluated_at_start(state: Run, start: Path, folder: Path, until: Callable[[], bool]) -> bool:
+    """The evaluation of the initial policy, made by the first arm and read by the others."""
+    if not (start / "row.json").is_file():
+        begun = time.monotonic()
+        if not _evaluated(state, folder, until):
+            return False
+        state.seconds += time.monotonic() - begun
+        write_text(start / "row.json", json.dumps(state.rows[0]))
+    state.rows = [json.loads((start / "row.json").read_text())]
+    return True
+
+
+def _evaluated(state: Run, folder: Path, until: Callable[[], bool]) -> bool:
+    """Add a row, with the means of the metrics since the last one; False if `until` became true on the way."""
+    config, size = state.cell.config, state.cell.setup.part
+    for first in range(size * len(state.parts), config.task.held_out, size):
+        state.parts.append(answer(state.policy, state.reference, state.task, config, first, size))
+        if first + size < config.task.held_out:
+            _save(state, folder)
+            if until():
+                return False
+    training = {"training": _mean(state.logged)} if state.logged else {}
+    state.rows.append({"step": state.place.step, **outcomes(state.parts), **training})
+    state.parts, state.logged = [], []
+    return True
 
 
 def _go_on(state: Run, folder: Path, until: Callable[[], bool]) -> bool:
     """Steps and evaluations until the last one (True) or until `until` says so."""
-    config, last = state.cell.config, time.monotonic()
+    setup, last = state.cell.setup, time.monotonic()
     while True:
         begun, step = time.monotonic(), state.place.step
-        if step in plan.EVALUATED and state.rows[-1]["step"] < step:
-            state.rows.append(_row(state))
-            state.logged = []
-        if step < config.run.steps:
+        if step in setup.evaluated and state.rows[-1]["step"] < step and not _evaluated(state, folder, until):
+            return False
+        finished = step == setup.evaluated[-1]
+        if not finished:
             _step(state)
         state.seconds += time.monotonic() - begun
-        finished, stopped = step == config.run.steps, until()
+        stopped = until()
         if finished or stopped or time.monotonic() - last > SAVED_EVERY:
             _save(state, folder)
             last = time.monotonic()
@@ -137,12 +171,6 @@ def _step(state: Run) -> None:
     state.policy.refresh_sampler()
     state.logged.append({name: values[name] for name in (*LOGGED, *SUMMED) if name in values})
     state.place = Place(place.step + 1, cursor, random_state())
-
-
-def _row(state: Run) -> dict[str, Any]:
-    """An evaluation, with the means of the metrics since the last one."""
-    found = measure(state.policy, state.reference, state.task, state.cell.config)
-    return {"step": state.place.step, **found, "training": _mean(state.logged)}
 
 
 def _mean(logged: list[dict[str, float]]) -> dict[str, float]:

@@ -1,11 +1,11 @@
 """What is run: tasks, arms and seeds of `python -m experiments.ace`. docs/reproduction.md says why."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from rlvr_trainer.config import Config, load
 
-SETTINGS = [
+TINY = [
     "policy.warm_start_steps=600",
     "policy.warm_start_noise=0.5",
     "algorithm.beta=0",
@@ -17,26 +17,6 @@ SETTINGS = [
     "run.threads=1",
 ]
 """What the runs of `tiny` have beyond the trainer's `demo-tiny`."""
-TASKS = {
-    "chain_sum": [
-        "task.name=chain_sum",
-        "task.parameters={min_terms: 2, max_terms: 2, min_digits: 1, max_digits: 2}",
-        "rollout.max_new_tokens=4",
-    ],
-    "lcm": [
-        "task.name=lcm",
-        "task.parameters={min_numbers: 2, max_numbers: 2, min_value: 1, max_value: 20}",
-        "rollout.max_new_tokens=4",
-    ],
-    "gcd": [
-        "task.name=gcd",
-        "task.parameters={min_numbers: 2, max_numbers: 2, min_value: 1, max_value: 99}",
-        "rollout.max_new_tokens=3",
-    ],
-}
-"""The reasoning-gym generators on which plain GRPO trades Pass@64 for Pass@1."""
-EVALUATED = (0, 10, 25, 50, 100, 200, 300, 400)
-"""Updates after which a run is evaluated; the last is its end."""
 MOVES_EVERY = 25
 """Steps after which the moving reference is set to the policy."""
 
@@ -49,7 +29,7 @@ class Arm:
         settings: of the trainer, beyond those of the task.
         advantages: the function of `experiments.advantages` that makes them, if the trainer's are not used.
         moving: whether the reference is set to the policy every `MOVES_EVERY` steps.
-        seeds: how many.
+        seeds: how many, of `tiny`.
     """
 
     settings: tuple[str, ...]
@@ -91,12 +71,60 @@ ARMS = {
 
 
 @dataclass(frozen=True)
+class Setup:
+    """A model on a task.
+
+    Attributes:
+        settings: of the trainer, beyond those of `demo`.
+        evaluated: updates after which a run is evaluated; the last is its end.
+        seeds: how many of each arm.
+        part: problems that are evaluated between two looks at the clock.
+    """
+
+    demo: str
+    settings: list[str]
+    evaluated: tuple[int, ...]
+    seeds: dict[str, int]
+    part: int
+
+
+def tiny(*settings: str) -> Setup:
+    """`tiny` on a task."""
+    seeds = {name: arm.seeds for name, arm in ARMS.items()}
+    return Setup("demo-tiny", [*TINY, *settings], (0, 10, 25, 50, 100, 200, 300, 400), seeds, part=128)
+
+
+TASKS = {
+    "chain_sum": tiny(
+        "task.name=chain_sum",
+        "task.parameters={min_terms: 2, max_terms: 2, min_digits: 1, max_digits: 2}",
+        "rollout.max_new_tokens=4",
+    ),
+    "lcm": tiny(
+        "task.name=lcm",
+        "task.parameters={min_numbers: 2, max_numbers: 2, min_value: 1, max_value: 20}",
+        "rollout.max_new_tokens=4",
+    ),
+    "gcd": tiny(
+        "task.name=gcd",
+        "task.parameters={min_numbers: 2, max_numbers: 2, min_value: 1, max_value: 99}",
+        "rollout.max_new_tokens=3",
+    ),
+}
+"""The reasoning-gym generators on which plain GRPO trades Pass@64 for Pass@1."""
+
+
+@dataclass(frozen=True)
 class Cell:
     """One run."""
 
     task: str
     arm: str
     seed: int
+    setup: Setup = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "setup", TASKS[self.task])
 
     @property
     def name(self) -> str:
@@ -106,8 +134,8 @@ class Cell:
     @cached_property
     def config(self) -> Config:
         """The trainer's settings."""
-        steps = [f"run.seed={self.seed}", f"run.steps={EVALUATED[-1]}"]
-        return load("demo-tiny", [*SETTINGS, *TASKS[self.task], *ARMS[self.arm].settings, *steps])
+        run = [f"run.seed={self.seed}", f"run.steps={self.setup.evaluated[-1]}"]
+        return load(self.setup.demo, [*self.setup.settings, *ARMS[self.arm].settings, *run])
 
     @classmethod
     def named(cls, name: str) -> "Cell":
@@ -125,4 +153,11 @@ class Cell:
 
 def cells() -> list[Cell]:
     """All runs, seed by seed and task by task: runs that are compared follow one another, on one machine."""
-    return [Cell(task, arm, seed) for seed in range(MAIN) for task in TASKS for arm in ARMS if seed < ARMS[arm].seeds]
+    seeds = range(max(count for setup in TASKS.values() for count in setup.seeds.values()))
+    return [
+        Cell(task, arm, seed)
+        for seed in seeds
+        for task, setup in TASKS.items()
+        for arm, count in setup.seeds.items()
+        if seed < count
+    ]

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from rlvr_trainer.config import load
 from rlvr_trainer.loop import train
 from safetensors.torch import load_file
 
-from experiments import ace, analysis, plan, report, steady, theorem
+from experiments import ace, analysis, report, steady, theorem
 from experiments.advantages import ADVANTAGES
 from experiments.analysis import Pairs, at_equal_pass1, compare, holm, pass_rates, sign_flip
 from experiments.plan import ARMS, TASKS, Cell, cells
@@ -23,9 +24,10 @@ SHORT = [
 
 @pytest.fixture
 def short(monkeypatch):
-    """Cells of seconds."""
-    monkeypatch.setattr(plan, "SETTINGS", [*plan.SETTINGS, *SHORT])
-    monkeypatch.setattr(plan, "EVALUATED", (0, 2, 4))
+    """Cells of seconds, whose evaluations are in two parts."""
+    setup = TASKS["chain_sum"]
+    brief = replace(setup, settings=[*setup.settings, *SHORT], evaluated=(0, 2, 4), part=4)
+    monkeypatch.setitem(TASKS, "chain_sum", brief)
 
 
 def run(cell, home, **keywords):
@@ -62,7 +64,7 @@ def test_a_cell_that_is_none_is_refused_by_name(name):
 
 def test_a_cell_learns_what_the_trainer_learns(short, tmp_path):
     run(Cell("chain_sum", "ace-grpo", 0), tmp_path)
-    settings = [*plan.SETTINGS, *TASKS["chain_sum"], *ARMS["ace-grpo"].settings, "run.steps=4"]
+    settings = [*TASKS["chain_sum"].settings, *ARMS["ace-grpo"].settings, "run.steps=4"]
     train(load("demo-tiny", [*settings, f"run.out={tmp_path / 'run'}"]), quiet=True)
     ours = torch.load(tmp_path / "chain_sum/ace-grpo/0/state.pt", weights_only=True)["model"]
     theirs = load_file(tmp_path / "run/model/model.safetensors")
@@ -77,7 +79,7 @@ def test_a_cell_that_was_stopped_anywhere_goes_on_to_the_same_digits(short, tmp_
     stops = 0
     while (parts := run(cell, tmp_path / "parts", until=lambda: True)) is None:
         stops += 1
-    assert stops == 4
+    assert stops == 4 + 3  # steps, and evaluations in the middle of which
     assert parts["rows"] == whole["rows"]
     assert [row["step"] for row in whole["rows"]] == [0, 2, 4]
 
@@ -167,7 +169,7 @@ def made_up(arms, seeds=2):
         other = dict.fromkeys(("distinct", "entropy", "overconfident", "overconfidence", "shift_right"), 0.5)
         rows = [
             {"step": step, "correct": correct, **other, "training": {"num_tokens": 10.0}}
-            for step, correct in zip(plan.EVALUATED, rng.binomial(64, level).tolist(), strict=True)
+            for step, correct in zip(TASKS[task].evaluated, rng.binomial(64, level).tolist(), strict=True)
         ]
         cell = Cell(task, arm, seed)
         found[cell] = {"cell": cell.name, "rows": rows, "seconds": 36.0, "machine": {"processor": "an abacus"}}
