@@ -22,6 +22,7 @@ from experiments.advantages import ADVANTAGES
 from experiments.machine import machine
 from experiments.outcomes import Part, answer, outcomes
 from experiments.plan import ARMS, MOVES_EVERY, Cell
+from experiments.shared_prompts import SharedPrompts
 
 SAVED_EVERY = 30.0  # seconds
 LOGGED = (
@@ -108,7 +109,11 @@ def _begin(cell: Cell, task: Task, start: Path) -> Run:
         with whole_folder(start / "policy") as unfinished:
             load_policy(config, task).save(unfinished)
     policy = load_policy(config, task, start / "policy")
-    policy.start_sampler(config)
+    if cell.setup.shared_prompts:
+        read = policy.model, policy.tokenizer, policy.eos_ids
+        policy.started = SharedPrompts(*read, batch_size=config.rollout.batch_size)
+    else:
+        policy.start_sampler(config)
     torch.manual_seed(config.run.seed)
     return Run(cell, task, policy, policy.frozen(), make_optimizer(policy, config))
 

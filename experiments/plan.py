@@ -17,6 +17,19 @@ TINY = [
     "run.threads=1",
 ]
 """What the runs of `tiny` have beyond the trainer's `demo-tiny`."""
+SMOLLM2 = [
+    "policy.precision=full",
+    "policy.assistant_prefix=The answer is",
+    "algorithm.beta=0",
+    "task.held_out=128",
+    "task.verifier_processes=1",
+    "rollout.prompts=4",
+    "rollout.max_new_tokens=6",
+    "rollout.batch_size=256",
+    "evaluation.samples=64",
+    "run.threads=1",
+]
+"""What those of SmolLM2-135M have beyond `demo-smollm2-135m`."""
 MOVES_EVERY = 25
 """Steps after which the moving reference is set to the policy."""
 
@@ -79,6 +92,7 @@ class Setup:
         evaluated: updates after which a run is evaluated; the last is its end.
         seeds: how many of each arm.
         part: problems that are evaluated between two looks at the clock.
+        shared_prompts: whether a prompt is read once for all its completions.
     """
 
     demo: str
@@ -86,6 +100,7 @@ class Setup:
     evaluated: tuple[int, ...]
     seeds: dict[str, int]
     part: int
+    shared_prompts: bool = False
 
 
 def tiny(*settings: str) -> Setup:
@@ -112,6 +127,11 @@ TASKS = {
     ),
 }
 """The reasoning-gym generators on which plain GRPO trades Pass@64 for Pass@1."""
+
+
+def tasks_of(demo: str) -> list[str]:
+    """The tasks of a model, by the name of its demo."""
+    return [task for task, setup in TASKS.items() if setup.demo == demo]
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import numpy as np
 
 from experiments.ace import results
 from experiments.analysis import OUTCOMES, Array, Difference, Results, compare, counts, holm, pairs, pass_rates
-from experiments.plan import ARMS, TASKS, cells
+from experiments.plan import ARMS, cells, tasks_of
 from experiments.steady import SETTINGS
 from experiments.theorem import RESULT as THEOREM
 
@@ -31,7 +31,9 @@ FAMILIES = {
 MAIN = ["grpo", "ace-grpo", "constant", "shuffled", "dapo", "ace-dapo"]
 OTHERS = ["grpo", "ace-grpo", "low-rate", "kl", "entropy", "nsr", "w-reinforce", "arm", "lens", "pass@k"]
 ALPHAS = {0.0: "grpo", 0.5: "ace-0.5", 1.0: "ace-grpo", 2.0: "ace-2", 4.0: "ace-4"}
+TINY, SMOLLM2 = tasks_of("demo-tiny"), tasks_of("demo-smollm2-135m")
 KS = [1, 2, 4, 8, 16, 32, 64]
+Row = tuple[str, str, str, Difference, float]
 
 
 def of(found: Results, task: str, arm: str) -> list[dict[str, Any]]:
@@ -54,12 +56,12 @@ def along(runs: Sequence[dict[str, Any]], key: str) -> Array:
     )
 
 
-def ends(found: Results) -> str:
+def ends(found: Results, tasks: Sequence[str]) -> str:
     """A table of both ends of training, a row for each task and arm."""
     head = ["task", "arm", "seeds", "Pass@1", "Pass@64", "answers", "entropy", "overconfident", "their c", "c if right"]
     keys = ("distinct", "entropy", "overconfident", "overconfidence", "shift_right")
     rows = []
-    for task in TASKS:
+    for task in tasks:
         for arm in ARMS:
             if not (runs := of(found, task, arm)):
                 continue
@@ -89,11 +91,11 @@ def _rates(runs: Sequence[dict[str, Any]], at: int) -> list[str]:
     return found
 
 
-def compared(found: Results, family: str) -> list[tuple[str, str, str, Difference, float]]:
+def compared(found: Results, asked: Sequence[tuple[str, str]], on: Sequence[str]) -> list[Row]:
     """Each comparison of a family: both arms, the outcome, the difference, its p by Holm's method."""
-    asked, rows = FAMILIES[family], []
+    rows = []
     for one, other in asked:
-        tasks = [both for task in TASKS if len((both := pairs(found, task, one, other)).one[0])]
+        tasks = [both for task in on if len((both := pairs(found, task, one, other)).one[0])]
         if tasks:
             differences = compare(tasks, family=len(asked) * len(OUTCOMES))
             rows += [(one, other, outcome, difference) for outcome, difference in differences.items()]
@@ -101,7 +103,7 @@ def compared(found: Results, family: str) -> list[tuple[str, str, str, Differenc
     return [(*row, p) for row, p in zip(rows, corrected, strict=True)]
 
 
-def comparisons(rows: Iterable[tuple[str, str, str, Difference, float]]) -> str:
+def comparisons(rows: Iterable[Row]) -> str:
     """A family as a table."""
     head = ["difference", "outcome", "mean", "95 %", "95 % for the family", "p by Holm", "pairs"]
     return _table(head, [
@@ -115,7 +117,7 @@ def by_task(found: Results) -> str:
     """The differences of the first family on each task alone, described and not tested."""
     rows = []
     for one, other in FAMILIES["ACE and its controls"]:
-        for task in TASKS:
+        for task in TINY:
             both = pairs(found, task, one, other)
             if len(both.one[0]):
                 each = compare([both], family=1)
@@ -138,7 +140,7 @@ def spent(found: Results) -> str:
 
 def trade(axes: Sequence[Any], found: Results, arms: Sequence[str]) -> None:
     """Pass@64 against Pass@1 along training, a panel a task."""
-    for axis, task in zip(axes, TASKS, strict=True):
+    for axis, task in zip(axes, TINY, strict=True):
         for arm in arms:
             if runs := of(found, task, arm):
                 axis.plot(curve(runs, 1), curve(runs, 64), marker=".", markersize=4, linewidth=1, label=arm)
@@ -147,7 +149,7 @@ def trade(axes: Sequence[Any], found: Results, arms: Sequence[str]) -> None:
 
 def pass_at_k(axes: Sequence[Any], found: Results) -> None:
     """Pass@k against k after the last update."""
-    for axis, task in zip(axes, TASKS, strict=True):
+    for axis, task in zip(axes, TINY, strict=True):
         for arm in MAIN:
             if runs := of(found, task, arm):
                 axis.plot(KS, [curve(runs, k)[-1] for k in KS], marker=".", linewidth=1, label=arm)
@@ -166,7 +168,7 @@ def errors(axes: Sequence[Any], found: Results) -> None:
     }
     for axis, (key, label) in zip(axes, labels.items(), strict=True):
         for arm in MAIN:
-            runs = [of(found, task, arm) for task in TASKS]
+            runs = [of(found, task, arm) for task in TINY]
             if all(runs):
                 axis.plot(steps(runs[0][0]), np.mean([along(each, key) for each in runs], 0), linewidth=1, label=arm)
         axis.set(title=label, xlabel="update")
@@ -177,7 +179,7 @@ def steps(run: dict[str, Any]) -> list[int]:
     return [row["step"] for row in run["rows"]]
 
 
-def forest(axes: Sequence[Any], rows: Sequence[tuple[str, str, str, Difference, float]]) -> None:
+def forest(axes: Sequence[Any], rows: Sequence[Row]) -> None:
     """Differences of a family with both intervals, a panel an outcome."""
     for axis, outcome in zip(axes, OUTCOMES, strict=True):
         chosen = [(one, other, d) for one, other, name, d, _ in rows if name == outcome]
@@ -193,7 +195,7 @@ def forest(axes: Sequence[Any], rows: Sequence[tuple[str, str, str, Difference, 
 def doses(axes: Sequence[Any], found: Results) -> None:
     """Pass@1 and Pass@64 after the last update against alpha, on seeds that all of them have."""
     for axis, k in zip(axes, (1, 64), strict=True):
-        for task in TASKS:
+        for task in TINY:
             runs = [of(found, task, arm)[: ARMS["ace-2"].seeds] for arm in ALPHAS.values()]
             if all(runs):
                 axis.plot(list(ALPHAS), [curve(each, k)[-1] for each in runs], marker="o", linewidth=1, label=task)
@@ -258,17 +260,21 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def main() -> None:
     """Write the page's tables and draw its plots."""
     found = results()
-    families = {name: compared(found, name) for name in FAMILIES}
-    sections = {"spent": spent(found), "ends": ends(found), "by task": by_task(found)}
+    families = {name: compared(found, asked, TINY) for name, asked in FAMILIES.items()}
+    sections = {"spent": spent(found), "ends": ends(found, TINY), "by task": by_task(found)}
+    sections |= {
+        "smollm2 ends": ends(found, SMOLLM2),
+        "smollm2": comparisons(compared(found, [("ace-grpo", "grpo")], SMOLLM2)),
+    }
     sections |= {name: comparisons(rows) for name, rows in families.items()}
     page = PAGE.read_text()
     for name, text in sections.items():
         before, mark, rest = page.partition(BEGIN.format(name))
         page = f"{before}{mark}\n\n{text}\n\n{END}{rest.partition(END)[2]}" if mark else page
     PAGE.write_text(page)
-    save("trade", lambda axes: trade(axes, found, MAIN), len(TASKS))
-    save("trade-others", lambda axes: trade(axes, found, OTHERS), len(TASKS))
-    save("pass-at-k", lambda axes: pass_at_k(axes, found), len(TASKS))
+    save("trade", lambda axes: trade(axes, found, MAIN), len(TINY))
+    save("trade-others", lambda axes: trade(axes, found, OTHERS), len(TINY))
+    save("pass-at-k", lambda axes: pass_at_k(axes, found), len(TINY))
     save("errors", lambda axes: errors(axes, found), 3)
     save("alpha", lambda axes: doses(axes, found), 2)
     save("theorem", theorem, 3)

@@ -10,12 +10,18 @@ import pytest
 import torch
 from rlvr_trainer.config import load
 from rlvr_trainer.loop import train
+from rlvr_trainer.policies import load_policy
+from rlvr_trainer.prompts import encode
+from rlvr_trainer.sampling import Sampling
+from rlvr_trainer.sampling.generate import GenerateSampler
+from rlvr_trainer.tasks import make_task
 from safetensors.torch import load_file
 
 from experiments import ace, analysis, report, steady, theorem
 from experiments.advantages import ADVANTAGES
 from experiments.analysis import Pairs, at_equal_pass1, compare, holm, pass_rates, sign_flip
 from experiments.plan import ARMS, TASKS, Cell, cells
+from experiments.shared_prompts import SharedPrompts
 
 SHORT = [
     "policy.warm_start_steps=60", "evaluation.samples=8", "task.held_out=6", "rollout.prompts=4", "policy.warm_start_noise=0.2",
@@ -222,3 +228,20 @@ def test_the_listed_answers_are_all_answers():
     total = world.logps(theta).sum(-1).exp().sum(-1)
     torch.testing.assert_close(total, torch.ones_like(total), rtol=0, atol=1e-12)
     assert len(analysis.OUTCOMES) == 3
+
+
+def test_a_prompt_that_is_read_once_has_the_same_completions():
+    config = load("demo-tiny", ["policy.warm_start_steps=30", "task.held_out=5", "run.threads=1"])
+    task = make_task(config.task)
+    policy = load_policy(config, task)
+    task.close()
+    prompts = encode(policy.tokenizer, [*policy.texts([p.prompt for p in task.held_out]), "1 + 1 ="])
+    asked = Sampling(4, 0.9, 8, 3, ())
+    one, other = (
+        made(policy.model, policy.tokenizer, policy.eos_ids, batch_size=size).sample(prompts, asked)
+        for made, size in ((GenerateSampler, 512), (SharedPrompts, 16))
+    )
+    assert [found.token_ids for found in one] == [found.token_ids for found in other]
+    assert [found.finish_reason for found in one] == [found.finish_reason for found in other]
+    for a, b in zip(one, other, strict=True):
+        assert a.logps == pytest.approx(b.logps, abs=1e-5)
