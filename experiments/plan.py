@@ -109,22 +109,24 @@ def tiny(*settings: str) -> Setup:
     return Setup("demo-tiny", [*TINY, *settings], (0, 10, 25, 50, 100, 200, 300, 400), seeds, part=128)
 
 
+def smollm2(*settings: str) -> Setup:
+    """SmolLM2-135M on a task. Its evaluations cost as much as twenty-five updates, hence so few."""
+    seeds = {"grpo": 3, "ace-grpo": 3}
+    return Setup("demo-smollm2-135m", [*SMOLLM2, *settings], (0, 15, 40), seeds, part=4, shared_prompts=True)
+
+
+CHAIN_SUM = (
+    "task.name=chain_sum",
+    "task.parameters={min_terms: 2, max_terms: 2, min_digits: 1, max_digits: 2}",
+)
+LCM = "task.name=lcm", "task.parameters={min_numbers: 2, max_numbers: 2, min_value: 1, max_value: 20}"
+GCD = "task.name=gcd", "task.parameters={min_numbers: 2, max_numbers: 2, min_value: 1, max_value: 99}"
 TASKS = {
-    "chain_sum": tiny(
-        "task.name=chain_sum",
-        "task.parameters={min_terms: 2, max_terms: 2, min_digits: 1, max_digits: 2}",
-        "rollout.max_new_tokens=4",
-    ),
-    "lcm": tiny(
-        "task.name=lcm",
-        "task.parameters={min_numbers: 2, max_numbers: 2, min_value: 1, max_value: 20}",
-        "rollout.max_new_tokens=4",
-    ),
-    "gcd": tiny(
-        "task.name=gcd",
-        "task.parameters={min_numbers: 2, max_numbers: 2, min_value: 1, max_value: 99}",
-        "rollout.max_new_tokens=3",
-    ),
+    "chain_sum": tiny(*CHAIN_SUM, "rollout.max_new_tokens=4"),
+    "lcm": tiny(*LCM, "rollout.max_new_tokens=4"),
+    "gcd": tiny(*GCD, "rollout.max_new_tokens=3"),
+    "smollm2-chain_sum": smollm2(*CHAIN_SUM),
+    "smollm2-gcd": smollm2(*GCD),
 }
 """The reasoning-gym generators on which plain GRPO trades Pass@64 for Pass@1."""
 
@@ -172,12 +174,20 @@ class Cell:
 
 
 def cells() -> list[Cell]:
-    """All runs, seed by seed and task by task: runs that are compared follow one another, on one machine."""
-    seeds = range(max(count for setup in TASKS.values() for count in setup.seeds.values()))
-    return [
+    """All runs: those of `tiny` seed by seed and task by task, so that runs that are compared follow one another on one machine.
+
+    Those of SmolLM2 come last and take turns with their tasks: two on one task would wait for one evaluation of its start.
+    """
+    found = [
         Cell(task, arm, seed)
-        for seed in seeds
         for task, setup in TASKS.items()
         for arm, count in setup.seeds.items()
-        if seed < count
+        for seed in range(count)
     ]
+    tasks, arms = list(TASKS), list(ARMS)
+
+    def place(cell: Cell) -> tuple[int, ...]:
+        task, arm = tasks.index(cell.task), arms.index(cell.arm)
+        return (0, cell.seed, task, arm) if cell.setup.demo == "demo-tiny" else (1, cell.seed, arm, task)
+
+    return sorted(found, key=place)
