@@ -9,6 +9,7 @@ import json
 import multiprocessing
 import os
 import sys
+import threading
 import time
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from pathlib import Path
@@ -42,20 +43,32 @@ def keep(row: dict[str, Any], folder: Path = RESULTS) -> None:
         os.fsync(file.fileno())
 
 
+def end_with_parent() -> None:
+    """Let this process end when the one that started it does, which else would leave it waiting for work for ever."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os._exit(1)  # a run has saved what it needs
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def work(cell: Cell, home: Path, deadline: float) -> dict[str, Any] | None:
     """Run a cell in a process of its own, which goes on to the next one afterwards."""
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     from experiments.cell import run
 
-    parent = os.getppid()  # which may be killed, and then nobody would keep the result
-    return run(cell, home, lambda: time.time() > deadline or os.getppid() != parent)
+    return run(cell, home, lambda: time.time() > deadline)
 
 
 def run_all(todo: list[Cell], minutes: float, processes: int, home: Path = RUNS, folder: Path = RESULTS) -> int:
     """Run cells in order, `processes` at a time, and keep their results; how many were finished."""
     deadline, finished, begun = time.time() + 60 * minutes, 0, time.time()
     waiting, todo = dict[Future[Any], Cell](), list(todo)
-    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, spawn, end_with_parent) as pool:
         while (todo and time.time() < deadline) or waiting:
             while todo and len(waiting) < processes and time.time() < deadline:
                 cell = todo.pop(0)

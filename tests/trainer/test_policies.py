@@ -24,6 +24,15 @@ def test_the_tokenizer_gives_every_character_back():
     assert tokenizer("é").input_ids == [tokenizer.unk_token_id]
 
 
+def test_a_long_shared_end_is_one_token_too_and_a_short_one_is_left():
+    tokenizer = tiny.make_tokenizer(["Add 1 and 2. Give only the sum.", "Add 3 and 44. Give only the sum."])
+    ids = tokenizer("Add 3 and 1. Give only the sum.").input_ids
+    assert len(ids) == len("3 and 1") + 2
+    assert tokenizer.decode(ids) == "Add 3 and 1. Give only the sum."
+    assert len(tiny.make_tokenizer(["Add 1 =", "Add 2 ="])("Add 3 =").input_ids) == len("3 =") + 1
+    assert tiny.make_tokenizer(["all alike"] * 2)("all alike").input_ids == [100]
+
+
 def test_the_same_seed_makes_the_same_tiny_and_leaves_the_random_state_alone(small, digits):
     state = torch.get_rng_state()
     first, second = (load_policy(small(), digits()) for _ in range(2))
