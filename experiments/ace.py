@@ -90,8 +90,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--list", action="store_true", help="say what has been run, and what not")
     parser.add_argument("--again", metavar="TASK/ARM/SEED", help="run one cell from its beginning and compare")
     options = parser.parse_args(arguments)
+    if not options.budget >= 0:
+        parser.error(f"--budget must be 0 minutes or more, got {options.budget}")
+    if options.processes < 1:
+        parser.error(f"--processes must be 1 or more, got {options.processes}")
     if options.again:
-        return again(Cell.named(options.again))
+        try:
+            cell = Cell.named(options.again)
+        except ValueError as error:
+            parser.error(f"--again: {error}")
+        return again(cell)
     done = results()
     todo = [cell for cell in cells() if cell not in done]
     print(f"{len(done)} of {len(cells())} runs are done: {len(TASKS)} tasks, {len(ARMS)} arms")

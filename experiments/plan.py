@@ -161,15 +161,20 @@ class Cell:
 
     @classmethod
     def named(cls, name: str) -> "Cell":
-        """The cell of a name.
+        """The planned cell of a name.
 
         Raises:
-            ValueError: no such task or arm.
+            ValueError: no such task, or no such arm or seed of it.
         """
         task, _, rest = name.partition("/")
         arm, _, seed = rest.partition("/")
-        if task not in TASKS or arm not in ARMS or not seed.isdecimal():
-            raise ValueError(f"no cell is called {name!r}: TASK/ARM/SEED of {', '.join(TASKS)} and {', '.join(ARMS)}")
+        if task not in TASKS:
+            raise ValueError(f"no cell is called {name!r}: it must be TASK/ARM/SEED, TASK one of {', '.join(TASKS)}")
+        seeds = TASKS[task].seeds
+        if arm not in seeds:
+            raise ValueError(f"no cell is called {name!r}: the arms of {task} are {', '.join(seeds)}")
+        if not seed.isdecimal() or int(seed) >= seeds[arm]:
+            raise ValueError(f"no cell is called {name!r}: the seeds of {task}/{arm} are 0 to {seeds[arm] - 1}")
         return cls(task, arm, int(seed))
 
 

@@ -99,7 +99,7 @@ def compared(found: Results, asked: Sequence[tuple[str, str]], on: Sequence[str]
         if tasks:
             differences = compare(tasks, family=len(asked) * len(OUTCOMES))
             rows += [(one, other, outcome, difference) for outcome, difference in differences.items()]
-    corrected = holm([row[3].p for row in rows])
+    corrected = holm([1.0 if np.isnan(row[3].p) else row[3].p for row in rows])
     return [(*row, p) for row, p in zip(rows, corrected, strict=True)]
 
 

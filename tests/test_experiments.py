@@ -2,8 +2,13 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -63,7 +68,10 @@ def test_arms_sample_and_update_equally():
         assert config.algorithm.max_resamples == 0 or not config.algorithm.dynamic_sampling
 
 
-@pytest.mark.parametrize("name", ["chain_sum/grpo", "chain_sum/GRPO/0", "sum/grpo/0", "chain_sum/grpo/x"])
+@pytest.mark.parametrize(
+    "name",
+    ["chain_sum/grpo", "chain_sum/GRPO/0", "sum/grpo/0", "chain_sum/grpo/x", "chain_sum/kl/4", "smollm2-gcd/kl/0"],
+)
 def test_a_cell_that_is_none_is_refused_by_name(name):
     with pytest.raises(ValueError, match="no cell is called"):
         Cell.named(name)
@@ -115,6 +123,37 @@ def test_the_command_runs_what_is_left_and_stops_at_its_budget(tmp_path, capsys,
     assert ace.run_all(cells()[:2], 0.0, 1, tmp_path / "runs", tmp_path / "results") == 0
     assert ace.main(["--list"]) == 0
     assert "chain_sum/grpo/0" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "wrong", [["--budget", "nan"], ["--budget", "-1"], ["--processes", "0"], ["--again", "chain_sum/grpo/99"]]
+)
+def test_the_command_refuses_by_name(wrong, capsys):
+    with pytest.raises(SystemExit):
+        ace.main(wrong)
+    assert wrong[0] in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_workers_end_when_who_started_them_is_killed():
+    code = (
+        "import multiprocessing, os, time; from concurrent.futures import ProcessPoolExecutor\n"
+        "from experiments.ace import end_with_parent\n"
+        "if __name__ == '__main__':\n"
+        "    pool = ProcessPoolExecutor(1, multiprocessing.get_context('fork'), end_with_parent)\n"
+        "    print(pool.submit(os.getpid).result(), flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as parent:
+        worker = int(parent.stdout.readline())
+        parent.kill()
+    for _ in range(100):
+        try:
+            os.kill(worker, 0)
+        except ProcessLookupError:
+            return
+        if Path(f"/proc/{worker}/stat").read_text().split()[2] == "Z":
+            return
+        time.sleep(0.1)
+    pytest.fail("the worker is still there")
 
 
 def test_pass_rates_are_the_unbiased_ones():
