@@ -16,7 +16,7 @@ from rlvr_ops import pass_at_k
 
 Array = NDArray[np.float64]
 Results = dict[Cell, dict[str, Any]]
-RESAMPLES = 2000
+RESAMPLES = 10_000
 LEAST_RANGE = 0.01
 """Two curves that share less than this of Pass@1 are not compared at equal Pass@1."""
 
@@ -32,25 +32,34 @@ def pass_rates(correct: NDArray[np.int64], samples: int, k: int) -> Array:
     return table[correct]
 
 
-def at_equal_pass1(first: Array, second: Array) -> tuple[float, float]:
+def at_equal_pass1(first: Array, second: Array) -> tuple[Array, Array]:
     """Mean Pass@64 of two curves over the Pass@1 that both go through; NaN if that is next to nothing.
 
-    A curve is (evaluations, 2) of Pass@1 and Pass@64 along training. It counts where it reaches a Pass@1 for the first time,
-    between evaluations by a straight line: the area under the curve, divided by its width.
+    A curve is (..., evaluations, 2) of Pass@1 and Pass@64 along training. It counts where it reaches a Pass@1 for the first
+    time, between evaluations by a straight line: the area under the curve, divided by its width.
     """
-    low = max(first[0, 0], second[0, 0])
-    high = min(first[:, 0].max(), second[:, 0].max())
-    if high - low < LEAST_RANGE:
-        return float("nan"), float("nan")
-    grid = np.linspace(low, high, 65)
-    return tuple(float(np.interp(grid, *_first_passage(curve)).mean()) for curve in (first, second))  # type: ignore[return-value]
+    low = np.maximum(first[..., 0, 0], second[..., 0, 0])
+    width = np.minimum(first[..., 0].max(-1), second[..., 0].max(-1)) - low
+    grid = low[..., None] + width[..., None] * np.linspace(0, 1, 65)
+    means = (_interpolated(grid, *_first_passage(curve)).mean(-1) for curve in (first, second))
+    one, other = (np.where(width >= LEAST_RANGE, mean, np.nan) for mean in means)
+    return one, other
 
 
 def _first_passage(curve: Array) -> tuple[Array, Array]:
-    """The points of a curve at which Pass@1 is higher than ever before."""
-    best = np.maximum.accumulate(curve[:, 0])
-    new = np.concatenate([[True], curve[1:, 0] > best[:-1]])
-    return curve[new, 0], curve[new, 1]
+    """The highest Pass@1 so far (..., evaluations), and the Pass@64 where it was reached."""
+    best = np.maximum.accumulate(curve[..., 0], -1)
+    new = np.diff(best, axis=-1, prepend=-1.0) > 0
+    reached = np.maximum.accumulate(np.where(new, np.arange(best.shape[-1]), 0), -1)
+    return best, np.take_along_axis(curve[..., 1], reached, -1)
+
+
+def _interpolated(grid: Array, x: Array, y: Array) -> Array:
+    """`numpy.interp` of each row: (..., points) on lines through (..., evaluations), x not falling."""
+    left = ((x[..., None, :] <= grid[..., None]).sum(-1) - 1).clip(0, x.shape[-1] - 2)
+    x0, x1, y0, y1 = (np.take_along_axis(values, left + i, -1) for values in (x, y) for i in (0, 1))
+    share = np.divide(grid - x0, x1 - x0, out=np.zeros_like(grid), where=x1 > x0).clip(0, 1)
+    return y0 + share * (y1 - y0)
 
 
 @dataclass(frozen=True)
@@ -64,12 +73,12 @@ class Pairs:
     other: tuple[Array, Array]
 
 
-OUTCOMES: dict[str, Callable[[Array, Array], float]] = {
-    "pass@1": lambda one, other: float(one[-1, 0] - other[-1, 0]),
-    "pass@64": lambda one, other: float(one[-1, 1] - other[-1, 1]),
-    "pass@64 at equal pass@1": lambda one, other: float(np.subtract(*at_equal_pass1(one, other))),
+OUTCOMES: dict[str, Callable[[Array, Array], Array]] = {
+    "pass@1": lambda one, other: one[..., -1, 0] - other[..., -1, 0],
+    "pass@64": lambda one, other: one[..., -1, 1] - other[..., -1, 1],
+    "pass@64 at equal pass@1": lambda one, other: np.subtract(*at_equal_pass1(one, other)),
 }
-"""What is compared, from the (evaluations, 2) curves of two runs: at the last step, and along training."""
+"""What is compared, from the (..., evaluations, 2) curves of runs: at the last step, and along training."""
 
 
 def pairs(results: Results, task: str, one: str, other: str) -> Pairs:
@@ -85,11 +94,13 @@ def pairs(results: Results, task: str, one: str, other: str) -> Pairs:
     return Pairs(rates(one), rates(other))
 
 
-def differences(found: Pairs, problems: NDArray[np.int64] | None = None) -> Array:
-    """(outcomes, seeds) of one arm minus the other, on all problems or on those of the given indices."""
-    chosen = slice(None) if problems is None else problems
-    one, other = (np.stack([rate[:, :, chosen].mean(-1) for rate in rates], -1) for rates in (found.one, found.other))
-    return np.array([[outcome(*both) for both in zip(one, other, strict=True)] for outcome in OUTCOMES.values()])
+def differences(found: Pairs, weights: Array) -> Array:
+    """(outcomes, draws, seeds) of one arm minus the other, for problems that weigh (draws, problems) of each draw."""
+    one, other = (
+        np.stack([np.einsum("dp,sep->dse", weights, rate, optimize=True) for rate in rates], -1)
+        for rates in (found.one, found.other)
+    )
+    return np.array([outcome(one, other) for outcome in OUTCOMES.values()])
 
 
 @dataclass(frozen=True)
@@ -119,7 +130,7 @@ def compare(tasks: Sequence[Pairs], family: int, resamples: int | None = None) -
     has (S - 1)/S of the variance, so deviations from the mean are widened by sqrt(S / (S - 1)).
     """
     rng, resamples = np.random.default_rng(0), resamples or RESAMPLES
-    observed = [differences(task) for task in tasks]
+    observed = [differences(task, _alike(task))[:, 0] for task in tasks]
     drawn = [_deviations(task, values, rng, resamples) for task, values in zip(tasks, observed, strict=True)]
     levels = [0.025, 0.975, 0.025 / family, 1 - 0.025 / family]
     found = {}
@@ -137,17 +148,21 @@ def compare(tasks: Sequence[Pairs], family: int, resamples: int | None = None) -
     return found
 
 
+def _alike(task: Pairs) -> Array:
+    """(1, problems): each problem once."""
+    problems = task.one[0].shape[-1]
+    return np.full((1, problems), 1 / problems)
+
+
 def _deviations(task: Pairs, observed: Array, rng: np.random.Generator, resamples: int) -> Array:
     """(outcomes, resamples) of a task's mean over seeds, from the observed mean; 0 where a resample says nothing."""
     seeds, problems = observed.shape[1], task.one[0].shape[-1]
-    widened = np.sqrt(seeds / max(seeds - 1, 1))
-    found = np.zeros((len(OUTCOMES), resamples))
+    weights = rng.multinomial(problems, _alike(task)[0], resamples) / problems
+    drawn = rng.integers(seeds, size=(1, resamples, seeds))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # means of nothing
-        for i in range(resamples):
-            again = differences(task, rng.integers(problems, size=(problems,)))[:, rng.integers(seeds, size=(seeds,))]
-            found[:, i] = widened * (np.nanmean(again, 1) - np.nanmean(observed, 1))
-    return np.nan_to_num(found)
+        again = np.nanmean(np.take_along_axis(differences(task, weights), drawn, -1), -1)
+        return np.sqrt(seeds / max(seeds - 1, 1)) * np.nan_to_num(again - np.nanmean(observed, 1)[:, None])
 
 
 def sign_flip(values: Array, rng: np.random.Generator, flips: int = 20_000) -> float:

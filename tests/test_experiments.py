@@ -169,6 +169,9 @@ def test_equal_pass1_is_a_mean_over_the_common_range():
     assert other == pytest.approx((0.9 + (0.9 + 0.8) / 2) / 2, abs=1e-3)
     same = np.array([[0.1, 0.9], [0.1, 0.5]])
     assert all(math.isnan(value) for value in at_equal_pass1(first, same))
+    longer = first[[0, 1, 1, 1]]
+    both = at_equal_pass1(np.stack([longer, second]), np.stack([second, longer]))
+    np.testing.assert_allclose(both, [[one, other], [other, one]], rtol=1e-12)
 
 
 def simulated(rng, shift, seeds=8):
