@@ -32,6 +32,11 @@ MAIN = ["grpo", "ace-grpo", "constant", "shuffled", "dapo", "ace-dapo"]
 OTHERS = ["grpo", "ace-grpo", "low-rate", "kl", "entropy", "nsr", "w-reinforce", "arm", "lens", "pass@k"]
 ALPHAS = {0.0: "grpo", 0.5: "ace-0.5", 1.0: "ace-grpo", 2.0: "ace-2", 4.0: "ace-4"}
 TINY, SMOLLM2 = tasks_of("demo-tiny"), tasks_of("demo-smollm2-135m")
+ENDS = {
+    "right": "distinct_right", "answers": "distinct", "entropy": "entropy", "overconfident": "overconfident",
+    "their c": "overconfidence", "c if right": "shift_right",
+}  # fmt: skip
+"""Columns of the table of both ends, and the outcomes that they show."""
 KS = [1, 2, 4, 8, 16, 32, 64]
 Row = tuple[str, str, str, Difference, float]
 
@@ -58,8 +63,8 @@ def along(runs: Sequence[dict[str, Any]], key: str) -> Array:
 
 def ends(found: Results, tasks: Sequence[str]) -> str:
     """A table of both ends of training, a row for each task and arm."""
-    head = ["task", "arm", "seeds", "Pass@1", "Pass@64", "answers", "entropy", "overconfident", "their c", "c if right"]
-    keys = ("distinct", "entropy", "overconfident", "overconfidence", "shift_right")
+    head = ["task", "arm", "seeds", "Pass@1", "Pass@64", *ENDS]
+    keys = tuple(ENDS.values())
     rows = []
     for task in tasks:
         for arm in ARMS:
@@ -124,6 +129,21 @@ def by_task(found: Results) -> str:
                 shown = [f"{d.mean:+.3f} [{d.low:+.3f}, {d.high:+.3f}]" for d in each.values()]
                 rows.append([f"`{one}` − `{other}`", task, *shown, str(len(both.one[0]))])
     return _table(["difference", "task", *OUTCOMES, "seeds"], rows)
+
+
+def weights(found: Results) -> str:
+    """By how much ACE multiplied the advantages of wrong rollouts: the mean over training, and that of the batches' largest."""
+    arms = [arm for arm, one in ARMS.items() if one.settings[0].startswith("algorithm.name=ace")]
+    tasks = [*TINY, *SMOLLM2]
+    rows = ([f"`{arm}`", *(_weight(of(found, task, arm)) for task in tasks)] for arm in arms)
+    return _table(["arm", *tasks], (row for row in rows if any(row[1:])))
+
+
+def _weight(runs: Sequence[dict[str, Any]]) -> str:
+    updates = [n for run in runs for n in np.diff(steps(run))]
+    rows = [row["training"] for run in runs for row in run["rows"][1:]]
+    keys = "ace/weight/mean", "ace/weight/max"
+    return ", ".join(f"{np.average([row[key] for row in rows], weights=updates):.2f}" for key in keys) if rows else ""
 
 
 def spent(found: Results) -> str:
@@ -261,7 +281,7 @@ def main() -> None:
     """Write the page's tables and draw its plots."""
     found = results()
     families = {name: compared(found, asked, TINY) for name, asked in FAMILIES.items()}
-    sections = {"spent": spent(found), "ends": ends(found, TINY), "by task": by_task(found)}
+    sections = {"spent": spent(found), "ends": ends(found, TINY), "by task": by_task(found), "weights": weights(found)}
     sections |= {
         "smollm2 ends": ends(found, SMOLLM2),
         "smollm2": comparisons(compared(found, [("ace-grpo", "grpo")], SMOLLM2)),

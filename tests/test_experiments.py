@@ -215,9 +215,10 @@ def made_up(arms, seeds=2):
     rng, found = np.random.default_rng(0), {}
     for task, arm, seed in product(tasks_of("demo-tiny"), arms, range(seeds)):
         level = np.linspace(0.1, 0.3, 8)[:, None] * np.ones((1, 16))
-        other = dict.fromkeys(("distinct", "entropy", "overconfident", "overconfidence", "shift_right"), 0.5)
+        other = dict.fromkeys(report.ENDS.values(), 0.5)
+        training = {"num_tokens": 10.0, "ace/weight/mean": 1.5, "ace/weight/max": 2.5}
         rows = [
-            {"step": step, "correct": correct, **other, "training": {"num_tokens": 10.0}}
+            {"step": step, "correct": correct, **other, "training": training}
             for step, correct in zip(TASKS[task].evaluated, rng.binomial(64, level).tolist(), strict=True)
         ]
         cell = Cell(task, arm, seed)
@@ -231,7 +232,7 @@ def test_the_report_makes_tables_and_plots_of_whatever_is_there(tmp_path, monkey
     monkeypatch.setattr(analysis, "RESAMPLES", 20)
     monkeypatch.setattr(report, "PAGE", tmp_path / "page.md")
     monkeypatch.setattr(report, "PLOTS", tmp_path / "plots")
-    names = ["spent", "ends", "by task", *report.FAMILIES]
+    names = ["spent", "ends", "by task", "weights", *report.FAMILIES]
     report.PAGE.write_text(
         "\n".join(f"# {name}\n{report.BEGIN.format(name)}{report.END}" for name in names) + "\nlast\n"
     )
@@ -243,6 +244,7 @@ def test_the_report_makes_tables_and_plots_of_whatever_is_there(tmp_path, monkey
     assert "an abacus" in once
     assert once.count("| `ace-grpo` − `grpo` | pass@64 |") == 1
     assert "`ace-2` − `ace-grpo`" in once
+    assert "| `ace-2` | 1.50, 2.50 | 1.50, 2.50 | 1.50, 2.50 |" in once
     assert "`ace-dapo`" not in once
     plots = {path.name: path.read_bytes() for path in report.PLOTS.glob("*.svg")}
     assert {"trade.svg", "pass-at-k.svg", "errors.svg", "theorem.svg", "what-ace-hangs-on.svg"} <= plots.keys()
