@@ -11,7 +11,9 @@ import os
 import sys
 import threading
 import time
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+import traceback
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, ProcessPoolExecutor, wait
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +24,11 @@ RUNS = Path("runs/ace")
 
 
 def results(folder: Path = RESULTS) -> dict[Cell, dict[str, Any]]:
-    """What has been run. A last line that was cut short is none."""
+    """What has been run. A line that was cut short is none."""
     found = {}
     for path in sorted(folder.glob("*.jsonl")):
         for line in path.read_text().splitlines():
-            if line.endswith("}"):
+            with suppress(json.JSONDecodeError):
                 row = json.loads(line)
                 found[Cell.named(row["cell"])] = row
     return found
@@ -63,9 +65,11 @@ def work(cell: Cell, home: Path, deadline: float) -> dict[str, Any] | None:
     return run(cell, home, lambda: time.time() > deadline)
 
 
-def run_all(todo: list[Cell], minutes: float, processes: int, home: Path = RUNS, folder: Path = RESULTS) -> int:
-    """Run cells in order, `processes` at a time, and keep their results; how many were finished."""
-    deadline, finished, begun = time.time() + 60 * minutes, 0, time.time()
+def run_all(
+    todo: list[Cell], minutes: float, processes: int, home: Path = RUNS, folder: Path = RESULTS
+) -> tuple[int, int]:
+    """Run cells in order, `processes` at a time, and keep their results; how many were finished, and how many failed."""
+    deadline, finished, failed, begun = time.time() + 60 * minutes, 0, 0, time.time()
     waiting, todo = dict[Future[Any], Cell](), list(todo)
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, spawn, end_with_parent) as pool:
@@ -74,12 +78,21 @@ def run_all(todo: list[Cell], minutes: float, processes: int, home: Path = RUNS,
                 cell = todo.pop(0)
                 waiting[pool.submit(work, cell, home, deadline)] = cell
             for future in wait(waiting, return_when=FIRST_COMPLETED).done:
-                cell, row = waiting.pop(future), future.result()
+                cell = waiting.pop(future)
+                try:
+                    row = future.result()
+                except BrokenExecutor:
+                    raise
+                except Exception as error:
+                    failed += 1
+                    print(f"{cell.name} failed", file=sys.stderr)
+                    traceback.print_exception(error)
+                    continue
                 if row is not None:
                     keep(row, folder)
                     finished += 1
                     print(f"{(time.time() - begun) / 60:6.1f} min  {cell.name}  {row['seconds']} s", flush=True)
-    return finished
+    return finished, failed
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -106,9 +119,9 @@ def main(arguments: list[str] | None = None) -> int:
     if options.list:
         print("\n".join(cell.name for cell in todo))
         return 0
-    finished = run_all(todo, options.budget, options.processes)
-    print(f"{finished} runs finished, {len(todo) - finished} are left")
-    return 0
+    finished, failed = run_all(todo, options.budget, options.processes)
+    print(f"{finished} runs finished, {failed} failed, {len(todo) - finished} are left")
+    return int(failed > 0)
 
 
 def again(cell: Cell) -> int:

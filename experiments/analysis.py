@@ -1,6 +1,6 @@
 """From results to numbers with intervals: Pass@k at equal steps, Pass@64 at equal Pass@1, paired differences.
 
-Written before the runs; docs/reproduction.md has the plan that this carries out.
+It carries out the plan of docs/reproduction.md, which also lists what was amended after the first runs.
 """
 
 import warnings
@@ -82,8 +82,15 @@ OUTCOMES: dict[str, Callable[[Array, Array], Array]] = {
 
 
 def pairs(results: Results, task: str, one: str, other: str) -> Pairs:
-    """The pairs of two arms on a task that have been run."""
+    """The pairs of two arms on a task that have been run.
+
+    Raises:
+        ValueError: they were run on different problems.
+    """
     seeds = sorted(c.seed for c in results if (c.task, c.arm) == (task, one) and Cell(task, other, c.seed) in results)
+    for seed in seeds:
+        if len({results[Cell(task, arm, seed)]["fingerprint"] for arm in (one, other)}) > 1:
+            raise ValueError(f"{task}/{one}/{seed} and {task}/{other}/{seed} were not run on the same problems")
 
     def rates(arm: str) -> tuple[Array, Array]:
         if not seeds:
@@ -103,49 +110,72 @@ def differences(found: Pairs, weights: Array) -> Array:
     return np.array([outcome(one, other) for outcome in OUTCOMES.values()])
 
 
+Interval = tuple[float, float]
+NOTHING = float("nan"), float("nan")
+
+
 @dataclass(frozen=True)
 class Difference:
     """A mean over tasks and seeds with its intervals.
 
+    Intervals and p are NaN if a task has fewer than two pairs that say something.
+
     Attributes:
-        low, high: of 95 %.
-        low_corrected, high_corrected: of 95 % for all `family` comparisons at once, by Bonferroni.
+        interval: of 95 %, over seeds and problems.
+        corrected: of 95 % for all `family` comparisons at once, by Bonferroni.
+        given_problems: the same over seeds alone.
         p: of the sign-flip test over pairs.
-        runs: how many pairs it is from; where curves had nothing in common there was none.
+        said, pairs: how many pairs it is from, and how many there are; where curves had nothing in common one says nothing.
     """
 
     mean: float
-    low: float
-    high: float
-    low_corrected: float
-    high_corrected: float
+    interval: Interval
+    corrected: Interval
+    given_problems: Interval
     p: float
-    runs: int
+    said: int
+    pairs: int
 
 
 def compare(tasks: Sequence[Pairs], family: int, resamples: int | None = None) -> dict[str, Difference]:
     """Each outcome's mean of the tasks' mean differences, by a hierarchical bootstrap over seeds and problems in each task.
 
     Both are drawn with replacement, the same problems for all seeds of a task, as they were the same. A bootstrap of S seeds
-    has (S - 1)/S of the variance, so deviations from the mean are widened by sqrt(S / (S - 1)).
+    has (S - 1)/S of their variance, so deviations from the mean are widened by sqrt(S / (S - 1)). Drawing both counts what is
+    peculiar to one seed on one problem three times, so the interval is conservative: up to sqrt(3) times too wide where that
+    is all there is (Owen, 2007, The pigeonhole bootstrap). Drawing seeds alone counts it once, and nothing of the problems.
     """
     rng, resamples = np.random.default_rng(0), resamples or RESAMPLES
-    observed = [differences(task, _alike(task))[:, 0] for task in tasks]
-    drawn = [_deviations(task, values, rng, resamples) for task, values in zip(tasks, observed, strict=True)]
-    levels = [0.025, 0.975, 0.025 / family, 1 - 0.025 / family]
-    found = {}
-    for i, outcome in enumerate(OUTCOMES):
-        usable = [j for j, values in enumerate(observed) if not np.isnan(values[i]).all()]
-        if not usable:
-            nan = float("nan")
-            found[outcome] = Difference(nan, nan, nan, nan, nan, nan, 0)
-            continue
-        mean = np.mean([np.nanmean(observed[j][i]) for j in usable])
-        spread = np.mean([drawn[j][i] for j in usable], 0)
-        low, high, low_all, high_all = (float(mean + np.quantile(spread, level)) for level in levels)
-        every = np.concatenate([observed[j][i][~np.isnan(observed[j][i])] for j in usable])
-        found[outcome] = Difference(float(mean), low, high, low_all, high_all, sign_flip(every, rng), len(every))
-    return found
+    each = [_resampled(task, rng, resamples) for task in tasks]
+    return {
+        outcome: _difference([tuple(part[i] for part in task) for task in each], family, rng)
+        for i, outcome in enumerate(OUTCOMES)
+    }
+
+
+def _difference(tasks: Sequence[tuple[Array, ...]], family: int, rng: np.random.Generator) -> Difference:
+    """Of one outcome, from each task's `_resampled`."""
+    observed = [values for values, _, _ in tasks]
+    values = [one[~np.isnan(one)] for one in observed]
+    said, total = sum(map(len, values)), sum(map(len, observed))
+    mean = float(np.mean([one.mean() for one in values if len(one)])) if said else float("nan")
+    if min(map(len, values)) < 2:
+        return Difference(mean, NOTHING, NOTHING, NOTHING, float("nan"), said, total)
+    both, seeds = (np.mean([task[kind] for task in tasks], 0) for kind in (1, 2))
+    return Difference(
+        mean,
+        _interval(mean, both, 0.05),
+        _interval(mean, both, 0.05 / family),
+        _interval(mean, seeds, 0.05 / family),
+        sign_flip(np.concatenate(values), rng),
+        said,
+        total,
+    )
+
+
+def _interval(mean: float, deviations: Array, outside: float) -> Interval:
+    low, high = (mean + np.quantile(deviations, [outside / 2, 1 - outside / 2])).tolist()
+    return low, high
 
 
 def _alike(task: Pairs) -> Array:
@@ -154,15 +184,31 @@ def _alike(task: Pairs) -> Array:
     return np.full((1, problems), 1 / problems)
 
 
-def _deviations(task: Pairs, observed: Array, rng: np.random.Generator, resamples: int) -> Array:
-    """(outcomes, resamples) of a task's mean over seeds, from the observed mean; 0 where a resample says nothing."""
-    seeds, problems = observed.shape[1], task.one[0].shape[-1]
-    weights = rng.multinomial(problems, _alike(task)[0], resamples) / problems
-    drawn = rng.integers(seeds, size=(1, resamples, seeds))
+def _resampled(task: Pairs, rng: np.random.Generator, resamples: int) -> tuple[Array, Array, Array]:
+    """(outcomes, seeds) as observed, and (outcomes, resamples) deviations of their mean: of seeds and problems, of seeds."""
+    problems = task.one[0].shape[-1]
+    observed = differences(task, _alike(task))
+    weighed = differences(task, rng.multinomial(problems, _alike(task)[0], resamples) / problems)
+    both, seeds = (
+        np.array([_deviations(values, seen[0], rng, resamples) for values, seen in zip(drawn, observed, strict=True)])
+        for drawn in (weighed, observed)
+    )
+    return observed[:, 0], both, seeds
+
+
+def _deviations(values: Array, observed: Array, rng: np.random.Generator, resamples: int) -> Array:
+    """(resamples,) of the mean of seeds drawn from those with an observed difference; 0 where a resample says nothing.
+
+    values: (resamples or 1, seeds).
+    """
+    said = ~np.isnan(observed)
+    if (n := int(said.sum())) < 2:
+        return np.zeros(resamples)
+    among = np.broadcast_to(values[:, said], (resamples, n))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # means of nothing
-        again = np.nanmean(np.take_along_axis(differences(task, weights), drawn, -1), -1)
-        return np.sqrt(seeds / max(seeds - 1, 1)) * np.nan_to_num(again - np.nanmean(observed, 1)[:, None])
+        means = np.nanmean(np.take_along_axis(among, rng.integers(n, size=(resamples, n)), 1), 1)
+    return np.sqrt(n / (n - 1)) * np.nan_to_num(means - observed[said].mean())
 
 
 def sign_flip(values: Array, rng: np.random.Generator, flips: int = 20_000) -> float:

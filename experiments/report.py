@@ -10,7 +10,7 @@ import numpy as np
 
 from experiments.ace import results
 from experiments.analysis import OUTCOMES, Array, Difference, Results, compare, counts, holm, pairs, pass_rates
-from experiments.plan import ARMS, cells, tasks_of
+from experiments.plan import ARMS, Cell, cells, tasks_of
 from experiments.steady import SETTINGS
 from experiments.theorem import RESULT as THEOREM
 
@@ -27,6 +27,7 @@ FAMILIES = {
         *((arm, "ace-grpo") for arm in ("ace-0.5", "ace-2", "ace-4", "ace-relu", "ace-sum", "ace-moving")),
         ("ace-twice", "grpo-twice"), ("ace-twice-old", "ace-twice"),
     ],
+    "Weight without selection": [("constant", "grpo"), ("shuffled", "grpo")],
 }  # fmt: skip
 MAIN = ["grpo", "ace-grpo", "constant", "shuffled", "dapo", "ace-dapo"]
 OTHERS = ["grpo", "ace-grpo", "low-rate", "kl", "entropy", "nsr", "w-reinforce", "arm", "lens", "pass@k"]
@@ -61,29 +62,37 @@ def along(runs: Sequence[dict[str, Any]], key: str) -> Array:
     )
 
 
+def alike(found: Results, task: str, arms: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
+    """Of each arm that has been run on a task, the results of the seeds that all of them have."""
+    seeds = {arm: {c.seed for c in found if (c.task, c.arm) == (task, arm)} for arm in arms}
+    run = [arm for arm in arms if seeds[arm]]
+    common = sorted(set.intersection(*(seeds[arm] for arm in run))) if run else []
+    return {arm: [found[Cell(task, arm, seed)] for seed in common] for arm in run if common}
+
+
 def ends(found: Results, tasks: Sequence[str]) -> str:
     """A table of both ends of training, a row for each task and arm."""
-    head = ["task", "arm", "seeds", "Pass@1", "Pass@64", *ENDS]
-    keys = tuple(ENDS.values())
     rows = []
     for task in tasks:
-        for arm in ARMS:
-            if not (runs := of(found, task, arm)):
-                continue
-            if arm == "grpo":
-                rows.append(
-                    [
-                        task,
-                        "*initial*",
-                        str(len(runs)),
-                        *_rates(runs, 0),
-                        *(_number(along(runs, key)[0]) for key in keys),
-                    ]
-                )
-            rows.append(
-                [task, f"`{arm}`", str(len(runs)), *_rates(runs, -1), *(_number(along(runs, key)[-1]) for key in keys)]
-            )
-    return _table(head, rows)
+        if runs := of(found, task, "grpo"):
+            rows.append([task, "*initial*", *_end(runs, 0), ""])
+        rows += [[task, f"`{arm}`", *_end(runs, -1), _tokens(runs)] for arm in ARMS if (runs := of(found, task, arm))]
+    return _table(["task", "arm", "seeds", "Pass@1", "Pass@64", *ENDS, "tokens"], rows)
+
+
+def _end(runs: Sequence[dict[str, Any]], at: int) -> list[str]:
+    """How many seeds, their pass rates and other outcomes at an evaluation."""
+    return [str(len(runs)), *_rates(runs, at), *(_number(along(runs, key)[at]) for key in ENDS.values())]
+
+
+def _tokens(runs: Sequence[dict[str, Any]]) -> str:
+    """Thousands that a run learned from."""
+    return f"{np.mean([learned_from(run) for run in runs]) / 1e3:.0f}"
+
+
+def learned_from(run: dict[str, Any]) -> float:
+    """Sampled tokens that a run learned from."""
+    return float(sum(row["training"]["num_tokens"] for row in run["rows"][1:]))
 
 
 def _rates(runs: Sequence[dict[str, Any]], at: int) -> list[str]:
@@ -110,10 +119,19 @@ def compared(found: Results, asked: Sequence[tuple[str, str]], on: Sequence[str]
 
 def comparisons(rows: Iterable[Row]) -> str:
     """A family as a table."""
-    head = ["difference", "outcome", "mean", "95 %", "95 % for the family", "p by Holm", "pairs"]
+    head = [
+        "difference",
+        "outcome",
+        "mean",
+        "95 %",
+        "95 % for the family",
+        "the same, given the problems",
+        "p by Holm",
+        "pairs",
+    ]
     return _table(head, [
-        [f"`{one}` − `{other}`", outcome, f"{d.mean:+.3f}", f"[{d.low:+.3f}, {d.high:+.3f}]",
-         f"[{d.low_corrected:+.3f}, {d.high_corrected:+.3f}]", f"{p:.4f}", str(d.runs)]
+        [f"`{one}` − `{other}`", outcome, _signed(d.mean), *map(_interval, (d.interval, d.corrected, d.given_problems)),
+         "" if np.isnan(d.p) else f"{p:.4f}", str(d.said) if d.said == d.pairs else f"{d.said} of {d.pairs}"]
         for one, other, outcome, d, p in rows
     ])  # fmt: skip
 
@@ -126,7 +144,7 @@ def by_task(found: Results) -> str:
             both = pairs(found, task, one, other)
             if len(both.one[0]):
                 each = compare([both], family=1)
-                shown = [f"{d.mean:+.3f} [{d.low:+.3f}, {d.high:+.3f}]" for d in each.values()]
+                shown = [f"{_signed(d.mean)} {_interval(d.interval)}" for d in each.values()]
                 rows.append([f"`{one}` − `{other}`", task, *shown, str(len(both.one[0]))])
     return _table(["difference", "task", *OUTCOMES, "seeds"], rows)
 
@@ -149,11 +167,11 @@ def _weight(runs: Sequence[dict[str, Any]]) -> str:
 def spent(found: Results) -> str:
     """What was computed, and where."""
     seconds = sum(row["seconds"] for row in found.values())
-    tokens = sum(e["training"]["num_tokens"] for row in found.values() for e in row["rows"][1:])
+    tokens = sum(learned_from(row) for row in found.values())
     machines = {json.dumps(row["machine"], sort_keys=True): row["machine"] for row in found.values()}
     where = "; ".join(", ".join(f"{key} {value}" for key, value in one.items()) for one in machines.values())
     return (
-        f"{len(found)} of {len(cells())} runs, {seconds / 3600:.1f} hours of one core,"
+        f"{len(found)} of {len(cells())} runs, {seconds / 3600:.1f} hours of one core (and what was repeated after a kill),"
         f" {tokens / 1e6:.1f} million sampled tokens learned from. On: {where}."
     )
 
@@ -161,20 +179,19 @@ def spent(found: Results) -> str:
 def trade(axes: Sequence[Any], found: Results, arms: Sequence[str]) -> None:
     """Pass@64 against Pass@1 along training, a panel a task."""
     for axis, task in zip(axes, TINY, strict=True):
-        for arm in arms:
-            if runs := of(found, task, arm):
-                axis.plot(curve(runs, 1), curve(runs, 64), marker=".", markersize=4, linewidth=1, label=arm)
+        for arm, runs in alike(found, task, arms).items():
+            axis.plot(curve(runs, 1), curve(runs, 64), marker=".", markersize=4, linewidth=1, label=arm)
         axis.set(title=task, xlabel="Pass@1", ylabel="Pass@64")
 
 
 def pass_at_k(axes: Sequence[Any], found: Results) -> None:
     """Pass@k against k after the last update."""
     for axis, task in zip(axes, TINY, strict=True):
-        for arm in MAIN:
-            if runs := of(found, task, arm):
-                axis.plot(KS, [curve(runs, k)[-1] for k in KS], marker=".", linewidth=1, label=arm)
-        if runs := of(found, task, "grpo"):
-            axis.plot(KS, [curve(runs, k)[0] for k in KS], color="grey", linestyle=":", label="initial")
+        chosen = alike(found, task, MAIN)
+        for arm, runs in chosen.items():
+            axis.plot(KS, [curve(runs, k)[-1] for k in KS], marker=".", linewidth=1, label=arm)
+        if "grpo" in chosen:
+            axis.plot(KS, [curve(chosen["grpo"], k)[0] for k in KS], color="grey", linestyle=":", label="initial")
         axis.set_xscale("log", base=2)
         axis.set(title=task, xlabel="k", ylabel="Pass@k")
 
@@ -186,10 +203,11 @@ def errors(axes: Sequence[Any], found: Results) -> None:
         "overconfidence": "their mean c",
         "entropy": "entropy of an answer, nats",
     }
+    tasks = [alike(found, task, MAIN) for task in TINY]
     for axis, (key, label) in zip(axes, labels.items(), strict=True):
         for arm in MAIN:
-            runs = [of(found, task, arm) for task in TINY]
-            if all(runs):
+            runs = [chosen[arm] for chosen in tasks if arm in chosen]
+            if len(runs) == len(TINY):
                 axis.plot(steps(runs[0][0]), np.mean([along(each, key) for each in runs], 0), linewidth=1, label=arm)
         axis.set(title=label, xlabel="update")
 
@@ -204,8 +222,8 @@ def forest(axes: Sequence[Any], rows: Sequence[Row]) -> None:
     for axis, outcome in zip(axes, OUTCOMES, strict=True):
         chosen = [(one, other, d) for one, other, name, d, _ in rows if name == outcome]
         for y, (_, _, d) in enumerate(chosen):
-            axis.plot([d.low_corrected, d.high_corrected], [y, y], color="#9ab8d4", linewidth=1)
-            axis.plot([d.low, d.high], [y, y], color="#1b6ca8", linewidth=3)
+            axis.plot(d.corrected, [y, y], color="#9ab8d4", linewidth=1)
+            axis.plot(d.interval, [y, y], color="#1b6ca8", linewidth=3)
             axis.plot(d.mean, y, "o", color="black", markersize=4)
         axis.axvline(0, color="grey", linewidth=0.8)
         axis.set(title=outcome, yticks=range(len(chosen)), yticklabels=[f"{one} − {other}" for one, other, _ in chosen])
@@ -213,12 +231,13 @@ def forest(axes: Sequence[Any], rows: Sequence[Row]) -> None:
 
 
 def doses(axes: Sequence[Any], found: Results) -> None:
-    """Pass@1 and Pass@64 after the last update against alpha, on seeds that all of them have."""
+    """Pass@1 and Pass@64 after the last update against alpha."""
     for axis, k in zip(axes, (1, 64), strict=True):
         for task in TINY:
-            runs = [of(found, task, arm)[: ARMS["ace-2"].seeds] for arm in ALPHAS.values()]
-            if all(runs):
-                axis.plot(list(ALPHAS), [curve(each, k)[-1] for each in runs], marker="o", linewidth=1, label=task)
+            runs = alike(found, task, list(ALPHAS.values()))
+            if len(runs) == len(ALPHAS):
+                ends_ = [curve(runs[arm], k)[-1] for arm in ALPHAS.values()]
+                axis.plot(list(ALPHAS), ends_, marker="o", linewidth=1, label=task)
         axis.set(xlabel="alpha", title=f"Pass@{k} after the last update")
 
 
@@ -266,6 +285,14 @@ def save(name: str, draw: Callable[[Any], None], columns: int, height: float = 3
             axes[-1].legend(fontsize=7)
         PLOTS.mkdir(parents=True, exist_ok=True)
         figure.savefig(PLOTS / f"{name}.svg", metadata={"Date": None, "Creator": None})
+
+
+def _signed(value: float) -> str:
+    return "" if np.isnan(value) else f"{value:+.3f}"
+
+
+def _interval(ends: tuple[float, float]) -> str:
+    return "" if np.isnan(ends[0]) else f"[{ends[0]:+.3f}, {ends[1]:+.3f}]"
 
 
 def _number(value: float) -> str:

@@ -112,17 +112,27 @@ def test_results_are_kept_and_a_line_that_was_cut_short_is_none(tmp_path):
     for row in rows:
         ace.keep(row, tmp_path)
     path = tmp_path / f"{next(iter(TASKS))}.jsonl"
-    path.write_text(path.read_text()[:-20])
-    assert len(ace.results(tmp_path)) == len(rows) - 1
+    whole = path.read_text()
+    for cut in (whole[:-20], whole[:-2] + '{"step": 1}'):
+        path.write_text(cut)
+        assert len(ace.results(tmp_path)) == len(rows) - 1
     ace.keep(rows[1], tmp_path)
     assert ace.results(tmp_path) == {Cell.named(row["cell"]): row for row in rows}
 
 
 def test_the_command_runs_what_is_left_and_stops_at_its_budget(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(ace, "RESULTS", tmp_path)
-    assert ace.run_all(cells()[:2], 0.0, 1, tmp_path / "runs", tmp_path / "results") == 0
+    assert ace.run_all(cells()[:2], 0.0, 1, tmp_path / "runs", tmp_path / "results") == (0, 0)
     assert ace.main(["--list"]) == 0
     assert "chain_sum/grpo/0" in capsys.readouterr().out
+
+
+def test_a_cell_that_fails_is_named_and_the_others_go_on(tmp_path, capfd):
+    (tmp_path / "file").touch()
+    assert ace.run_all(cells()[:2], 1.0, 2, tmp_path / "file", tmp_path / "results") == (0, 2)
+    seen = capfd.readouterr().err
+    assert all(f"{cell.name} failed" in seen for cell in cells()[:2])
+    assert "NotADirectoryError" in seen
 
 
 @pytest.mark.parametrize(
@@ -174,29 +184,71 @@ def test_equal_pass1_is_a_mean_over_the_common_range():
     np.testing.assert_allclose(both, [[one, other], [other, one]], rtol=1e-12)
 
 
-def simulated(rng, shift, seeds=8):
-    """Two arms whose pass rates differ by `shift` at the end."""
+def simulated(rng, shift, seeds=8, samples=64):
+    """Two arms whose pass rates differ by `shift` at the end, or by what is peculiar to each seed on each problem."""
 
     def rates(more):
         p = np.clip(rng.normal(0.3, 0.1, (seeds, 1, 64)) + more * np.linspace(0, 1, 5)[None, :, None], 0, 1)
-        correct = rng.binomial(64, p)
-        return pass_rates(correct, 64, 1), pass_rates(correct, 64, 64)
+        correct = rng.binomial(samples, p)
+        return pass_rates(correct, samples, 1), pass_rates(correct, samples, samples)
 
     return Pairs(rates(0.2 + shift), rates(0.2))
 
 
-def test_the_bootstrap_finds_a_difference_that_is_there_and_covers_none_that_is_not():
+def test_the_bootstrap_finds_a_difference_that_is_there():
     rng = np.random.default_rng(0)
     found = compare([simulated(rng, 0.1) for _ in range(3)], family=21, resamples=500)["pass@1"]
-    assert found.low_corrected > 0
-    assert found.low_corrected <= found.low < found.mean < found.high <= found.high_corrected
+    assert found.corrected[0] > 0
+    assert found.corrected[0] <= found.interval[0] < found.mean < found.interval[1] <= found.corrected[1]
+    assert found.given_problems[0] > found.corrected[0]
     assert found.mean == pytest.approx(0.1, abs=0.02)
-    assert (found.p, found.runs) == (pytest.approx(5e-5, abs=1e-6), 24)
-    misses = 0
-    for _ in range(40):
-        none = compare([simulated(rng, 0.0, seeds=6)], family=1, resamples=200)["pass@1"]
-        misses += not none.low <= 0 <= none.high
-    assert misses <= 8
+    assert (found.p, found.said, found.pairs) == (pytest.approx(5e-5, abs=1e-6), 24, 24)
+
+
+def test_over_seeds_the_bootstrap_is_right_and_over_both_it_is_conservative():
+    """Where seeds on problems are all that varies, the standard error is known, and drawing both has sqrt(3) of it."""
+    rng, kinds, means = np.random.default_rng(0), [], []
+    for _ in range(60):
+        task = simulated(rng, 0.0)
+        observed, both, seeds = analysis._resampled(task, rng, 200)
+        kinds.append([both[0].std(), seeds[0].std()])
+        means.append(observed[0].mean())
+    both, seeds = np.sqrt(np.mean(np.square(kinds), 0)) / np.std(means)
+    assert seeds == pytest.approx(1, abs=0.2)
+    assert both / seeds == pytest.approx(math.sqrt(3), abs=0.15)
+
+
+def test_what_varies_from_problem_to_problem_is_counted_by_drawing_both():
+    rng, task = np.random.default_rng(0), simulated(np.random.default_rng(1), 0.0)
+    shift = np.linspace(-0.3, 0.3, 64)
+    task = Pairs((task.one[0] * 0.1 + shift, task.one[1]), (task.other[0] * 0.1, task.other[1]))
+    _, both, seeds = analysis._resampled(task, rng, 2000)
+    assert both[0].std() == pytest.approx(shift.std() / 8, rel=0.15)
+    assert seeds[0].std() < both[0].std() / 5
+
+
+def test_pairs_that_say_nothing_are_counted_and_a_task_with_one_left_gives_no_interval():
+    rng = np.random.default_rng(0)
+    tasks = [simulated(rng, 0.0, seeds=4) for _ in range(2)]
+    for rates in tasks[0].one:
+        rates[1:3] = rates[1:3, :1]  # two runs that stay where they were
+    found = compare(tasks, family=3, resamples=50)
+    assert (found["pass@1"].said, found["pass@64 at equal pass@1"].said) == (8, 6)
+    assert not math.isnan(found["pass@64 at equal pass@1"].p)
+    for rates in tasks[0].one:
+        rates[3] = rates[3, :1]
+    lost = compare(tasks, family=3, resamples=50)["pass@64 at equal pass@1"]
+    assert (lost.said, lost.pairs) == (5, 8)
+    assert not math.isnan(lost.mean)
+    assert all(math.isnan(value) for value in (*lost.interval, *lost.corrected, *lost.given_problems, lost.p))
+
+
+def test_runs_on_other_problems_are_no_pair():
+    found = made_up(["grpo", "ace-grpo"])
+    found[Cell("lcm", "grpo", 1)]["fingerprint"] = "others"
+    assert len(analysis.pairs(found, "gcd", "ace-grpo", "grpo").one[0]) == 2
+    with pytest.raises(ValueError, match=r"lcm/ace-grpo/1 and lcm/grpo/1 .* same problems"):
+        analysis.pairs(found, "lcm", "ace-grpo", "grpo")
 
 
 def test_sign_flips_are_exact_for_few_pairs():
@@ -222,7 +274,8 @@ def made_up(arms, seeds=2):
             for step, correct in zip(TASKS[task].evaluated, rng.binomial(64, level).tolist(), strict=True)
         ]
         cell = Cell(task, arm, seed)
-        found[cell] = {"cell": cell.name, "rows": rows, "seconds": 36.0, "machine": {"processor": "an abacus"}}
+        machine = {"processor": "an abacus"}
+        found[cell] = {"cell": cell.name, "fingerprint": task, "rows": rows, "seconds": 36.0, "machine": machine}
     return found
 
 
