@@ -109,6 +109,12 @@ def tiny(*settings: str) -> Setup:
     return Setup("demo-tiny", [*TINY, *settings], (0, 10, 25, 50, 100, 200, 300, 400), seeds, part=128)
 
 
+def longer(*settings: str) -> Setup:
+    """`tiny` on a task that is not saturated after the updates of the others: three times as many."""
+    evaluated = (0, 10, 25, 50, 100, 200, 300, 400, 600, 800, 1000, 1200)
+    return Setup("demo-tiny", [*TINY, *settings], evaluated, {"grpo": 4, "ace-grpo": 4}, part=128)
+
+
 def smollm2(*settings: str) -> Setup:
     """SmolLM2-135M on a task. Its evaluations cost as much as twenty-five updates, hence so few."""
     seeds = {"grpo": 3, "ace-grpo": 3}
@@ -125,15 +131,14 @@ TASKS = {
     "chain_sum": tiny(*CHAIN_SUM, "rollout.max_new_tokens=4"),
     "lcm": tiny(*LCM, "rollout.max_new_tokens=4"),
     "gcd": tiny(*GCD, "rollout.max_new_tokens=3"),
+    "chain_sum-longer": longer(*CHAIN_SUM, "rollout.max_new_tokens=4"),
     "smollm2-chain_sum": smollm2(*CHAIN_SUM),
     "smollm2-gcd": smollm2(*GCD),
 }
 """The reasoning-gym generators on which plain GRPO trades Pass@64 for Pass@1."""
-
-
-def tasks_of(demo: str) -> list[str]:
-    """The tasks of a model, by the name of its demo."""
-    return [task for task, setup in TASKS.items() if setup.demo == demo]
+ON_TINY = "chain_sum", "lcm", "gcd"
+LONGER = "chain_sum-longer"
+ON_SMOLLM2 = "smollm2-chain_sum", "smollm2-gcd"
 
 
 @dataclass(frozen=True)
@@ -179,20 +184,20 @@ class Cell:
 
 
 def cells() -> list[Cell]:
-    """All runs: those of `tiny` seed by seed and task by task, so that runs that are compared follow one another on one machine.
+    """All runs, seed by seed, so that runs that are compared follow one another on one machine.
 
-    Those of SmolLM2 come last and take turns with their tasks: two on one task would wait for one evaluation of its start.
+    Those of SmolLM2 take turns with their tasks: two on one task would wait for one evaluation of its start.
     """
-    found = [
-        Cell(task, arm, seed)
-        for task, setup in TASKS.items()
-        for arm, count in setup.seeds.items()
-        for seed in range(count)
+    arms = list(ARMS)
+    return [
+        *sorted(_cells(*ON_TINY), key=lambda cell: cell.seed),
+        *sorted(_cells(LONGER), key=lambda cell: cell.seed),
+        *sorted(_cells(*ON_SMOLLM2), key=lambda cell: (cell.seed, arms.index(cell.arm))),
     ]
-    tasks, arms = list(TASKS), list(ARMS)
 
-    def place(cell: Cell) -> tuple[int, ...]:
-        task, arm = tasks.index(cell.task), arms.index(cell.arm)
-        return (0, cell.seed, task, arm) if cell.setup.demo == "demo-tiny" else (1, cell.seed, arm, task)
 
-    return sorted(found, key=place)
+def _cells(*tasks: str) -> list[Cell]:
+    """Those of each task, arm by arm."""
+    return [
+        Cell(task, arm, seed) for task in tasks for arm, count in TASKS[task].seeds.items() for seed in range(count)
+    ]

@@ -10,7 +10,7 @@ import numpy as np
 
 from experiments.ace import results
 from experiments.analysis import OUTCOMES, Array, Difference, Results, compare, counts, holm, pairs, pass_rates
-from experiments.plan import ARMS, Cell, cells, tasks_of
+from experiments.plan import ARMS, LONGER, ON_SMOLLM2, ON_TINY, Cell, cells
 from experiments.steady import SETTINGS
 from experiments.theorem import RESULT as THEOREM
 
@@ -32,7 +32,6 @@ FAMILIES = {
 MAIN = ["grpo", "ace-grpo", "constant", "shuffled", "dapo", "ace-dapo"]
 OTHERS = ["grpo", "ace-grpo", "low-rate", "kl", "entropy", "nsr", "w-reinforce", "arm", "lens", "pass@k"]
 ALPHAS = {0.0: "grpo", 0.5: "ace-0.5", 1.0: "ace-grpo", 2.0: "ace-2", 4.0: "ace-4"}
-TINY, SMOLLM2 = tasks_of("demo-tiny"), tasks_of("demo-smollm2-135m")
 ENDS = {
     "right": "distinct_right", "answers": "distinct", "entropy": "entropy", "overconfident": "overconfident",
     "their c": "overconfidence", "c if right": "shift_right",
@@ -140,7 +139,7 @@ def by_task(found: Results) -> str:
     """The differences of the first family on each task alone, described and not tested."""
     rows = []
     for one, other in FAMILIES["ACE and its controls"]:
-        for task in TINY:
+        for task in ON_TINY:
             both = pairs(found, task, one, other)
             if len(both.one[0]):
                 each = compare([both], family=1)
@@ -152,7 +151,7 @@ def by_task(found: Results) -> str:
 def weights(found: Results) -> str:
     """By how much ACE multiplied the advantages of wrong rollouts: the mean over training, and that of the batches' largest."""
     arms = [arm for arm, one in ARMS.items() if one.settings[0].startswith("algorithm.name=ace")]
-    tasks = [*TINY, *SMOLLM2]
+    tasks = [*ON_TINY, *ON_SMOLLM2]
     rows = ([f"`{arm}`", *(_weight(of(found, task, arm)) for task in tasks)] for arm in arms)
     return _table(["arm", *tasks], (row for row in rows if any(row[1:])))
 
@@ -178,7 +177,7 @@ def spent(found: Results) -> str:
 
 def trade(axes: Sequence[Any], found: Results, arms: Sequence[str]) -> None:
     """Pass@64 against Pass@1 along training, a panel a task."""
-    for axis, task in zip(axes, TINY, strict=True):
+    for axis, task in zip(axes, ON_TINY, strict=True):
         for arm, runs in alike(found, task, arms).items():
             axis.plot(curve(runs, 1), curve(runs, 64), marker=".", markersize=4, linewidth=1, label=arm)
         axis.set(title=task, xlabel="Pass@1", ylabel="Pass@64")
@@ -186,7 +185,7 @@ def trade(axes: Sequence[Any], found: Results, arms: Sequence[str]) -> None:
 
 def pass_at_k(axes: Sequence[Any], found: Results) -> None:
     """Pass@k against k after the last update."""
-    for axis, task in zip(axes, TINY, strict=True):
+    for axis, task in zip(axes, ON_TINY, strict=True):
         chosen = alike(found, task, MAIN)
         for arm, runs in chosen.items():
             axis.plot(KS, [curve(runs, k)[-1] for k in KS], marker=".", linewidth=1, label=arm)
@@ -203,11 +202,11 @@ def errors(axes: Sequence[Any], found: Results) -> None:
         "overconfidence": "their mean c",
         "entropy": "entropy of an answer, nats",
     }
-    tasks = [alike(found, task, MAIN) for task in TINY]
+    tasks = [alike(found, task, MAIN) for task in ON_TINY]
     for axis, (key, label) in zip(axes, labels.items(), strict=True):
         for arm in MAIN:
             runs = [chosen[arm] for chosen in tasks if arm in chosen]
-            if len(runs) == len(TINY):
+            if len(runs) == len(ON_TINY):
                 axis.plot(steps(runs[0][0]), np.mean([along(each, key) for each in runs], 0), linewidth=1, label=arm)
         axis.set(title=label, xlabel="update")
 
@@ -233,12 +232,22 @@ def forest(axes: Sequence[Any], rows: Sequence[Row]) -> None:
 def doses(axes: Sequence[Any], found: Results) -> None:
     """Pass@1 and Pass@64 after the last update against alpha."""
     for axis, k in zip(axes, (1, 64), strict=True):
-        for task in TINY:
+        for task in ON_TINY:
             runs = alike(found, task, list(ALPHAS.values()))
             if len(runs) == len(ALPHAS):
                 ends_ = [curve(runs[arm], k)[-1] for arm in ALPHAS.values()]
                 axis.plot(list(ALPHAS), ends_, marker="o", linewidth=1, label=task)
         axis.set(xlabel="alpha", title=f"Pass@{k} after the last update")
+
+
+def longer(axes: Sequence[Any], found: Results) -> None:
+    """Pass@1 and Pass@64 of the runs of three times as many updates: along training, and the one against the other."""
+    for arm, runs in alike(found, LONGER, ["grpo", "ace-grpo"]).items():
+        first, last = (curve(runs, k) for k in (1, 64))
+        for axis, x, y in zip(axes, (steps(runs[0]), steps(runs[0]), first), (first, last, last), strict=True):
+            axis.plot(x, y, marker=".", markersize=4, linewidth=1, label=arm)
+    for axis, names in zip(axes, (("update", "Pass@1"), ("update", "Pass@64"), ("Pass@1", "Pass@64")), strict=True):
+        axis.set(xlabel=names[0], ylabel=names[1])
 
 
 def theorem(axes: Sequence[Any]) -> None:
@@ -307,23 +316,30 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def main() -> None:
     """Write the page's tables and draw its plots."""
     found = results()
-    families = {name: compared(found, asked, TINY) for name, asked in FAMILIES.items()}
-    sections = {"spent": spent(found), "ends": ends(found, TINY), "by task": by_task(found), "weights": weights(found)}
-    sections |= {
-        "smollm2 ends": ends(found, SMOLLM2),
-        "smollm2": comparisons(compared(found, [("ace-grpo", "grpo")], SMOLLM2)),
+    families = {name: compared(found, asked, ON_TINY) for name, asked in FAMILIES.items()}
+    sections = {
+        "spent": spent(found),
+        "ends": ends(found, ON_TINY),
+        "by task": by_task(found),
+        "weights": weights(found),
     }
+    for name, tasks in {"smollm2": ON_SMOLLM2, "longer": [LONGER]}.items():
+        sections |= {
+            f"{name} ends": ends(found, tasks),
+            name: comparisons(compared(found, [("ace-grpo", "grpo")], tasks)),
+        }
     sections |= {name: comparisons(rows) for name, rows in families.items()}
     page = PAGE.read_text()
     for name, text in sections.items():
         before, mark, rest = page.partition(BEGIN.format(name))
         page = f"{before}{mark}\n\n{text}\n\n{END}{rest.partition(END)[2]}" if mark else page
     PAGE.write_text(page)
-    save("trade", lambda axes: trade(axes, found, MAIN), len(TINY))
-    save("trade-others", lambda axes: trade(axes, found, OTHERS), len(TINY))
-    save("pass-at-k", lambda axes: pass_at_k(axes, found), len(TINY))
+    save("trade", lambda axes: trade(axes, found, MAIN), len(ON_TINY))
+    save("trade-others", lambda axes: trade(axes, found, OTHERS), len(ON_TINY))
+    save("pass-at-k", lambda axes: pass_at_k(axes, found), len(ON_TINY))
     save("errors", lambda axes: errors(axes, found), 3)
     save("alpha", lambda axes: doses(axes, found), 2)
+    save("longer", lambda axes: longer(axes, found), 3)
     save("theorem", theorem, 3)
     save("steady", steady, 2)
     for name, rows in families.items():

@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from experiments import ace, analysis, report, steady, theorem
 from experiments.advantages import ADVANTAGES
 from experiments.analysis import Pairs, at_equal_pass1, compare, holm, pass_rates, sign_flip
-from experiments.plan import ARMS, TASKS, Cell, cells, tasks_of
+from experiments.plan import ARMS, LONGER, ON_SMOLLM2, ON_TINY, TASKS, Cell, cells
 from experiments.shared_prompts import SharedPrompts
 
 SHORT = [
@@ -50,8 +50,9 @@ def run(cell, home, **keywords):
 def test_every_cell_of_the_plan_is_there_once_and_has_settings_that_the_trainer_takes():
     planned = cells()
     assert len(set(planned)) == len(planned)
-    assert {(c.task, c.arm) for c in planned if "smol" not in c.task} == set(product(tasks_of("demo-tiny"), ARMS))
-    assert planned[-1].setup.demo == "demo-smollm2-135m"
+    assert {(c.task, c.arm) for c in planned if c.task in ON_TINY} == set(product(ON_TINY, ARMS))
+    assert {c.task for c in planned} == set(TASKS) == {*ON_TINY, LONGER, *ON_SMOLLM2}
+    assert [c.name for c in planned[-4:]] == [f"{task}/{arm}/2" for arm in ("grpo", "ace-grpo") for task in ON_SMOLLM2]
     assert all(Cell.named(c.name) == c for c in planned)
     for cell in planned:
         if cell.seed == 0:
@@ -265,7 +266,7 @@ def test_holm_is_monotone_and_at_most_one():
 def made_up(arms, seeds=2):
     """Results that nobody ran."""
     rng, found = np.random.default_rng(0), {}
-    for task, arm, seed in product(tasks_of("demo-tiny"), arms, range(seeds)):
+    for task, arm, seed in product(ON_TINY, arms, range(seeds)):
         level = np.linspace(0.1, 0.3, 8)[:, None] * np.ones((1, 16))
         other = dict.fromkeys(report.ENDS.values(), 0.5)
         training = {"num_tokens": 10.0, "ace/weight/mean": 1.5, "ace/weight/max": 2.5}
@@ -285,7 +286,7 @@ def test_the_report_makes_tables_and_plots_of_whatever_is_there(tmp_path, monkey
     monkeypatch.setattr(analysis, "RESAMPLES", 20)
     monkeypatch.setattr(report, "PAGE", tmp_path / "page.md")
     monkeypatch.setattr(report, "PLOTS", tmp_path / "plots")
-    names = ["spent", "ends", "by task", "weights", *report.FAMILIES]
+    names = ["spent", "ends", "by task", "weights", "longer", *report.FAMILIES]
     report.PAGE.write_text(
         "\n".join(f"# {name}\n{report.BEGIN.format(name)}{report.END}" for name in names) + "\nlast\n"
     )
