@@ -123,7 +123,7 @@ class Difference:
     Attributes:
         interval: of 95 %, over seeds and problems.
         corrected: of 95 % for all `family` comparisons at once, by Bonferroni.
-        given_problems: the same over seeds alone.
+        given_problems: for all at once as well, but of these problems alone: the differences that `sign_flip` does not reject.
         p: of the sign-flip test over pairs.
         said, pairs: how many pairs it is from, and how many there are; where curves had nothing in common one says nothing.
     """
@@ -143,7 +143,7 @@ def compare(tasks: Sequence[Pairs], family: int, resamples: int | None = None) -
     Both are drawn with replacement, the same problems for all seeds of a task, as they were the same. A bootstrap of S seeds
     has (S - 1)/S of their variance, so deviations from the mean are widened by sqrt(S / (S - 1)). Drawing both counts what is
     peculiar to one seed on one problem three times, so the interval is conservative: up to sqrt(3) times too wide where that
-    is all there is (Owen, 2007, The pigeonhole bootstrap). Drawing seeds alone counts it once, and nothing of the problems.
+    is all there is (Owen, 2007, The pigeonhole bootstrap). The interval given the problems counts it once.
     """
     rng, resamples = np.random.default_rng(0), resamples or RESAMPLES
     each = [_resampled(task, rng, resamples) for task in tasks]
@@ -155,19 +155,19 @@ def compare(tasks: Sequence[Pairs], family: int, resamples: int | None = None) -
 
 def _difference(tasks: Sequence[tuple[Array, ...]], family: int, rng: np.random.Generator) -> Difference:
     """Of one outcome, from each task's `_resampled`."""
-    observed = [values for values, _, _ in tasks]
+    observed = [values for values, _ in tasks]
     values = [one[~np.isnan(one)] for one in observed]
     said, total = sum(map(len, values)), sum(map(len, observed))
     mean = float(np.mean([one.mean() for one in values if len(one)])) if said else float("nan")
     if min(map(len, values)) < 2:
         return Difference(mean, NOTHING, NOTHING, NOTHING, float("nan"), said, total)
-    both, seeds = (np.mean([task[kind] for task in tasks], 0) for kind in (1, 2))
+    deviations, every = np.mean([drawn for _, drawn in tasks], 0), np.concatenate(values)
     return Difference(
         mean,
-        _interval(mean, both, 0.05),
-        _interval(mean, both, 0.05 / family),
-        _interval(mean, seeds, 0.05 / family),
-        sign_flip(np.concatenate(values), rng),
+        _interval(mean, deviations, 0.05),
+        _interval(mean, deviations, 0.05 / family),
+        not_rejected(every, 0.05 / family, rng),
+        sign_flip(every, rng),
         said,
         total,
     )
@@ -178,47 +178,61 @@ def _interval(mean: float, deviations: Array, outside: float) -> Interval:
     return low, high
 
 
-def _alike(task: Pairs) -> Array:
-    """(1, problems): each problem once."""
+def _resampled(task: Pairs, rng: np.random.Generator, resamples: int) -> tuple[Array, Array]:
+    """(outcomes, seeds) as observed, and (outcomes, resamples) deviations of their mean."""
     problems = task.one[0].shape[-1]
-    return np.full((1, problems), 1 / problems)
+    alike = np.full(problems, 1 / problems)
+    observed = differences(task, alike[None])[:, 0]
+    drawn = differences(task, rng.multinomial(problems, alike, resamples) / problems)
+    return observed, np.array([_deviations(*both, rng) for both in zip(drawn, observed, strict=True)])
 
 
-def _resampled(task: Pairs, rng: np.random.Generator, resamples: int) -> tuple[Array, Array, Array]:
-    """(outcomes, seeds) as observed, and (outcomes, resamples) deviations of their mean: of seeds and problems, of seeds."""
-    problems = task.one[0].shape[-1]
-    observed = differences(task, _alike(task))
-    weighed = differences(task, rng.multinomial(problems, _alike(task)[0], resamples) / problems)
-    both, seeds = (
-        np.array([_deviations(values, seen[0], rng, resamples) for values, seen in zip(drawn, observed, strict=True)])
-        for drawn in (weighed, observed)
-    )
-    return observed[:, 0], both, seeds
-
-
-def _deviations(values: Array, observed: Array, rng: np.random.Generator, resamples: int) -> Array:
+def _deviations(values: Array, observed: Array, rng: np.random.Generator) -> Array:
     """(resamples,) of the mean of seeds drawn from those with an observed difference; 0 where a resample says nothing.
 
-    values: (resamples or 1, seeds).
+    values: (resamples, seeds).
     """
     said = ~np.isnan(observed)
-    if (n := int(said.sum())) < 2:
-        return np.zeros(resamples)
-    among = np.broadcast_to(values[:, said], (resamples, n))
+    among, n = values[:, said], int(said.sum())
+    if n < 2:
+        return np.zeros(len(values))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # means of nothing
-        means = np.nanmean(np.take_along_axis(among, rng.integers(n, size=(resamples, n)), 1), 1)
+        means = np.nanmean(np.take_along_axis(among, rng.integers(n, size=among.shape), 1), 1)
     return np.sqrt(n / (n - 1)) * np.nan_to_num(means - observed[said].mean())
 
 
-def sign_flip(values: Array, rng: np.random.Generator, flips: int = 20_000) -> float:
+def sign_flip(values: Array, rng: np.random.Generator) -> float:
     """How often random signs give a mean as far from 0 as the observed one: a two-sided p, exact up to 2^14 sign patterns."""
-    n = len(values)
+    return _share_as_far(values, _signs(len(values), rng), 0.0)
+
+
+def not_rejected(values: Array, level: float, rng: np.random.Generator) -> Interval:
+    """The means that `sign_flip` does not reject at a level: infinite if the pairs are too few to reject any."""
+    signs = _signs(len(values), rng)
+    if _share_as_far(values, signs, values.min() - 1) > level:
+        return -np.inf, np.inf
+
+    def end(outside: float) -> float:
+        inside = values.mean()
+        for _ in range(40):
+            middle = (inside + outside) / 2
+            inside, outside = (middle, outside) if _share_as_far(values, signs, middle) > level else (inside, middle)
+        return float(inside)
+
+    return end(values.min() - 1), end(values.max() + 1)
+
+
+def _signs(n: int, rng: np.random.Generator, flips: int = 20_000) -> Array:
+    """(patterns, n): all patterns of signs if they are no more than `flips`, else so many at random, and that of no flip."""
     if 2**n <= flips:
-        signs = 1 - 2 * ((np.arange(2**n)[:, None] >> np.arange(n)) & 1)
-        return float(np.mean(np.abs(signs @ values) >= abs(values.sum()) - 1e-12))
-    signs = rng.choice([-1, 1], size=(flips, n))
-    return float((1 + np.sum(np.abs(signs @ values) >= abs(values.sum()) - 1e-12)) / (1 + flips))
+        return np.where((np.arange(2**n)[:, None] >> np.arange(n)) & 1, -1.0, 1.0)
+    return np.concatenate([np.ones((1, n)), rng.choice([-1.0, 1.0], size=(flips, n))])
+
+
+def _share_as_far(values: Array, signs: Array, middle: float) -> float:
+    """Of the patterns of signs, those whose sum is as far from 0 as that of the values less `middle`."""
+    return float(np.mean(np.abs(signs @ (values - middle)) >= abs((values - middle).sum()) - 1e-12))
 
 
 def holm(p: Sequence[float]) -> list[float]:

@@ -301,7 +301,7 @@ def _signed(value: float) -> str:
 
 
 def _interval(ends: tuple[float, float]) -> str:
-    return "" if np.isnan(ends[0]) else f"[{ends[0]:+.3f}, {ends[1]:+.3f}]"
+    return "" if np.isnan(ends[0]) else "any" if np.isinf(ends[0]) else f"[{ends[0]:+.3f}, {ends[1]:+.3f}]"
 
 
 def _number(value: float) -> str:
