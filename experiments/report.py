@@ -119,15 +119,8 @@ def compared(found: Results, asked: Sequence[tuple[str, str]], on: Sequence[str]
 def comparisons(rows: Iterable[Row]) -> str:
     """A family as a table."""
     head = [
-        "difference",
-        "outcome",
-        "mean",
-        "95 %",
-        "95 % for the family",
-        "the same, given the problems",
-        "p by Holm",
-        "pairs",
-    ]
+        "difference", "outcome", "mean", "95 %", "95 % for the family", "the same, given the problems", "p by Holm", "pairs",
+    ]  # fmt: skip
     return _table(head, [
         [f"`{one}` − `{other}`", outcome, _signed(d.mean), *map(_interval, (d.interval, d.corrected, d.given_problems)),
          "" if np.isnan(d.p) else f"{p:.4f}", str(d.said) if d.said == d.pairs else f"{d.said} of {d.pairs}"]
